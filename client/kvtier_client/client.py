@@ -1,0 +1,473 @@
+"""The stub made safe: the calls an engine makes, none of which raises or hangs because of the daemon.
+
+Owns the public calls. What cannot be answered in time is a miss, a refusal or nothing, with a reason. Any engine
+thread may call; a fork's child may too, and only misses. The background thread that opens and keeps the session
+is `keeper.py`'s; whether a call may go out, `gate.py`'s.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from functools import partial
+from itertools import count
+
+import grpc
+
+from kvtier.v1 import offload_pb2, offload_pb2_grpc
+from kvtier_client.answers import LoadGrant, LookupAnswer, SessionInfo, StoreGrant, StoreVerdict
+from kvtier_client.attach import attach_request
+from kvtier_client.channel import open_channel, parse_address
+from kvtier_client.context import ReqContext, wire_request_id
+from kvtier_client.gate import Gate, lease_time
+from kvtier_client.keeper import SessionKeeper
+from kvtier_client.link import Link
+from kvtier_client.listener import ClientListener
+from kvtier_client.lookups import LookupCall, PendingLookup
+from kvtier_client.options import ClientOptions, EngineIdentity, Role
+from kvtier_client.reports import LoadReportItem, StoreReportItem
+from kvtier_client.reset import Weights
+from kvtier_client.sender import CompletionSender
+from kvtier_client.stats import ClientStats
+from kvtier_ops.layout import TensorLayout
+from kvtier_ops.namespace import NamespaceFacts
+
+
+class OffloadClient:
+    """One engine process's access to the daemon of its node.
+
+    Construction checks what it was given and raises ValueError; it opens nothing. `start` begins to attach in
+    the background; until then, and whenever the daemon is away, every call misses at once.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        identity: EngineIdentity,
+        facts: NamespaceFacts,
+        *,
+        geometry: Sequence[Sequence[TensorLayout]] | None = None,
+        options: ClientOptions | None = None,
+        listener: ClientListener | None = None,
+    ) -> None:
+        self._target = parse_address(address)
+        facts.validate()
+        _check_geometry(identity, facts, geometry)
+        self.identity = identity
+        self.facts = facts
+        self.options = options or ClientOptions()
+        self.stats = ClientStats()
+        self._listener = listener or ClientListener()
+        self._request = attach_request(identity, facts, geometry or ())
+        self._gate = Gate(self.options, self.stats)
+        self._sender = CompletionSender(self._gate, self.options, self.stats)
+        self._weights = Weights(self._gate, self.stats)
+        self._lookup_deadline_s = self.options.lookup_deadline_ms / 1000
+        self._prepare_deadline_s = self.options.prepare_deadline_ms / 1000
+        # Half a lease id, so that two clients of one instance do not choose the same.
+        self._lease_prefix = (secrets.randbits(32) or 1) << 32
+        self._lease_numbers = count(1)
+        self._channel: grpc.Channel | None = None
+        self._keeper: SessionKeeper | None = None
+
+    def start(self) -> None:
+        """Begin to attach, in the background. Repeating it does nothing."""
+        if self._keeper is not None or self._gate.closing:
+            return
+        self._gate.adopt_process()
+        self._gate.away_reason = "attaching"
+        self._channel = open_channel(self._target, self.options)
+        self._keeper = SessionKeeper(
+            self._gate,
+            offload_pb2_grpc.OffloadServiceStub(self._channel),
+            self._request,
+            address=self._target,
+            maps_pool=self.identity.role is Role.WORKER,
+            options=self.options,
+            listener=self._listener,
+            sender=self._sender,
+            stats=self.stats,
+            weights=self._weights,
+        )
+        self._keeper.start()
+
+    def wait_attached(self, timeout_s: float) -> bool:
+        """Wait until a session is open and the listener knows; for tools, tests and demos."""
+        gate = self._gate
+        if gate.forked:
+            return False
+        with gate.lock:
+            return gate.changed.wait_for(lambda: gate.link is not None and gate.link.announced, timeout_s)
+
+    def close(self, drained: bool = True) -> None:
+        """Tell what is queued, end the session, unmap the pool and let the lock file go. For good.
+
+        `drained=False`: copies may still run; then pool and lock file stay until the process ends. Not to be
+        called by the listener. Repeating it does nothing.
+        """
+        gate = self._gate
+        if gate.forked or gate.closing:
+            return
+        self._sender.wait_flushed(self._prepare_deadline_s)
+        with gate.lock:
+            gate.closing = True
+            gate.away_reason = "closed"
+            gate.changed.notify_all()
+        if self._keeper is not None:
+            self._keeper.stop(drained=drained)
+        if self._channel is not None:
+            self._channel.close()
+
+    @property
+    def attached(self) -> bool:
+        """Whether a session is open."""
+        return self._gate.link is not None and not self._gate.forked
+
+    @property
+    def ready(self) -> bool:
+        """Whether a lookup would be asked and could be leased: attached, all workers too, breaker closed."""
+        link = self._gate.link
+        return (
+            link is not None
+            and not link.info.missing_ranks
+            and not self._gate.breaker.is_open
+            and not self._gate.resetting
+            and not self._gate.forked
+        )
+
+    @property
+    def session(self) -> SessionInfo | None:
+        """The open session; None when away."""
+        link = self._gate.link
+        return link.info if link is not None and not self._gate.forked else None
+
+    @property
+    def away_reason(self) -> str:
+        """Why there is no session, for people; "" when there is one."""
+        return self._gate.away_reason
+
+    def new_lease_id(self) -> int:
+        """Return an id for a lease to ask for; never 0, unique in this engine instance."""
+        return self._lease_prefix | (next(self._lease_numbers) & 0xFFFF_FFFF)
+
+    # -- asking ------------------------------------------------------------------------------------------
+
+    def lookup(
+        self,
+        ctx: ReqContext,
+        keys: Sequence[bytes],
+        *,
+        lease: bool = True,
+        first_chunks: Sequence[int] = (),
+        max_tokens: int | None = None,
+        pending_wait_ms: int = 0,
+        timeout_s: float | None = None,
+    ) -> LookupAnswer:
+        """Ask for keys and wait for the answer, at most until the deadline.
+
+        `keys`: group-major, within a group in prefix order; `first_chunks`: per group the request's chunk that
+        its first key belongs to. `timeout_s` takes the place of `lookup_deadline_ms`; a shorter one is no
+        missed deadline for the breaker.
+        """
+        link = self._enter_lookup(ctx, len(keys), lease)
+        if isinstance(link, str):
+            return LookupAnswer.missed(len(keys), link)
+        call = self._lookup_call(link, ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms)
+        deadline_s = self._lookup_deadline_s if timeout_s is None else timeout_s
+        try:
+            reply = link.stub.Lookup(call.request, timeout=deadline_s)
+        except (grpc.RpcError, ValueError) as error:
+            return call.failed(error, counts=deadline_s >= self._lookup_deadline_s)
+        return call.answered(reply)
+
+    def lookup_async(
+        self,
+        ctx: ReqContext,
+        keys: Sequence[bytes],
+        *,
+        lease: bool = True,
+        first_chunks: Sequence[int] = (),
+        max_tokens: int | None = None,
+        pending_wait_ms: int = 0,
+        timeout_s: float | None = None,
+    ) -> PendingLookup:
+        """Ask as `lookup` does, and return at once."""
+        link = self._enter_lookup(ctx, len(keys), lease)
+        if isinstance(link, str):
+            return PendingLookup.settled(self._gate, LookupAnswer.missed(len(keys), link))
+        call = self._lookup_call(link, ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms)
+        deadline_s = self._lookup_deadline_s if timeout_s is None else timeout_s
+        pending = PendingLookup(self._gate, len(keys))
+        pending.send(call, link, deadline_s, counts=deadline_s >= self._lookup_deadline_s)
+        return pending
+
+    def prepare_load(self, ctx: ReqContext, keys: Sequence[bytes]) -> LoadGrant | None:
+        """Pin all keys under a new load lease, or none: then None."""
+        link = self._enter(ctx, len(keys))
+        if isinstance(link, str):
+            return None
+        lease_id = self.new_lease_id()
+        request = offload_pb2.PrepareLoadRequest(
+            session_id=link.session_id, context=link.context_message(ctx), keys=keys, lease_id=lease_id
+        )
+        self.stats.add("rpc_prepare_load")
+        try:
+            reply = link.stub.PrepareLoad(request, timeout=self._prepare_deadline_s)
+        except (grpc.RpcError, ValueError) as error:
+            self._failed_grant(link, error, lease_id)
+            return None
+        if not self._granted(link, ctx, reply.boot_id, lease_id):
+            return None
+        if not len(reply.slot_ids) == len(reply.generations) == len(keys):
+            self._bad_grant(lease_id)
+            return None
+        return LoadGrant(lease_id, list(reply.slot_ids), list(reply.generations))
+
+    def prepare_store(self, ctx: ReqContext, keys: Sequence[bytes]) -> StoreGrant:
+        """Reserve a slot for each key, as far as the daemon grants it. `keys` as in `lookup`."""
+        link = self._enter(ctx, len(keys))
+        if isinstance(link, str):
+            return StoreGrant.refused(len(keys), link)
+        lease_id = self.new_lease_id()
+        request = offload_pb2.PrepareStoreRequest(
+            session_id=link.session_id, context=link.context_message(ctx), keys=keys, lease_id=lease_id
+        )
+        self.stats.add("rpc_prepare_store")
+        try:
+            reply = link.stub.PrepareStore(request, timeout=self._prepare_deadline_s)
+        except (grpc.RpcError, ValueError) as error:
+            return StoreGrant.refused(len(keys), self._failed_grant(link, error, lease_id))
+        if not self._granted(link, ctx, reply.boot_id, lease_id):
+            return StoreGrant.refused(len(keys), "session_changed")
+        verdicts = list(reply.verdicts)
+        granted = verdicts.count(offload_pb2.STORE_VERDICT_GRANTED)
+        if len(verdicts) != len(keys) or not len(reply.slot_ids) == len(reply.generations) == granted:
+            self._bad_grant(lease_id)
+            return StoreGrant.refused(len(keys), "bad_reply")
+        return StoreGrant(
+            verdicts, lease_id, list(reply.slot_ids), list(reply.generations), list(reply.evicted_keys)
+        )
+
+    def request_credits(self, group: int, count: int) -> bool:
+        """Ask for slots without keys; returns at once.
+
+        True: `ClientListener.on_credits` follows once, unless the session ends first. False: nothing was sent.
+        """
+        link = self._gate.enter()
+        if isinstance(link, str):
+            return False
+        lease_id = self.new_lease_id()
+        request = offload_pb2.PrepareStoreRequest(
+            session_id=link.session_id,
+            lease_id=lease_id,
+            credits=[offload_pb2.CreditRequest(group=group, count=count)],
+        )
+        self.stats.add("rpc_prepare_store")
+        try:
+            call = link.stub.PrepareStore.future(request, timeout=self._prepare_deadline_s)
+        except ValueError:
+            return False
+        call.add_done_callback(partial(self._credits_granted, link, group, lease_id))
+        return True
+
+    def touch(self, ctx: ReqContext, keys: Sequence[bytes]) -> None:
+        """Tell that the request uses chunks that the engine still had itself. Sends and forgets."""
+        link = self._enter(ctx, 0)
+        if isinstance(link, str):
+            return
+        for start in range(0, len(keys), link.max_keys):
+            request = offload_pb2.TouchRequest(
+                session_id=link.session_id,
+                context=link.context_message(ctx),
+                keys=keys[start : start + link.max_keys],
+            )
+            self.stats.add("rpc_touch")
+            try:
+                call = link.stub.Touch.future(request, timeout=self._prepare_deadline_s)
+            except ValueError:
+                return
+            call.add_done_callback(partial(self._touched, link))
+
+    def reset(self, weights_id: str = "", timeout_s: float = 5.0) -> bool:
+        """Move to another epoch after a weight update; every call misses until the daemon has confirmed it.
+
+        False: not confirmed yet; the background thread goes on trying. Leases from before are void either
+        way. Call it in the scheduler, while no load runs.
+        """
+        if self._gate.forked:
+            return False
+        self._sender.wait_flushed(min(timeout_s, self._prepare_deadline_s))
+        link = self._weights.begin(weights_id)
+        if link is None:
+            return False
+        if self._weights.restore(link, timeout_s):
+            return True
+        self._gate.lose(link, "the epoch of the engine's new weights could not be set")
+        return False
+
+    # -- telling, by the next flush ----------------------------------------------------------------------
+
+    def announce(
+        self, req_id: str, slot_ids: Sequence[int], generations: Sequence[int], keys: Sequence[bytes]
+    ) -> None:
+        """Queue which key goes into which credit slot. `req_id` may be empty: unknown."""
+        wire_id = wire_request_id(req_id) if req_id else ""
+        self._sender.add(_announce, wire_id, slot_ids, generations, keys)
+
+    def start_load(self, lookup_lease_id: int, load_lease_id: int, slot_ids: Sequence[int]) -> None:
+        """Queue that a load begins under a lookup lease: its pins move to the load lease."""
+        self._sender.add(_start_load, lookup_lease_id, load_lease_id, slot_ids)
+
+    def report_store(self, item: StoreReportItem) -> None:
+        """Queue stores of this rank that have ended."""
+        self._sender.add(_report_store, item)
+
+    def report_load(self, item: LoadReportItem) -> None:
+        """Queue the end of a load of this rank."""
+        self._sender.add(_report_load, item)
+
+    def return_credits(self, slot_ids: Sequence[int], generations: Sequence[int]) -> None:
+        """Queue credits that were never handed to a worker."""
+        self._sender.add(_return_credits, slot_ids, generations)
+
+    def release(self, lease_id: int) -> None:
+        """Queue the end of a lease, granted or not; 0 is none."""
+        if lease_id:
+            self._sender.add(Link.release, lease_id)
+
+    def finish(self, req_id: str) -> None:
+        """Queue the end of a request: its lookup leases end, running copies go on."""
+        self._sender.add(Link.finish, wire_request_id(req_id))
+
+    def flush(self) -> None:
+        """Send what is queued in one call, now or when the one in flight is answered. Never waits."""
+        self._sender.flush()
+
+    def flush_and_wait(self, timeout_s: float) -> bool:
+        """Flush, and wait until the daemon has answered everything; False when it has not, or is away."""
+        return self._sender.wait_flushed(timeout_s)
+
+    # -- leases of requests that wait --------------------------------------------------------------------
+
+    def keep_lease(self, lease_id: int) -> None:
+        """Have a lookup's lease renewed in the background until it is released, forgotten or finished."""
+        if self._gate.forked:
+            return
+        with self._gate.lock:
+            if self._gate.link is not None:
+                self._gate.link.leases.keep(lease_id)
+
+    def forget_lease(self, lease_id: int) -> None:
+        """Renew a lease no more; the daemon ends it in time. `release` ends it at once."""
+        if self._gate.forked:
+            return
+        with self._gate.lock:
+            if self._gate.link is not None:
+                self._gate.link.leases.forget(lease_id)
+
+    def lease_valid(self, lease_id: int) -> bool:
+        """Tell whether a load may start under a lookup's lease: not in the last third of its time, and not
+        after the session changed."""
+        if self._gate.forked:
+            return False
+        with self._gate.lock:
+            link = self._gate.link
+            return link is not None and link.leases.valid(lease_id, lease_time())
+
+    # ----------------------------------------------------------------------------------------------------
+
+    def _enter(self, ctx: ReqContext, num_keys: int) -> Link | str:
+        link = self._gate.enter()
+        if isinstance(link, str):
+            return link
+        if num_keys > link.max_keys:
+            return "too_many_keys"
+        # The end of the earlier request would end this one's leases when it arrives later.
+        if link.buffer.is_finishing(ctx.wire_id):
+            return "finishing"
+        return link
+
+    def _enter_lookup(self, ctx: ReqContext, num_keys: int, lease: bool) -> Link | str:
+        link = self._enter(ctx, num_keys)
+        if isinstance(link, Link):
+            if lease and link.info.missing_ranks:
+                return "workers_missing"
+            self.stats.add("rpc_lookup")
+        return link
+
+    def _lookup_call(
+        self,
+        link: Link,
+        ctx: ReqContext,
+        keys: Sequence[bytes],
+        lease: bool,
+        first_chunks: Sequence[int],
+        max_tokens: int | None,
+        pending_wait_ms: int,
+    ) -> LookupCall:
+        return LookupCall(
+            self._gate,
+            link,
+            self.stats,
+            self.release,
+            ctx,
+            keys,
+            lease_id=self.new_lease_id() if lease else 0,
+            first_chunks=first_chunks,
+            max_tokens=max_tokens,
+            pending_wait_ms=pending_wait_ms,
+        )
+
+    def _granted(self, link: Link, ctx: ReqContext, boot_id: str, lease_id: int) -> bool:
+        """Note an answer that may grant something; False if the session or the epoch is another by now."""
+        if not self._gate.answered(link, boot_id):
+            return False
+        with self._gate.lock:
+            link.mark_seen(ctx)
+            void = self._gate.resetting
+        if void:
+            self.release(lease_id)
+        return not void
+
+    def _failed_grant(self, link: Link, error: Exception, lease_id: int) -> str:
+        failure = self._gate.failed(link, error)
+        if not failure.boot_id:
+            self.release(lease_id)  # it may have been granted, and the reply lost
+        return failure.reason
+
+    def _bad_grant(self, lease_id: int) -> None:
+        self.stats.add("bad_replies")
+        self.release(lease_id)
+
+    def _credits_granted(
+        self,
+        link: Link,
+        group: int,
+        lease_id: int,
+        call: grpc.CallFuture[offload_pb2.PrepareStoreResponse],
+    ) -> None:
+        """Hand credits on, on a thread of grpc."""
+        slot_ids: list[int] = []
+        generations: list[int] = []
+        try:
+            reply = call.result()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            self._failed_grant(link, error, lease_id)
+        else:
+            if not self._gate.answered(link, reply.boot_id):
+                return
+            for grant in reply.credits:
+                slot_ids.extend(grant.slot_ids)
+                generations.extend(grant.generations)
+            if len(slot_ids) != len(generations):
+                self._bad_grant(lease_id)
+                slot_ids, generations = [], []
+        self._gate.deliver(
+            link, self._listener.on_credits, group, slot_ids, generations, lease_id if slot_ids else 0
+        )
+
+    def _touched(self, link: Link, call: grpc.CallFuture[offload_pb2.TouchResponse]) -> None:
+        try:
+            self._gate.answered(link, call.result().boot_id)
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            self._gate.failed(link, error)

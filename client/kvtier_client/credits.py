@@ -1,0 +1,184 @@
+"""Credits: slots reserved ahead, so that preparing a store needs no RPC.
+
+Owns which slots this engine holds unused, and how many it should hold: twice what the largest of the last
+100 storing steps took. Sends nothing: the scheduler shim asks `shortfall` and `surplus` and does the talking.
+
+Credits are used oldest first. The daemon ends store leases after `copy_lease_ms` as a guard against leaks, so
+a credit that lay unused for a third of that goes back rather than into a store.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WINDOW_STEPS = 100
+"""Storing steps whose largest decides: a few seconds of an engine under load."""
+
+IDLE_RETURN_S = 5.0
+"""Without stores for so long, every credit goes back: others may want the memory."""
+
+RETRY_S = 0.1
+"""After a grant that was short, the pool had no more: asking every step would only cost RPCs."""
+
+REPLY_LOST_S = 1.0
+"""A request for credits unanswered for so long is counted as lost; a late grant is still taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """One reserved slot without a key."""
+
+    slot_id: int
+    generation: int
+    granted_at: float
+
+
+@dataclass(slots=True)
+class _Group:
+    slot_bytes: int
+    held: deque[Credit]
+    asked: int = 0
+    asked_at: float = 0.0
+    ask_after: float = 0.0
+    foreseen: int = 0
+    largest: int = 0
+
+
+class CreditBook:
+    """The unused credits of one engine instance, by group. Thread-safe; times are passed in, in seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._groups: list[_Group] = []
+        self._max_bytes = 0
+        self._max_age_s = 0.0
+        self._steps: deque[tuple[int, ...]] = deque(maxlen=WINDOW_STEPS)
+        self._step: list[int] = []
+        self._last_use = 0.0
+
+    def open(self, slot_bytes: Sequence[int], max_bytes: int, lease_s: float, now: float) -> None:
+        """Begin a session with no credits. The memory of past steps stays if the groups are as before."""
+        with self._lock:
+            self._groups = [_Group(size, deque()) for size in slot_bytes]
+            self._max_bytes = max_bytes
+            self._max_age_s = lease_s / 3
+            self._last_use = now
+            if len(self._step) != len(self._groups):
+                self._steps.clear()
+                self._step = [0] * len(self._groups)
+            self._measure()
+
+    def void(self) -> None:
+        """Forget every credit: the session is over, and the slots are the daemon's again."""
+        with self._lock:
+            self._groups = []
+            self._max_bytes = 0
+
+    def held(self, group: int) -> int:
+        """Count the unused credits of `group`."""
+        with self._lock:
+            return len(self._groups[group].held) if group < len(self._groups) else 0
+
+    def grant(self, group: int, slot_ids: Sequence[int], generations: Sequence[int], now: float) -> None:
+        """Add what the daemon granted; fewer than asked means that it had no more."""
+        with self._lock:
+            if group >= len(self._groups):
+                return
+            entry = self._groups[group]
+            if len(slot_ids) < entry.asked:
+                entry.ask_after = now + RETRY_S
+            entry.asked = 0
+            entry.held.extend(
+                Credit(slot_id, generation, now)
+                for slot_id, generation in zip(slot_ids, generations, strict=True)
+            )
+
+    def take(self, group: int, count: int, now: float) -> list[Credit]:
+        """Use up to `count` credits, and note that `count` were wanted in this step."""
+        with self._lock:
+            if count <= 0 or group >= len(self._groups):
+                return []
+            self._last_use = now
+            self._step[group] += count
+            held = self._groups[group].held
+            return [held.popleft() for _ in range(min(count, len(held)))]
+
+    def foresee(self, group: int, count: int, now: float) -> None:
+        """Expect a request to store `count` chunks soon, until the next storing step says what it took."""
+        with self._lock:
+            if count > 0 and group < len(self._groups):
+                self._last_use = now
+                self._groups[group].foreseen = max(self._groups[group].foreseen, count)
+
+    def end_step(self) -> None:
+        """Close the step. One that wanted nothing is not remembered, or waiting would forget the demand."""
+        with self._lock:
+            if any(self._step):
+                self._steps.append(tuple(self._step))
+                self._step = [0] * len(self._step)
+                for entry in self._groups:
+                    entry.foreseen = 0
+                self._measure()
+
+    def shortfall(self, now: float) -> list[tuple[int, int]]:
+        """Return (group, count) to ask the daemon for, and note them as asked."""
+        with self._lock:
+            asks: list[tuple[int, int]] = []
+            if now - self._last_use >= IDLE_RETURN_S:
+                return asks
+            for group, (entry, target) in enumerate(zip(self._groups, self._targets(), strict=True)):
+                if entry.asked and now - entry.asked_at < REPLY_LOST_S:
+                    continue
+                missing = target - len(entry.held)
+                # A quarter of slack: topping up after every step would cost an RPC a step.
+                if missing * 4 >= target > 0 and missing > 0 and now >= entry.ask_after:
+                    entry.asked, entry.asked_at = missing, now
+                    asks.append((group, missing))
+            return asks
+
+    def surplus(self, now: float) -> list[Credit]:
+        """Take out what should go back: all when idle, the too old, and what exceeds twice the target."""
+        with self._lock:
+            if now - self._last_use >= IDLE_RETURN_S:
+                for entry in self._groups:
+                    entry.foreseen = 0
+                return self._take_newest(sum(len(entry.held) for entry in self._groups))
+            back: list[Credit] = []
+            for entry, target in zip(self._groups, self._targets(), strict=True):
+                while entry.held and (
+                    len(entry.held) > 2 * target or now - entry.held[0].granted_at > self._max_age_s
+                ):
+                    back.append(entry.held.popleft())
+            return back
+
+    def give_back(self, count: int, now: float, pause_s: float = IDLE_RETURN_S) -> list[Credit]:
+        """Take out up to `count` credits because the daemon wants them, and ask for no more for `pause_s`."""
+        with self._lock:
+            for entry in self._groups:
+                entry.ask_after = now + pause_s
+            return self._take_newest(count)
+
+    def _measure(self) -> None:
+        for group, entry in enumerate(self._groups):
+            entry.largest = max((step[group] for step in self._steps), default=0)
+
+    def _targets(self) -> list[int]:
+        """Credits each group should hold, scaled down together to what the daemon allows."""
+        targets = [max(2 * entry.largest, entry.foreseen) for entry in self._groups]
+        wanted = sum(t * entry.slot_bytes for t, entry in zip(targets, self._groups, strict=True))
+        if wanted > self._max_bytes:
+            return [target * self._max_bytes // wanted for target in targets]
+        return targets
+
+    def _take_newest(self, count: int) -> list[Credit]:
+        """Take from the group that holds most, newest first: the oldest are the next to be used."""
+        back: list[Credit] = []
+        while len(back) < count:
+            richest = max(self._groups, key=lambda entry: len(entry.held), default=None)
+            if richest is None or not richest.held:
+                break
+            back.append(richest.held.pop())
+        return back

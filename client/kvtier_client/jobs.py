@@ -1,0 +1,81 @@
+"""The jobs that travel from the scheduler to the workers, and what comes back.
+
+Owns their shape only: plain values, frozen, picklable and small, because an engine broadcasts them to every
+rank. Every rank gets the same job and copies its own part of each slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+from kvtier_ops.plan import ChunkCopy, plan_job
+
+JobId = NewType("JobId", int)
+
+NO_SLOT = -1
+"""In `Job.slot_ids`: the daemon holds nothing for this chunk, so its load fails without a copy."""
+
+
+class JobKind(Enum):
+    """Which way the bytes go."""
+
+    LOAD = "load"
+    STORE = "store"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Copy between device blocks and slots.
+
+    `slot_ids`, `generations` and `keys` are columns, one entry per chunk in the order of `plan`.
+    `block_ids`, `group_sizes` and `block_indices` are as `plan_job` takes them: blocks group after group, how
+    many each group has, and the place in the request of each group's first block.
+    """
+
+    job_id: JobId
+    slot_ids: tuple[int, ...]
+    generations: tuple[int, ...]
+    keys: tuple[bytes, ...]
+    block_ids: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    block_indices: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        columns = (len(self.slot_ids), len(self.generations), len(self.keys))
+        assert len(set(columns)) == 1, f"slot_ids, generations and keys have {columns} entries"
+
+    def plan(self, blocks_per_chunk: int) -> tuple[ChunkCopy, ...]:
+        """Split into one copy per slot. Raises PlanError if the columns contradict each other."""
+        return plan_job(self.block_ids, self.group_sizes, self.block_indices, blocks_per_chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob(Job):
+    """Pool -> device. Every rank names `load_lease_id` when it reports the end of its part."""
+
+    load_lease_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreJob(Job):
+    """Device -> pool, into slots this instance holds credits for."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """How one rank ended its part of a job. `ok` is False if any key failed: its bytes mean nothing then."""
+
+    job_id: JobId
+    kind: JobKind
+    ok: bool
+    failed_keys: frozenset[bytes] = frozenset()
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+def flatten(groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the block ids group after group, and how many each group has."""
+    return tuple(block for group in groups for block in group), tuple(map(len, groups))

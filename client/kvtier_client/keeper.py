@@ -1,0 +1,262 @@
+"""The background thread: opens the session, keeps it, and opens the next one when it ends.
+
+Owns the order of a session's life. Opening: Describe, lock file, Attach, map the pool, tell the shim. Ending:
+calls miss at once, stream closed, shim told, copies drained. No engine thread ever waits for any of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from threading import Thread
+
+import grpc
+
+from kvtier.v1 import offload_pb2, offload_pb2_grpc
+from kvtier_client.attach import EventStream, session_info
+from kvtier_client.channel import read_failure
+from kvtier_client.chores import Chores, pauses_s
+from kvtier_client.gate import Gate
+from kvtier_client.link import Link
+from kvtier_client.listener import ClientListener
+from kvtier_client.options import ClientOptions
+from kvtier_client.places import PoolPlace
+from kvtier_client.reset import Weights
+from kvtier_client.sender import CompletionSender
+from kvtier_client.stats import ClientStats
+from kvtier_ops.pool import PoolError
+
+logger = logging.getLogger(__name__)
+
+
+class CannotAttach(Exception):
+    """No session this time. The message goes to `away_reason`; the next attempt comes after a pause."""
+
+
+class SessionKeeper:
+    """Keeps one process attached. `start` and `stop` are called once each."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        stub: offload_pb2_grpc.OffloadServiceStub,
+        request: offload_pb2.AttachRequest,
+        *,
+        address: str,
+        maps_pool: bool,
+        options: ClientOptions,
+        listener: ClientListener,
+        sender: CompletionSender,
+        stats: ClientStats,
+        weights: Weights,
+    ) -> None:
+        self._gate = gate
+        self._stub = stub
+        self._request = request
+        self._address = address
+        self._maps_pool = maps_pool
+        self._options = options
+        self._listener = listener
+        self._sender = sender
+        self._stats = stats
+        self._weights = weights
+        self._place = PoolPlace()
+        self._previous_session = ""
+        self._drained = True
+        self._logged_reason = ""
+        self._thread = Thread(target=self._run, name="kvtier-keeper", daemon=True)
+
+    def start(self) -> None:
+        """Begin to attach."""
+        self._thread.start()
+
+    def stop(self, *, drained: bool) -> None:
+        """End the session and the thread; without running copies also let go of pool and lock file."""
+        self._thread.join()
+        if drained:
+            self._place.leave()
+
+    def _run(self) -> None:
+        pauses = pauses_s(self._options)
+        while not self._gate.closing:
+            try:
+                self._drain()
+                opened_at = time.monotonic()
+                self._live()
+                # A session that ends at once is no reason to try faster.
+                if time.monotonic() - opened_at > self._options.reconnect_max_ms / 1000:
+                    pauses = pauses_s(self._options)
+            except CannotAttach as error:
+                self._say_away(str(error))
+            except Exception:
+                self._stats.add("keeper_errors")
+                logger.exception("the background thread failed; it goes on")
+            self._pause(next(pauses))
+
+    def _live(self) -> None:
+        """Open a session and keep it until it ends. Raises CannotAttach."""
+        gate = self._gate
+        first: list[offload_pb2.Attached] = []
+        links: list[Link] = []
+        ended: list[str] = []
+
+        def on_first(message: offload_pb2.AttachResponse) -> None:
+            with gate.lock:
+                if message.WhichOneof("event") == "attached":
+                    first.append(message.attached)
+                else:
+                    ended.append("the daemon did not begin with `attached`")
+                gate.changed.notify_all()
+
+        def on_end(reason: str) -> None:
+            with gate.lock:
+                ended.append(reason)
+                gate.changed.notify_all()
+            for link in links:
+                gate.lose(link, reason)
+
+        request = self._describe()
+        self._stats.add("rpc_attach")
+        stream = EventStream(
+            self._stub.Attach(request),
+            on_first=on_first,
+            on_event=lambda message: self._event(links[0], message),
+            on_end=on_end,
+        )
+        stream.start()
+        try:
+            with gate.lock:
+                gate.changed.wait_for(
+                    lambda: first or ended or gate.closing, self._options.attach_deadline_ms / 1000
+                )
+            if not first:
+                raise CannotAttach(ended[0] if ended else "the daemon did not answer Attach in time")
+            link = self._open_link(first[0])
+            links.append(link)
+            self._announce(link)
+            stream.release()
+            Chores(gate, link, self._sender, self._options, self._stats).run()
+        finally:
+            for link in links:
+                gate.lose(link, "closed")
+            stream.close()
+            for link in links:
+                self._detached(link)
+
+    def _describe(self) -> offload_pb2.AttachRequest:
+        """Ask where the pool is, take a lock file there and return the request to attach with."""
+        self._stats.add("rpc_describe")
+        try:
+            described = self._stub.Describe(
+                offload_pb2.DescribeRequest(), timeout=self._options.prepare_deadline_ms / 1000
+            )
+        except (grpc.RpcError, ValueError) as error:
+            failure = read_failure(error)
+            raise CannotAttach(
+                f"no daemon answers at {self._address} ({failure.reason}: {failure.details}); "
+                "start one: kvtier serve"
+            ) from None
+        directory = Path(described.pool.directory)
+        try:
+            lock_file = self._place.take_lock(directory)
+        except (PoolError, OSError) as error:
+            raise CannotAttach(
+                f"no lock file can be made in the daemon's pool directory {directory} ({error}); "
+                "engine and daemon need the same user and, in containers, the same mount"
+            ) from None
+        request = offload_pb2.AttachRequest()
+        request.CopyFrom(self._request)
+        request.lock_file = lock_file
+        request.previous_session = self._previous_session
+        request.mapped_pool_id = self._place.mapped_pool_id
+        return request
+
+    def _open_link(self, attached: offload_pb2.Attached) -> Link:
+        """Map the pool and bring the epoch up to date; the session is usable then. Raises CannotAttach."""
+        self._previous_session = attached.session_id
+        pool = None
+        if self._maps_pool:
+            path = Path(attached.pool.directory) / attached.pool.path
+            try:
+                pool = self._place.map_pool(path, attached.pool.pool_id)
+            except (PoolError, OSError) as error:
+                raise CannotAttach(
+                    f"the pool {path} cannot be mapped ({error}); engine and daemon need the same user and, "
+                    "in containers, the same mount"
+                ) from None
+        link = Link(session_info(attached, pool), self._stub, self._options, self._stats)
+        if not self._weights.restore(link, self._options.attach_deadline_ms / 1000):
+            raise CannotAttach("the epoch of the engine's new weights could not be set")
+        return link
+
+    def _announce(self, link: Link) -> None:
+        self._stats.add("attaches")
+        self._logged_reason = ""
+        logger.info("attached to %s as session %s", self._address, link.session_id)
+        gate = self._gate
+        gate.install(link)
+        gate.deliver(link, self._listener.on_attached, link.info)
+        self._place.retire()
+        with gate.lock:
+            link.announced = True
+            gate.changed.notify_all()
+
+    def _detached(self, link: Link) -> None:
+        self._stats.add("detaches")
+        reason = "closed" if self._gate.closing else self._gate.away_reason
+        self._drained = False
+        self._gate.deliver_detached(self._listener.on_detached, reason)
+        if not self._gate.closing:
+            self._say_away(reason)
+
+    def _drain(self) -> None:
+        """Make sure that no copy of an earlier session runs. Raises CannotAttach while one does."""
+        if self._drained:
+            return
+        if not self._listener.drain(self._options.drain_timeout_ms / 1000):
+            self._stats.add("drain_waits")
+            raise CannotAttach("copies of the last session are still running")
+        self._drained = True
+
+    def _event(self, link: Link, message: offload_pb2.AttachResponse) -> None:
+        """Take an event, on the reading thread."""
+        gate, listener = self._gate, self._listener
+        match message.WhichOneof("event"):
+            case "resolved":
+                event = message.resolved
+                gate.deliver(
+                    link,
+                    listener.on_resolved,
+                    event.lease_id,
+                    event.key,
+                    int(event.status),
+                    event.slot_id,
+                    event.generation,
+                )
+            case "credits_wanted":
+                gate.deliver(link, listener.on_credits_wanted, message.credits_wanted.count)
+            case "draining":
+                gate.deliver(link, listener.on_draining, message.draining.deadline_ms)
+            case "workers_changed":
+                missing_ranks = tuple(message.workers_changed.missing_ranks)
+                with gate.lock:
+                    link.set_missing_ranks(missing_ranks)
+                    gate.changed.notify_all()
+                gate.deliver(link, listener.on_workers_changed, missing_ranks)
+            case "ended":
+                gate.lose(link, f"the daemon ended the session: {message.ended.reason}")
+            case other:
+                logger.debug("an event of a newer daemon was passed over: %s", other)
+
+    def _say_away(self, reason: str) -> None:
+        """Tell why there is no session: to who asks, and once to the log."""
+        with self._gate.lock:
+            self._gate.away_reason = reason
+        if reason != self._logged_reason:
+            self._logged_reason = reason
+            logger.warning("not attached, everything is a miss: %s", reason)
+
+    def _pause(self, seconds: float) -> None:
+        with self._gate.lock:
+            self._gate.changed.wait_for(lambda: self._gate.closing, seconds)

@@ -1,0 +1,223 @@
+"""One lookup: what is sent, and how its reply becomes an answer.
+
+Owns the reply's checks: a reply that contradicts itself is a miss, and its lease is given back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from threading import Event
+
+import grpc
+
+from kvtier.v1 import offload_pb2
+from kvtier_client.answers import LookupAnswer, LookupStatus
+from kvtier_client.context import ReqContext
+from kvtier_client.gate import Gate, lease_time
+from kvtier_client.link import Link
+from kvtier_client.stats import ClientStats
+
+
+class LookupCall:
+    """A lookup on its way. `release` queues the end of a lease that the engine will not hear of."""
+
+    __slots__ = (
+        "_ctx",
+        "_epoch",
+        "_gate",
+        "_lease_id",
+        "_link",
+        "_num_keys",
+        "_release",
+        "_sent_at",
+        "_stats",
+        "request",
+    )
+
+    def __init__(
+        self,
+        gate: Gate,
+        link: Link,
+        stats: ClientStats,
+        release: Callable[[int], None],
+        ctx: ReqContext,
+        keys: Sequence[bytes],
+        *,
+        lease_id: int,
+        first_chunks: Sequence[int],
+        max_tokens: int | None,
+        pending_wait_ms: int,
+    ) -> None:
+        self._gate = gate
+        self._link = link
+        self._stats = stats
+        self._release = release
+        self._ctx = ctx
+        self._num_keys = len(keys)
+        self._lease_id = lease_id
+        self._epoch = link.info.epoch
+        self.request = offload_pb2.LookupRequest(
+            session_id=link.session_id,
+            context=link.context_message(ctx),
+            keys=keys,
+            lease_id=lease_id,
+            first_chunks=first_chunks,
+            max_tokens=max_tokens or 0,
+            pending_wait_ms=pending_wait_ms,
+        )
+        # Before it is sent: the daemon's count can only begin later.
+        self._sent_at = lease_time()
+
+    def failed(self, error: Exception, *, counts: bool) -> LookupAnswer:
+        """Read a failure."""
+        failure = self._gate.failed(self._link, error, counts=counts)
+        if not failure.boot_id:
+            # The daemon may have granted the lease and the reply was lost.
+            self.abandon()
+        return LookupAnswer.missed(self._num_keys, failure.reason, failure.boot_id)
+
+    def answered(self, reply: offload_pb2.LookupResponse) -> LookupAnswer:
+        """Read a reply."""
+        gate, link = self._gate, self._link
+        if not gate.answered(link, reply.boot_id):
+            return LookupAnswer.missed(self._num_keys, "session_changed", reply.boot_id)
+        statuses = list(reply.statuses)
+        runs = tuple([(run.first, run.count) for run in reply.leased])
+        if len(statuses) != self._num_keys or not _fits(runs, reply, self._num_keys):
+            self._stats.add("bad_replies")
+            self.abandon()
+            return LookupAnswer.missed(self._num_keys, "bad_reply", reply.boot_id)
+        lease_id = self._lease_id
+        if lease_id and not runs and not (self.request.pending_wait_ms and LookupStatus.PENDING in statuses):
+            lease_id = 0  # nothing is pinned and nothing will be: there is no lease
+        with gate.lock:
+            # The epoch too: what was leased before a reset holds bytes of the old weights.
+            void = gate.link is not link or gate.resetting or link.info.epoch != self._epoch
+            if not void:
+                link.mark_seen(self._ctx)
+                if lease_id:
+                    link.leases.granted(lease_id, self._ctx.wire_id, self._sent_at)
+        if void:
+            return self.missed("session_changed")
+        self._stats.add_lookup(self._num_keys, statuses.count(LookupStatus.HIT), len(reply.slot_ids))
+        return LookupAnswer(
+            statuses,
+            lease_id=lease_id,
+            leased_runs=runs,
+            slot_ids=list(reply.slot_ids),
+            generations=list(reply.generations),
+            unwanted_indexes=reply.unwanted,
+            boot_id=reply.boot_id,
+        )
+
+    def missed(self, reason: str) -> LookupAnswer:
+        """Give up: answer MISS, and give back the lease that may have been granted."""
+        self.abandon()
+        return LookupAnswer.missed(self._num_keys, reason)
+
+    def abandon(self) -> None:
+        """Give back the lease."""
+        if self._lease_id:
+            self._release(self._lease_id)
+
+
+def _fits(runs: tuple[tuple[int, int], ...], reply: offload_pb2.LookupResponse, num_keys: int) -> bool:
+    end = total = 0
+    for first, count in runs:
+        if first < end or not count:
+            return False
+        end = first + count
+        total += count
+    return end <= num_keys and total == len(reply.slot_ids) == len(reply.generations)
+
+
+class PendingLookup:
+    """A lookup whose answer is on its way. Thread-safe; every wait is bounded by the lookup's deadline."""
+
+    def __init__(self, gate: Gate, num_keys: int) -> None:
+        self._gate = gate
+        self._num_keys = num_keys
+        self._answer: LookupAnswer | None = None
+        self._arrived = Event()
+        self._call: LookupCall | None = None
+        self._future: grpc.CallFuture[offload_pb2.LookupResponse] | None = None
+        self._give_up_at = 0.0
+        self._counts = True
+
+    @classmethod
+    def settled(cls, gate: Gate, answer: LookupAnswer) -> PendingLookup:
+        """Return one that was answered without asking."""
+        pending = cls(gate, len(answer.statuses))
+        pending._answer = answer
+        return pending
+
+    def done(self) -> bool:
+        """Tell whether the answer is there."""
+        return self._answer is not None
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait at most `timeout_s` for the answer; True if it is there."""
+        if self._answer is None and not self._gate.forked:
+            self._arrived.wait(timeout_s)
+        return self._answer is not None
+
+    def answer(self) -> LookupAnswer:
+        """Return the answer, waiting for it until the deadline; past it every key is a miss."""
+        self.wait(max(0.0, self._give_up_at - time.monotonic()))
+        return self._settle("deadline")
+
+    def cancel(self) -> None:
+        """Give up what the answer grants: its lease ends. Repeating it does nothing."""
+        answer = self._settle("cancelled")
+        if answer.lease_id and self._call is not None:
+            self._call.abandon()
+            self._answer = LookupAnswer.missed(self._num_keys, "cancelled", answer.boot_id)
+
+    def send(self, call: LookupCall, link: Link, timeout_s: float, *, counts: bool) -> None:
+        """Send it. Called once, by the client that made it."""
+        self._call = call
+        self._counts = counts
+        # The deadline is grpc's to keep; the margin is for the thread that brings its verdict.
+        self._give_up_at = time.monotonic() + timeout_s + 0.05
+        try:
+            self._future = link.stub.Lookup.future(call.request, timeout=timeout_s)
+        except ValueError:  # the channel was closed meanwhile
+            self._settle("closed")
+            return
+        self._future.add_done_callback(self._replied)
+
+    def _settle(self, reason: str) -> LookupAnswer:
+        """Return the answer; if there is none yet, it is MISS from now on."""
+        missed = LookupAnswer.missed(self._num_keys, reason)
+        if self._gate.forked:
+            return self._answer or missed
+        with self._gate.lock:
+            answer = self._answer
+            if answer is None:
+                self._answer = missed
+        if answer is not None:
+            return answer
+        self._arrived.set()
+        if self._call is not None:
+            self._call.abandon()
+        if self._future is not None:
+            self._future.cancel()
+        return missed
+
+    def _replied(self, future: grpc.CallFuture[offload_pb2.LookupResponse]) -> None:
+        """Take the reply, on a thread of grpc."""
+        assert self._call is not None, "a reply to a lookup that was not sent"
+        if self._answer is not None:
+            return  # given up, and its lease given back
+        try:
+            answer = self._call.answered(future.result())
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            answer = self._call.failed(error, counts=self._counts)
+        with self._gate.lock:
+            late = self._answer is not None
+            if not late:
+                self._answer = answer
+        if late:
+            self._call.abandon()
+        self._arrived.set()

@@ -1,0 +1,136 @@
+"""Sends what waits for Complete: one call in flight, repeated until it is answered.
+
+Owns when a batch goes out and what its reply does. What is in a batch is `flush.py`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Concatenate, ParamSpec
+
+import grpc
+
+from kvtier.v1 import offload_pb2
+from kvtier_client.flush import Batch
+from kvtier_client.gate import Gate
+from kvtier_client.link import Link
+from kvtier_client.options import ClientOptions
+from kvtier_client.stats import ClientStats
+
+P = ParamSpec("P")
+
+_RETRIED = frozenset({"deadline", "unavailable", "draining", "cancelled", "limit_unary_calls"})
+"""The daemon did not look at the batch, or nobody knows whether it did."""
+
+_FINE = frozenset({offload_pb2.COMPLETE_STATUS_OK, offload_pb2.COMPLETE_STATUS_ALREADY})
+
+
+class CompletionSender:
+    """Queues items for the open session and sends them when a flush asks for it. Thread-safe, never waits."""
+
+    def __init__(self, gate: Gate, options: ClientOptions, stats: ClientStats) -> None:
+        self._gate = gate
+        self._options = options
+        self._stats = stats
+
+    def add(self, put: Callable[Concatenate[Link, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Queue an item in the open session. Without one it is void, like the lease it is about."""
+        gate = self._gate
+        if gate.forked:
+            return
+        with gate.lock:
+            link = gate.link
+            if link is not None:
+                put(link, *args, **kwargs)
+        if link is None:
+            self._stats.add("queued_dropped")
+        elif link.buffer.entries > self._options.max_queued_entries:
+            gate.lose(link, f"the daemon has not taken {link.buffer.entries} queued reports and releases")
+
+    def flush(self) -> None:
+        """Send what is queued now; if a call is in flight, when its reply is there."""
+        gate = self._gate
+        if gate.forked:
+            return
+        with gate.lock:
+            link = gate.link
+            if link is None or link.buffer.empty:
+                return
+            link.flush_wanted = True
+        self.send(link)
+
+    def wait_flushed(self, timeout_s: float) -> bool:
+        """Flush, then wait until everything was answered; False when it was not, or there is no session."""
+        gate = self._gate
+        if gate.forked:
+            return False
+        link = gate.link
+        if link is None:
+            return False
+        self.flush()
+        with gate.lock:
+            gate.flushed.wait_for(lambda: gate.link is not link or link.buffer.empty, timeout_s)
+            return gate.link is link and link.buffer.empty
+
+    def send(self, link: Link) -> None:
+        """Send the oldest batch if a flush wants it, nothing is in flight and the breaker is closed."""
+        gate = self._gate
+        with gate.lock:
+            if gate.link is not link or gate.breaker.is_open or not link.flush_wanted:
+                return
+            if link.retry_at is not None and time.monotonic() < link.retry_at:
+                return
+            batch = link.buffer.next_batch()
+            if batch is None:
+                link.flush_wanted = not link.buffer.empty
+                return
+            link.retry_at = None
+        self._stats.add("flushes")
+        self._stats.add("rpc_complete")
+        try:
+            call = link.stub.Complete.future(batch.request, timeout=self._options.prepare_deadline_ms / 1000)
+        except ValueError:  # the channel was closed meanwhile, and the session with it
+            return
+        call.add_done_callback(partial(self._replied, link, batch))
+
+    def _replied(
+        self, link: Link, batch: Batch, call: grpc.CallFuture[offload_pb2.CompleteResponse]
+    ) -> None:
+        """Take the reply, on a thread of grpc."""
+        gate = self._gate
+        try:
+            reply = call.result()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            failure = gate.failed(link, error)
+            if failure.reason in _RETRIED:
+                self._repeat_later(link, batch)
+                return
+            self._stats.add("flush_dropped")
+        else:
+            gate.answered(link, reply.boot_id)
+            if not_ok := sum(status not in _FINE for status in _statuses(reply)):
+                self._stats.add("items_not_ok", not_ok)
+        with gate.lock:
+            link.buffer.acknowledge(batch)
+            gate.flushed.notify_all()
+        self.send(link)
+
+    def _repeat_later(self, link: Link, batch: Batch) -> None:
+        gate = self._gate
+        self._stats.add("flush_retries")
+        with gate.lock:
+            link.buffer.put_back(batch)
+            link.flush_wanted = True
+            link.retry_at = time.monotonic() + self._options.reconnect_min_ms / 1000
+            gate.changed.notify_all()
+
+
+def _statuses(reply: offload_pb2.CompleteResponse) -> Iterable[int]:
+    for results in (reply.announcements, reply.store_reports, reply.credit_returns):
+        for result in results:
+            yield from result.statuses
+    yield from reply.load_starts
+    yield from reply.load_reports
+    yield from reply.released_leases

@@ -1,0 +1,359 @@
+"""The worker half of an engine's offloading: copies one rank's part of each job, and says how it ended.
+
+Owns the jobs of one rank from submission to result. Every job that is submitted comes out of `get_finished`
+exactly once, whatever happens to the daemon: a job that cannot be copied has failed, and the engine computes.
+
+What keeps a copy from doing harm (see `kvtier_ops.host`): a load compares the slot's generation before and
+after and, mostly, the checksum of what it read; a store writes only into a slot that is still reserved under
+the generation it was granted. When the session ends, queued jobs fail at once and running copies finish
+behind that fence; `drain` tells the client when none runs any more, and only then may it attach again.
+
+The engine's thread submits and collects; copy threads copy and report; the listener's methods come from the
+client's threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from itertools import count
+from typing import Literal
+
+from kvtier_client.answers import SessionInfo
+from kvtier_client.client import OffloadClient
+from kvtier_client.copy_threads import CopyTask, CopyThreads
+from kvtier_client.jobs import NO_SLOT, Job, JobId, JobKind, JobResult, LoadJob, StoreJob
+from kvtier_client.listener import ClientListener
+from kvtier_client.reports import ChecksumMismatch, LoadReportItem, StoreReportItem
+from kvtier_ops.checksum import part_checksum
+from kvtier_ops.faults import fault_point
+from kvtier_ops.host import HostTensors, LoadOutcome, load_part, store_part
+from kvtier_ops.layout import GroupLayout, part_offset
+from kvtier_ops.plan import ChunkCopy, PlanError
+from kvtier_ops.pool import MappedPool
+from kvtier_ops.slot_table import SlotState
+
+logger = logging.getLogger(__name__)
+
+VerifyLoads = Literal["always", "sampled", "off"]
+
+SAMPLE_EVERY = 16
+"""With verify_loads="sampled", every so many loaded chunks one is verified."""
+
+TASK_BYTES = 32 << 20
+"""A job is cut into tasks of about this size: a few ms each, so that both threads work on a large load and a
+load does not wait for the whole of a large store."""
+
+
+class _Outcome(Enum):
+    """How the copy of one chunk ended."""
+
+    FAILED = "failed"
+    """Not wholly copied, or not copied at all."""
+    OK = "ok"
+    TORN = "torn"
+    MISMATCH = "mismatch"
+
+
+_OUTCOME_OF_LOAD = {
+    LoadOutcome.OK: _Outcome.OK,
+    LoadOutcome.TORN: _Outcome.TORN,
+    LoadOutcome.MISMATCH: _Outcome.MISMATCH,
+}
+
+
+@dataclass(slots=True)
+class _Progress:
+    """A job under way. Columns have one entry per slot, each written by the one task that owns it."""
+
+    job: Job
+    kind: JobKind
+    session: int
+    """Counts sessions: the one in which the job was submitted."""
+    copies: tuple[ChunkCopy, ...] = ()
+    outcomes: list[_Outcome] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
+    tasks_left: int = 0
+    started_at: float | None = None
+    """When the first task began to copy."""
+
+
+class WorkerShim(ClientListener):
+    """One rank's copies between its device blocks and the pool.
+
+    `layouts[g]` is how this rank's part of a chunk of group g is laid out, `part` which part of a slot is
+    its own. `stores=False` is for ranks whose bytes equal rank 0's (replicated layouts): their stores are
+    acknowledged without a copy. Raises ValueError if the tensors do not have these layouts.
+    """
+
+    def __init__(
+        self,
+        client: OffloadClient,
+        tensors: HostTensors,
+        layouts: Sequence[GroupLayout],
+        blocks_per_chunk: int,
+        part: int,
+        *,
+        verify_loads: VerifyLoads = "always",
+        num_threads: int = 2,
+        stores: bool = True,
+    ) -> None:
+        for group, layout in enumerate(layouts):
+            if layout.blocks_per_chunk != blocks_per_chunk:
+                raise ValueError(
+                    f"group {group} is laid out for {layout.blocks_per_chunk} blocks a chunk, "
+                    f"not {blocks_per_chunk}"
+                )
+            tensors.bind(group, layout)
+        self._client = client
+        self._tensors = tensors
+        self._layouts = tuple(layouts)
+        self._blocks_per_chunk = blocks_per_chunk
+        self._part = part
+        self._verify_every = {"always": 1, "sampled": SAMPLE_EVERY, "off": 0}[verify_loads]
+        self._stores = stores
+        self._threads = CopyThreads(num_threads)
+        self._loaded_chunks = count()
+        self._changed = threading.Condition()
+        self._jobs: dict[JobId, _Progress] = {}
+        self._finished: list[JobResult] = []
+        self._pool: MappedPool | None = None
+        self._session = 0
+        self._closed = False
+        client.listener = self
+        if client.session is not None:
+            self.on_attached(client.session)
+
+    # The engine's calls
+
+    def submit_store(self, job: StoreJob) -> None:
+        """Queue a store. The blocks must stay unchanged until its result, or until `wait` returns."""
+        if self._stores:
+            self._submit(job, JobKind.STORE)
+        else:
+            with self._changed:
+                self._finished.append(JobResult(job.job_id, JobKind.STORE, ok=True))
+
+    def submit_load(self, job: LoadJob) -> None:
+        """Queue a load. The blocks hold nothing of use until its result says so."""
+        self._submit(job, JobKind.LOAD)
+
+    def get_finished(self) -> list[JobResult]:
+        """Return the jobs that ended since the last call, each once, in any order."""
+        with self._changed:
+            finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self, job_ids: Collection[JobId]) -> None:
+        """Wait until these jobs have ended, and copy them before all others. Unknown ids are passed over."""
+        wanted = frozenset(job_ids)
+        self._threads.hurry(wanted)
+        with self._changed:
+            self._changed.wait_for(lambda: wanted.isdisjoint(self._jobs))
+
+    def close(self) -> None:
+        """Fail what is queued, let running copies finish and end the threads. Results can still be got."""
+        with self._changed:
+            self._closed = True
+        self._fail_queued()
+        self._threads.close()
+
+    # The client's listener, on the client's threads
+
+    def on_attached(self, session: SessionInfo) -> None:
+        """Copy into this session's pool from now on. A running copy keeps the pool that it began with."""
+        with self._changed:
+            self._pool = session.pool
+
+    def on_detached(self, reason: str) -> None:
+        """Fail what is queued: the daemon may give the slots away now."""
+        with self._changed:
+            self._pool = None
+            self._session += 1
+        self._fail_queued()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until no copy runs; those that were queued have failed when the session ended."""
+        return self._threads.wait_idle(timeout_s)
+
+    # Jobs
+
+    def _submit(self, job: Job, kind: JobKind) -> None:
+        """Cut a job into tasks, or fail it at once. A job that contradicts itself fails, and is logged."""
+        with self._changed:
+            assert job.job_id not in self._jobs, f"job {job.job_id} was submitted twice"
+            pool = None if self._closed else self._pool
+            progress = _Progress(job, kind, self._session)
+            progress.outcomes = [_Outcome.FAILED] * len(job.slot_ids)
+            progress.checksums = [0] * len(job.slot_ids)
+            self._jobs[job.job_id] = progress
+            if pool is not None:
+                progress.copies = self._plan(job)
+            tasks = [
+                CopyTask(job.job_id, kind, partial(self._run, progress, pool, piece))
+                for piece in self._pieces(progress.copies)
+                if pool is not None
+            ]
+            progress.tasks_left = len(tasks)
+            if tasks:
+                # Under the lock: a session that ends now finds the tasks in the queue and fails them.
+                self._threads.submit(tasks)
+                return
+        self._end(progress)
+
+    def _plan(self, job: Job) -> tuple[ChunkCopy, ...]:
+        try:
+            copies = job.plan(self._blocks_per_chunk)
+            if len(job.group_sizes) > len(self._layouts):
+                raise PlanError(
+                    f"group_sizes: {len(job.group_sizes)} groups, this rank has {len(self._layouts)}"
+                )
+            if not len(copies) == len(job.slot_ids) == len(job.generations) == len(job.keys):
+                raise PlanError(f"slot_ids: {len(job.slot_ids)} entries, the blocks fill {len(copies)} slots")
+        except PlanError:
+            logger.exception("job %d cannot be copied; this is a bug of whoever made it", job.job_id)
+            return ()
+        return copies
+
+    def _pieces(self, copies: Sequence[ChunkCopy]) -> Iterator[range]:
+        """Cut the slots of a job into ranges of about TASK_BYTES."""
+        first = size = 0
+        for copy in copies:
+            size += self._layouts[copy.group].part_bytes
+            if size >= TASK_BYTES:
+                yield range(first, copy.slot_index + 1)
+                first, size = copy.slot_index + 1, 0
+        if first < len(copies):
+            yield range(first, len(copies))
+
+    def _run(self, progress: _Progress, pool: MappedPool, piece: range) -> None:
+        """Copy a piece of a job, on a copy thread."""
+        if progress.started_at is None:
+            progress.started_at = time.monotonic()
+        copy_slot: Callable[[_Progress, MappedPool, int], _Outcome]
+        copy_slot = self._load_slot if progress.kind is JobKind.LOAD else self._store_slot
+        for index in piece:
+            try:
+                progress.outcomes[index] = copy_slot(progress, pool, index)
+            except Exception:
+                # The pool of a broken daemon, blocks that do not exist: the engine computes all the same.
+                logger.exception("slot %d of job %d was not copied", index, progress.job.job_id)
+        self._end_task(progress)
+
+    def _load_slot(self, progress: _Progress, pool: MappedPool, index: int) -> _Outcome:
+        job, copy = progress.job, progress.copies[index]
+        slot_id, layout = job.slot_ids[index], self._layouts[copy.group]
+        if slot_id == NO_SLOT:
+            return _Outcome.FAILED
+        fault_point("worker.before_load")
+        verify = self._verify_every and next(self._loaded_chunks) % self._verify_every == 0
+        expected = pool.part_checksum(slot_id, self._part) if verify else None
+        generation = job.generations[index]
+        outcome = load_part(pool, slot_id, generation, self._part, layout, self._tensors, copy, expected)
+        if outcome is LoadOutcome.MISMATCH:
+            view = pool.part_view(slot_id, part_offset(layout.part_bytes, self._part), layout.part_bytes)
+            progress.checksums[index] = part_checksum(view)
+        fault_point("worker.after_load_copy")
+        return _OUTCOME_OF_LOAD[outcome]
+
+    def _store_slot(self, progress: _Progress, pool: MappedPool, index: int) -> _Outcome:
+        job, copy = progress.job, progress.copies[index]
+        slot_id, layout = job.slot_ids[index], self._layouts[copy.group]
+        if len(copy.block_ids) < self._blocks_per_chunk:
+            # A chunk that is not wholly written is never published: nothing to copy for.
+            return _Outcome.FAILED
+        fault_point("worker.before_store")
+        record = pool.slots.read(slot_id)
+        # A slot that went back keeps its generation until it is given out again: look at its state as well.
+        if record is None or record.state is not SlotState.RESERVED:
+            return _Outcome.FAILED
+        generation = job.generations[index]
+        outcome = store_part(
+            pool, slot_id, generation, self._part, layout, self._tensors, copy, checksum=True
+        )
+        fault_point("worker.after_store_copy")
+        progress.checksums[index] = outcome.checksum
+        return _Outcome.OK if outcome.ok else _Outcome.FAILED
+
+    def _end_task(self, progress: _Progress) -> None:
+        with self._changed:
+            progress.tasks_left -= 1
+            if progress.tasks_left:
+                return
+        self._end(progress)
+
+    def _fail_queued(self) -> None:
+        withdrawn = self._threads.withdraw()
+        for task in withdrawn:
+            with self._changed:
+                progress = self._jobs[task.job_id]
+            self._end_task(progress)
+
+    def _end(self, progress: _Progress) -> None:
+        """Report a job whose last task is over to the daemon, then to the engine."""
+        job, kind = progress.job, progress.kind
+        seconds = 0.0 if progress.started_at is None else time.monotonic() - progress.started_at
+        num_bytes = self._copied_bytes(progress)
+        with self._changed:
+            same_session = progress.session == self._session and self._pool is not None
+        if same_session:
+            report = self._report_load if kind is JobKind.LOAD else self._report_store
+            report(progress, num_bytes, seconds)
+            self._client.flush()
+        failed = frozenset(
+            key
+            for key, outcome in zip(job.keys, progress.outcomes, strict=False)
+            # What was stored for a session that is over will not be published.
+            if outcome is not _Outcome.OK or (kind is JobKind.STORE and not same_session)
+        )
+        with self._changed:
+            del self._jobs[job.job_id]
+            self._finished.append(JobResult(job.job_id, kind, not failed, failed, num_bytes, seconds))
+            self._changed.notify_all()
+
+    def _copied_bytes(self, progress: _Progress) -> int:
+        total = 0
+        for copy, outcome in zip(progress.copies, progress.outcomes, strict=False):
+            if outcome is _Outcome.OK:
+                layout = self._layouts[copy.group]
+                total += layout.part_bytes * len(copy.block_ids) // layout.blocks_per_chunk
+        return total
+
+    def _report_store(self, progress: _Progress, num_bytes: int, seconds: float) -> None:
+        job = progress.job
+        failed = [index for index, outcome in enumerate(progress.outcomes) if outcome is not _Outcome.OK]
+        self._client.report_store(
+            StoreReportItem(
+                part=self._part,
+                slot_ids=job.slot_ids,
+                generations=job.generations,
+                keys=job.keys,
+                checksums=progress.checksums,
+                failed=failed,
+                num_bytes=num_bytes,
+                seconds=seconds,
+            )
+        )
+
+    def _report_load(self, progress: _Progress, num_bytes: int, seconds: float) -> None:
+        job = progress.job
+        assert isinstance(job, LoadJob)
+        slots = list(zip(job.slot_ids, job.generations, progress.outcomes, progress.checksums, strict=False))
+        self._client.report_load(
+            LoadReportItem(
+                lease_id=job.load_lease_id,
+                torn_slot_ids=[slot_id for slot_id, _, outcome, _ in slots if outcome is _Outcome.TORN],
+                mismatches=[
+                    ChecksumMismatch(slot_id, generation, checksum)
+                    for slot_id, generation, outcome, checksum in slots
+                    if outcome is _Outcome.MISMATCH
+                ],
+                num_bytes=num_bytes,
+                seconds=seconds,
+            )
+        )

@@ -1,0 +1,88 @@
+"""Named fault points: places where a test may stop, kill or overtake the code.
+
+Owns the table of armed points. A point that no test armed costs one look at an empty dict. Which points
+exist is decided where `fault_point` is called.
+
+A test in the same process arms a point with `arm`. A test that starts a process sets `KVTIER_FAULTS`, which
+is read once at import: `name=action`, several joined by commas. Actions: `kill` (SIGKILL), `stop` (SIGSTOP),
+`sleep:SECONDS`, `error` (raises FaultInjected).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+ENVIRONMENT_VARIABLE = "KVTIER_FAULTS"
+
+_armed: dict[str, Callable[[], None]] = {}
+
+
+class FaultInjected(RuntimeError):
+    """Raised by a fault point whose action is `error`; never seen unless a test armed it."""
+
+
+def fault_point(name: str) -> None:
+    """Run the action armed for `name`, if any."""
+    if _armed and (action := _armed.get(name)) is not None:
+        action()
+
+
+def arm(name: str, action: Callable[[], None]) -> None:
+    """Run `action` at each pass of the point `name`, on the thread that passes, until `disarm`."""
+    _armed[name] = action
+
+
+def disarm(name: str | None = None) -> None:
+    """Forget the action of `name`, or of every point."""
+    if name is None:
+        _armed.clear()
+    else:
+        _armed.pop(name, None)
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def parse_faults(text: str) -> dict[str, Callable[[], None]]:
+    """Read the value of KVTIER_FAULTS. Raises ValueError naming the entry that is wrong."""
+    faults: dict[str, Callable[[], None]] = {}
+    for entry in filter(None, (piece.strip() for piece in text.split(","))):
+        name, _, action = entry.partition("=")
+        faults[name] = _parse_action(name, action, entry)
+    return faults
+
+
+def _parse_action(name: str, action: str, entry: str) -> Callable[[], None]:
+    kind, _, argument = action.partition(":")
+    if name and action == "kill":
+        return _kill
+    if name and action == "stop":
+        return _stop
+    if name and action == "error":
+
+        def fail() -> None:
+            raise FaultInjected(f"fault point {name} was armed to fail")
+
+        return fail
+    if name and kind == "sleep":
+        try:
+            seconds = float(argument)
+        except ValueError:
+            seconds = -1.0
+        if seconds >= 0:
+            return lambda: time.sleep(seconds)
+    raise ValueError(
+        f"{ENVIRONMENT_VARIABLE}: {entry!r} is not a fault; "
+        "write name=kill, name=stop, name=error or name=sleep:SECONDS"
+    )
+
+
+_armed.update(parse_faults(os.environ.get(ENVIRONMENT_VARIABLE, "")))

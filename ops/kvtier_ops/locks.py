@@ -1,0 +1,155 @@
+"""Who is alive: the daemon's lock on a pool, and one lock file per process that maps it.
+
+A `flock` belongs to the open file, not to a pid: the kernel drops it when the last process that shares it is
+gone, however it went, and it works across containers, where pids do not. A fork shares the open file, as it
+shares the mapping; an exec loses both (descriptors are O_CLOEXEC).
+
+Owns the files `daemon.lock` and `owners/*` of a pool directory. What a free lock allows, the daemon decides.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import time
+from pathlib import Path
+
+from kvtier_ops.directory import PoolDirectoryError, PoolError, open_directory
+
+OWNERS_DIRECTORY = "owners"
+DAEMON_LOCK_FILE = "daemon.lock"
+
+_OWNER_NAME = re.compile(r"[0-9a-f]{1,64}")
+_PID_WAIT_S = 0.5
+"""How long to wait for a holder that has the lock but has not written its pid yet; it takes microseconds."""
+
+
+class PoolBusy(PoolError):
+    """Another daemon serves this pool. `pid` is its process id, 0 where it could not be read."""
+
+    def __init__(self, directory: Path, pid: int) -> None:
+        holder = f"pid {pid}" if pid else "a process whose pid could not be read"
+        super().__init__(
+            f"the pool {directory} is already served by {holder}; stop that daemon or choose another name"
+        )
+        self.pid = pid
+
+
+class OwnerLock:
+    """This process's proof of life for the slots it may write. Held as long as the mapping."""
+
+    def __init__(self, directory: Path, name: str, fd: int) -> None:
+        self._directory = directory
+        self._fd = fd
+        self.name = name
+        """What to tell the daemon in Attach."""
+
+    @classmethod
+    def acquire(cls, directory: Path) -> OwnerLock:
+        """Create `<directory>/owners/<random hex>` (0600) and lock it. Raises PoolDirectoryError, OSError."""
+        os.close(open_directory(directory))
+        owners = directory / OWNERS_DIRECTORY
+        owners_fd = open_directory(owners, create=True)
+        try:
+            while True:
+                name = secrets.token_hex(16)
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = os.open(name, flags, 0o600, dir_fd=owners_fd)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                # A sweep of the directory may have found the file in the instant before it was locked,
+                # taken it for a dead owner's and unlinked it. Then this lock protects nothing: make another.
+                if os.fstat(fd).st_nlink:
+                    return cls(directory, name, fd)
+                os.close(fd)
+        finally:
+            os.close(owners_fd)
+
+    def release(self) -> None:
+        """Drop this process's share of the lock, and unlink the file if nobody else holds one.
+
+        A fork may live on with the mapping, and a missing file means "free": so the one who leaves first
+        must not unlink. A second call does nothing.
+        """
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        self._fd = -1
+        owner_lock_is_free(self._directory, self.name)
+
+
+def owner_lock_is_free(directory: Path, name: str) -> bool:
+    """Tell whether no process is left that holds the owner lock `name`; unlinks its file if so.
+
+    A missing file is free. Never waits. Raises PoolDirectoryError for a name that is not lower-case hex (it
+    comes from a client and becomes part of a path).
+    """
+    if not _OWNER_NAME.fullmatch(name):
+        raise PoolDirectoryError(f"{name!r} is not the name of an owner lock: only lower-case hex is")
+    path = directory / OWNERS_DIRECTORY / name
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(fd)
+
+
+class DaemonLock:
+    """The right to be the one daemon of a pool directory."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+
+    @classmethod
+    def acquire(cls, directory: Path) -> DaemonLock:
+        """Lock `<directory>/daemon.lock` and write this pid into it. Never waits for the holder.
+
+        Raises PoolBusy naming the holder, PoolDirectoryError, OSError.
+        """
+        os.close(open_directory(directory))
+        path = directory / DAEMON_LOCK_FILE
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = _read_pid(fd)
+                os.close(fd)
+                raise PoolBusy(directory, pid) from None
+            if os.fstat(fd).st_nlink:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                return cls(path, fd)
+            # The last daemon removed its pool between our open and our lock: this file is nobody's.
+            os.close(fd)
+
+    def release(self, *, unlink: bool = False) -> None:
+        """Drop the lock; `unlink` also removes the file. A second call does nothing."""
+        if self._fd < 0:
+            return
+        os.ftruncate(self._fd, 0)
+        if unlink:
+            self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = -1
+
+
+def _read_pid(fd: int) -> int:
+    deadline = time.monotonic() + _PID_WAIT_S
+    while True:
+        text = os.pread(fd, 32, 0)
+        if text.endswith(b"\n") and text.strip().isdigit():
+            return int(text)
+        if time.monotonic() > deadline:
+            return 0
+        time.sleep(0.001)

@@ -1,0 +1,100 @@
+"""The facts that make bytes under equal keys interchangeable, and their digest.
+
+An OffloadKey says nothing about model, dtype, layout or parallelism, so the daemon files every key under the
+digest of these facts. Client and daemon compute it each for itself, with this module, and compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from kvtier_ops.layout import slot_bytes
+
+DIGEST_RULE = 1
+"""Raised whenever the canonical form below changes, so that old and new never share a digest."""
+
+MAX_GROUPS = 64
+"""KV-cache groups of one namespace, at most: hybrid models have two to eight."""
+
+MAX_WORLD_SIZE = 32
+"""Worker ranks and parts of one slot, at most: what a slot record has room for."""
+
+
+class FactsError(ValueError):
+    """A fact is missing or out of range. The message names the field; nothing was registered."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """One KV-cache group: `part_bytes` is one rank's share of a chunk, without padding."""
+
+    tokens_per_block: int
+    part_bytes: int
+    sliding_window_tokens: int = 0
+    layer_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceFacts:
+    """Rank-independent facts that scheduler and workers both know.
+
+    `num_parts` is the world size, or 1 where all ranks hold equal bytes. `layer_names` of the groups stay
+    empty with pipeline parallelism, where ranks hold different layers.
+    """
+
+    model: str
+    weights_id: str
+    kv_dtype: str
+    hash_algorithm: str
+    tokens_per_hash: int
+    blocks_per_chunk: int
+    kv_cache_layout: str
+    groups: tuple[GroupFacts, ...]
+    num_parts: int = 1
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    prefill_context_parallel_size: int = 1
+    decode_context_parallel_size: int = 1
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def chunk_tokens(self, group: int) -> int:
+        """Tokens that one chunk of `group` covers."""
+        return self.groups[group].tokens_per_block * self.blocks_per_chunk
+
+    def slot_bytes(self, group: int) -> int:
+        """Bytes of a slot for chunks of `group`, all parts and padding included."""
+        return slot_bytes(self.groups[group].part_bytes, self.num_parts)
+
+    def digest(self) -> str:
+        """32 hex digits of SHA-256 over the facts as canonical JSON; the same in every process."""
+        facts = {"rule": DIGEST_RULE, **asdict(self), "extra": dict(self.extra)}
+        text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def validate(self) -> None:
+        """Raise FactsError, naming the first field that cannot be right."""
+        for name in ("model", "weights_id", "kv_dtype", "hash_algorithm", "kv_cache_layout"):
+            if not getattr(self, name):
+                raise FactsError(f"namespace.{name} is empty")
+        for name in (
+            "tokens_per_hash",
+            "blocks_per_chunk",
+            "num_parts",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "prefill_context_parallel_size",
+            "decode_context_parallel_size",
+        ):
+            if getattr(self, name) < 1:
+                raise FactsError(f"namespace.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_parts > MAX_WORLD_SIZE:
+            raise FactsError(f"namespace.num_parts is {self.num_parts}; at most {MAX_WORLD_SIZE} are supported")
+        if not 1 <= len(self.groups) <= MAX_GROUPS:
+            raise FactsError(f"namespace.groups has {len(self.groups)} entries; 1 to {MAX_GROUPS} are supported")
+        for index, group in enumerate(self.groups):
+            for name in ("tokens_per_block", "part_bytes"):
+                if getattr(group, name) < 1:
+                    raise FactsError(f"namespace.groups[{index}].{name} is {getattr(group, name)}; it must be at least 1")

@@ -1,0 +1,89 @@
+"""The command `kvtier`: one file a command, found here by name.
+
+Data goes to stdout, messages to stderr. Commands import what they need when they run: `kvtier --help` and
+`kvtier health` must answer in a fraction of a second, and gRPC, pydantic and rich cost that much together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from kvtier_server import __version__
+from kvtier_server.cli import demo, health, pool, serve, status, version
+from kvtier_server.cli.failure import Failure
+
+COMMANDS: dict[str, ModuleType] = {
+    "serve": serve,
+    "status": status,
+    "health": health,
+    "pool": pool,
+    "demo": demo,
+    "version": version,
+}
+"""Each has SUMMARY, add_arguments(parser) and run(args) -> exit code."""
+
+EXTRA_MODULES = {
+    "pydantic",
+    "pydantic_core",
+    "structlog",
+    "prometheus_client",
+    "rich",
+    "grpc_health",
+    "grpc_status",
+}
+"""What only the extra `server` installs; an engine's environment has the command without them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 well, 1 a failure, 2 a mistake in the call or no daemon."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["demo"]:  # its options are its own, --help included
+            return demo.start(arguments[1:])
+        args = _parser().parse_args(arguments)
+        code: int = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return code
+    except Failure as failure:
+        print(f"kvtier: {failure}", file=sys.stderr)
+        return failure.code
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA_MODULES:
+            raise
+        print(
+            f"kvtier: {error.name} is missing, this installation is for engines only; "
+            "run: pip install 'kvtier[server]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has what it wanted. Without this the interpreter complains at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvtier",
+        description="A node-local cache daemon for the KV-cache chunks of LLM inference engines.",
+        epilog="`kvtier COMMAND --help` explains a command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"kvtier {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+    return parser

@@ -1,0 +1,163 @@
+"""The status for a person, in 80 columns."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvtier.v1.admin_pb2 import GetStatusResponse, SessionStatus
+from kvtier_server.units import format_bytes, format_seconds
+
+COLUMNS = 80
+STATE_STYLES = {"serving": "green", "starting": "yellow", "draining": "yellow", "degraded": "red"}
+
+
+def print_status(status: GetStatusResponse) -> None:
+    """Print to stdout; wider than 80 columns only on a terminal that is."""
+    console = Console(
+        file=sys.stdout,
+        width=None if sys.stdout.isatty() else COLUMNS,
+        no_color=bool(os.environ.get("NO_COLOR")),
+        highlight=False,
+        emoji=False,
+        markup=False,
+    )
+    console.print(
+        Text.assemble(
+            f"kvtier {status.version}  ",
+            (status.state, STATE_STYLES.get(status.state, "red")),
+            f"  up {format_seconds(status.uptime_seconds)}  boot {status.boot_id}",
+        )
+    )
+    pool = status.pool
+    console.print(
+        f"pool {pool.name}  {format_bytes(pool.data_bytes)}, {format_bytes(pool.backed_bytes)} backed, "
+        f"policy {pool.policy}\n{pool.path}\n"
+    )
+    console.print(_tiers(status))
+    for tier in status.tiers:
+        if tier.health not in ("", "ok"):
+            console.print(Text(f"tier {tier.name}: {tier.health}", "red"))
+    console.print()
+    for line in _engines(status):
+        console.print(line, no_wrap=True, overflow="ellipsis")
+    if not status.sessions:
+        console.print("no sessions: no engine is attached")
+    console.print()
+    if any(lease.count for lease in status.leases):
+        console.print(_leases(status))
+        console.print()
+    console.print(_counts(status))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _tiers(status: GetStatusResponse) -> Table:
+    table = _table(
+        "\ntier",
+        "\nused",
+        "\nof",
+        "\n%",
+        "\nchunks",
+        "\npinned",
+        "free\nslots",
+        "re-\nserved",
+        "quaran-\ntined",
+    )
+    for tier in status.tiers:
+        share = tier.used_bytes / tier.usable_bytes if tier.usable_bytes else 0.0
+        table.add_row(
+            tier.name,
+            format_bytes(tier.used_bytes),
+            format_bytes(tier.usable_bytes),
+            f"{share:.0%}",
+            str(tier.chunks),
+            str(tier.pinned_chunks),
+            str(tier.free_slots),
+            str(tier.reserved_slots),
+            str(tier.quarantined_slots),
+        )
+    return table
+
+
+def _engines(status: GetStatusResponse) -> Iterator[str]:
+    """Two lines an engine, because pins and credits belong to the instance and not to a rank."""
+    by_engine: dict[str, list[SessionStatus]] = {}
+    for session in status.sessions:
+        by_engine.setdefault(session.engine_id, []).append(session)
+    for engine_id, sessions in by_engine.items():
+        first = sessions[0]
+        age = format_seconds(max(session.age_seconds for session in sessions))
+        pinned = max(session.pinned_chunks for session in sessions)
+        held = f"{pinned} pinned, {max(session.credits for session in sessions)} credits"
+        yield f"engine {shorten(engine_id, 24)}  {_attached(sessions)}  for {age}  {held}"
+        yield f"  {shorten(first.model, 36)}  namespace {first.namespace}  {_tenant(first)}"
+
+
+def _tenant(session: SessionStatus) -> str:
+    return f"tenant {session.tenant}" if session.tenant else "default tenant"
+
+
+def _attached(sessions: Sequence[SessionStatus]) -> str:
+    ranks = sorted(session.rank for session in sessions if session.role == "worker")
+    words = ["scheduler"] if len(ranks) < len(sessions) else []
+    if ranks:
+        words.append(f"{'rank' if len(ranks) == 1 else 'ranks'} {ranges(ranks)}")
+    return " + ".join(words)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers with their runs drawn together: 0-3,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut in the middle: names that engines and models have differ at their ends."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{text[: width - 1 - tail]}…{text[-tail:]}"
+
+
+def _leases(status: GetStatusResponse) -> Table:
+    table = _table("leases", "count", "oldest")
+    for lease in status.leases:
+        table.add_row(
+            lease.kind, str(lease.count), format_seconds(lease.oldest_age_seconds) if lease.count else "-"
+        )
+    return table
+
+
+def _counts(status: GetStatusResponse) -> str:
+    looked_up = sum(status.lookup_keys.values())
+    if looked_up:
+        hits = status.lookup_keys.get("hit", 0)
+        lines = [f"lookups   {hits / looked_up:.1%} hits of {looked_up} keys ({_words(status.lookup_keys)})"]
+    else:
+        lines = ["lookups   none yet"]
+    lines.append(f"evicted   {_words(status.evictions)}")
+    lines.append(f"refused   {_words(status.store_refused)}")
+    if status.checksum_failures:
+        lines.append(f"checksum failures   {status.checksum_failures}")
+    return "\n".join(lines)
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count) or "none"

@@ -1,0 +1,356 @@
+"""Every number a daemon goes by: its name, its unit, its default and the reason for it.
+
+Owns reading them (command line > environment > file > default) and saying all that is wrong at once. Inside,
+sizes are bytes and durations nanoseconds; outside both are written with units ("64GiB", "250ms").
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from kvtier_ops.directory import default_pool_directory
+from kvtier_server.address import default_address
+from kvtier_server.config_values import (
+    Bytes,
+    Count,
+    CountOrNone,
+    Directory,
+    ListenAddress,
+    MetricsAddress,
+    Name,
+    Nanoseconds,
+    NanosecondsOrNone,
+    PolicyName,
+    Share,
+)
+
+ENV_PREFIX = "KVTIER_"
+ENV_SEPARATOR = "__"
+DEFAULT_METRICS_ADDRESS = "127.0.0.1:9471"
+
+OPTIONS: Mapping[str, str] = {
+    "server.address": "--address",
+    "server.name": "--name",
+    "server.metrics_address": "--metrics-address",
+    "server.log_level": "--log-level",
+    "pool.bytes": "--pool-bytes",
+    "pool.policy": "--policy",
+    "pool.fresh": "--fresh",
+}
+"""The settings that `kvtier serve` also takes as an option."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServerConfig(_Section):
+    """Where the daemon listens and how it speaks."""
+
+    address: ListenAddress
+    """unix:///path, or a loopback host:port. Default: one socket per user (kvtier_server.address)."""
+    metrics_address: MetricsAddress = DEFAULT_METRICS_ADDRESS
+    """host:port of /metrics and the health pages; port 0 = any free one, "" = none."""
+    name: Name = "default"
+    """Names the pool: one daemon per name and user."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """auto = console on a terminal, JSON lines otherwise."""
+
+
+class PoolConfig(_Section):
+    """The host memory the daemon owns."""
+
+    bytes: Annotated[Bytes, Field(ge=1 << 20, le=1 << 47)] = 4 << 30
+    """Bytes of slots. Small enough for a laptop; nodes set their own."""
+    policy: PolicyName = "lru"
+    """Which chunk is evicted first: a name, or "package.module:Class"."""
+    directory: Directory = ""
+    """"" = /dev/shm/kvtier-<uid>-<name>."""
+    fresh: bool = False
+    """Drop what an earlier daemon left instead of starting warm."""
+    backing_piece: Annotated[Bytes, Field(ge=4096)] = 64 << 20
+    """Memory is taken in pieces of this size: 15 ms each, so that stopping never waits long for one."""
+
+
+class LimitsConfig(_Section):
+    """What one engine, one call and one daemon may use. Each limit is also a metric, kvtier_limit."""
+
+    max_keys: Annotated[Count, Field(le=1 << 20)] = 8192
+    """Keys in one call: a prompt of 131,072 tokens in chunks of 16."""
+    max_message: Annotated[Bytes, Field(ge=64 << 10, le=(1 << 31) - 1)] = 8 << 20
+    """Bytes of one gRPC message: 8,192 keys of 128 bytes and 6,144 more each; gRPC's own default is 4 MiB."""
+    max_params: Bytes = 64 << 10
+    """Bytes of one request's parameters."""
+    engines: Count = 64
+    sessions: Count = 1024
+    """64 engines with a scheduler and 15 ranks each."""
+    watchers: Count = 64
+    unary_calls: Count = 256
+    """Calls at once. An own counter: gRPC's maximum_concurrent_rpcs counts open streams too."""
+    requests_per_instance: Count = 65_536
+    """Unfinished requests of one engine instance."""
+    leases_per_instance: Count = 65_536
+    remembered_keys: Count = 1 << 20
+    """Keys of an instance's unfinished requests, so that recency changes once per request."""
+    remembered_completions: Count = 65_536
+    """Ended leases kept, so that a repeated report is answered ALREADY."""
+    tombstone: Nanoseconds = 60 * 10**9
+    """How long the release of an unknown lease is remembered: longer than a call that could grant it."""
+    pin_share: Share = 0.5
+    """Part of the pool that one instance may pin; beyond it a lookup answers HIT_UNLEASED."""
+    credit_share: Share = 1 / 16
+    """Part of the pool that one instance may hold as credits."""
+    min_credit_slots: Count = 16
+    """Credits that one instance may hold even where its share of a small pool is less."""
+    events: Count = 65_536
+    """Events kept for watchers that come back."""
+    session_events: Count = 4096
+    """Unread events of one session; a session that reads slower is ended (SLOW_READER)."""
+
+
+class LeasesConfig(_Section):
+    """How long leases live. Guards against leaks; correctness rests on generations, never on these."""
+
+    lookup: Nanoseconds = 30 * 10**9
+    """Renewed every third of it by the client."""
+    copy_: Annotated[Nanoseconds, Field(alias="copy")] = 300 * 10**9
+    """Load and store leases: far above any copy."""
+    pending_wait: Nanoseconds = 2 * 10**9
+    """Longest wait for a PENDING key that a client may ask for."""
+
+
+class AdmissionConfig(_Section):
+    """Which chunks are worth storing."""
+
+    store_threshold: Annotated[CountOrNone, Field(le=255)] = 0
+    """A chunk is stored when it is offered for this many times; 0 and 1 = always."""
+    max_tracked: Count = 64_000
+    """Chunks whose offers are counted, the oldest forgotten first."""
+
+
+class DrainConfig(_Section):
+    """What SIGTERM waits for, each at most this long. Kubernetes kills 30 s after SIGTERM."""
+
+    copies: NanosecondsOrNone = 10 * 10**9
+    tiers: NanosecondsOrNone = 15 * 10**9
+
+
+class Config(_Section):
+    """All settings of one daemon."""
+
+    server: ServerConfig
+    pool: PoolConfig = PoolConfig()
+    limits: LimitsConfig = LimitsConfig()
+    leases: LeasesConfig = LeasesConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    drain: DrainConfig = DrainConfig()
+
+    @property
+    def pool_directory(self) -> Path:
+        """Where the pool lives; by default it follows from the name."""
+        return Path(self.pool.directory) if self.pool.directory else default_pool_directory(self.server.name)
+
+    def limit_values(self) -> dict[str, float]:
+        """Return every limit and time under its dotted path, in base units, for kvtier_limit{name}."""
+        values: dict[str, float] = {}
+        for section in ("limits", "leases", "admission", "drain"):
+            for key, value in getattr(self, section).model_dump(by_alias=True).items():
+                path = f"{section}.{key}"
+                values[path] = value / 1e9 if path in _DURATIONS else value
+        return values
+
+
+def _known() -> dict[str, dict[str, str]]:
+    """Every setting: section -> key as written in the file -> attribute."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {
+        section: {field.alias or name: name for name, field in model.model_fields.items()}
+        for section, model in sections.items()
+        if isinstance(model, type) and issubclass(model, BaseModel)
+    }
+
+
+KNOWN = _known()
+_DURATIONS = {
+    "limits.tombstone",
+    *(f"{section}.{key}" for section in ("leases", "drain") for key in KNOWN[section]),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigError:
+    """One mistake. `path` is dotted, empty where a source as a whole cannot be read."""
+
+    path: str
+    source: str
+    problem: str
+
+    def __str__(self) -> str:
+        where = f"{self.path} ({self.source})" if self.path else self.source
+        return f"{where}: {self.problem}"
+
+
+class ConfigErrors(Exception):
+    """Every mistake in one configuration; nothing was started."""
+
+    def __init__(self, errors: Iterable[ConfigError]) -> None:
+        self.errors = list(errors)
+        super().__init__("\n".join(map(str, self.errors)))
+
+
+class _Given(NamedTuple):
+    raw: object
+    source: str
+
+
+_Values = dict[tuple[str, str], _Given]
+
+
+def load_config(flags: Mapping[str, str], file: Path | None, env: Mapping[str, str]) -> Config:
+    """Read a configuration. `flags` are by dotted path: {"pool.bytes": "4GiB"}.
+
+    A value that a stronger source overrides is not looked at. Raises ConfigErrors with all mistakes.
+    """
+    errors: list[ConfigError] = []
+    values: _Values = {("server", "address"): _Given(default_address(env), "default")}
+    if file is not None:
+        values |= _read_file(file, errors)
+    values |= _read_env(env, errors)
+    for path, raw in flags.items():
+        section, _, key = path.partition(".")
+        values[section, key] = _Given(raw, OPTIONS.get(path, "command line"))
+    known: dict[str, dict[str, object]] = {}
+    for (section, key), given in values.items():
+        if key in KNOWN.get(section, {}):
+            known.setdefault(section, {})[key] = given.raw
+        else:
+            errors.append(ConfigError(f"{section}.{key}", given.source, _unknown(section, key)))
+    config = _build(known, values, errors)
+    if config is not None:
+        errors += _check_together(config, values)
+    if errors or config is None:
+        raise ConfigErrors(errors)
+    return config
+
+
+def _read_file(file: Path, errors: list[ConfigError]) -> _Values:
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        errors.append(ConfigError("", str(file), f"cannot be read: {error.strerror}"))
+        return {}
+    except ValueError as error:  # not TOML, or not UTF-8
+        errors.append(ConfigError("", str(file), f"is not TOML: {error}"))
+        return {}
+    values: _Values = {}
+    for section, body in document.items():
+        if not isinstance(body, dict):
+            errors.append(ConfigError(section, str(file), f"stands in no section; {_suggest_path(section)}"))
+        elif section not in KNOWN and not body:
+            errors.append(ConfigError(section, str(file), _unknown(section, "")))
+        else:
+            values |= {(section, key): _Given(raw, str(file)) for key, raw in body.items()}
+    return values
+
+
+def _read_env(env: Mapping[str, str], errors: list[ConfigError]) -> _Values:
+    """Take KVTIER_<SECTION>__<KEY>. KVTIER_ADDRESS, which all commands know, is weaker than its long form."""
+    values: _Values = {}
+    if env.get("KVTIER_ADDRESS"):
+        values["server", "address"] = _Given(env["KVTIER_ADDRESS"], "environment KVTIER_ADDRESS")
+    for variable, raw in sorted(env.items()):
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        section, separator, key = variable.removeprefix(ENV_PREFIX).lower().partition(ENV_SEPARATOR)
+        if separator:
+            values[section, key] = _Given(raw, f"environment {variable}")
+        elif variable in _SINGLE_UNDERSCORE:
+            problem = f"is not read; did you mean {_SINGLE_UNDERSCORE[variable]}?"
+            errors.append(ConfigError("", f"environment {variable}", problem))
+    return values
+
+
+def _env_variable(section: str, key: str) -> str:
+    return f"{ENV_PREFIX}{section}{ENV_SEPARATOR}{key}".upper()
+
+
+# The likely slip. Other variables without a double underscore are left alone: engines have their own, and a
+# Kubernetes service called "kvtier" puts KVTIER_PORT and its like into every pod.
+_SINGLE_UNDERSCORE = {
+    variable.replace(ENV_SEPARATOR, "_"): variable
+    for section, keys in KNOWN.items()
+    for variable in (_env_variable(section, key) for key in keys)
+}
+
+
+def _build(
+    known: Mapping[str, Mapping[str, object]], values: _Values, errors: list[ConfigError]
+) -> Config | None:
+    try:
+        return Config.model_validate(known)
+    except ValidationError as invalid:
+        for detail in invalid.errors():
+            section, key = str(detail["loc"][0]), str(detail["loc"][1])
+            source = values[section, key].source
+            errors.append(ConfigError(f"{section}.{key}", source, _problem(section, key, detail)))
+        return None
+
+
+def _problem(section: str, key: str, detail: ErrorDetails) -> str:
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    message = detail["msg"].replace("Input should be", "must be", 1)
+    unit = " ns" if f"{section}.{key}" in _DURATIONS else ""
+    return f"{message}{unit}; got {detail['input']!r}"
+
+
+def _check_together(config: Config, values: _Values) -> list[ConfigError]:
+    """Find values that are right alone and wrong together."""
+    limits = config.limits
+
+    def wrong(section: str, key: str, problem: str) -> ConfigError:
+        given = values.get((section, key))
+        return ConfigError(f"{section}.{key}", given.source if given else "default", problem)
+
+    errors = []
+    if limits.max_params >= limits.max_message:
+        errors.append(
+            wrong("limits", "max_params", "must be smaller than limits.max_message, which carries it")
+        )
+    if limits.sessions < limits.engines:
+        errors.append(
+            wrong("limits", "sessions", f"is {limits.sessions}, fewer than limits.engines = {limits.engines}")
+        )
+    if config.leases.pending_wait >= config.leases.lookup:
+        errors.append(
+            wrong("leases", "pending_wait", "must be shorter than leases.lookup, which pins meanwhile")
+        )
+    return errors
+
+
+def _unknown(section: str, key: str) -> str:
+    if section in KNOWN:
+        close = difflib.get_close_matches(key, KNOWN[section], n=1)
+        if close:
+            return f"unknown; did you mean {section}.{close[0]}?"
+        return f"unknown; {_suggest_path(key) or f'[{section}] has ' + ', '.join(KNOWN[section])}"
+    close = difflib.get_close_matches(section, KNOWN, n=1)
+    if close:
+        return f"there is no section [{section}]; did you mean [{close[0]}]?"
+    return f"there is no section [{section}]; there are {', '.join(f'[{name}]' for name in KNOWN)}"
+
+
+def _suggest_path(key: str) -> str:
+    """Name the setting of any section that `key` looks like, for a key in the wrong place; else ""."""
+    paths = {name: f"{section}.{name}" for section, keys in KNOWN.items() for name in keys}
+    close = difflib.get_close_matches(key, paths, n=1)
+    return f"did you mean {paths[close[0]]}?" if close else ""

@@ -1,0 +1,268 @@
+"""The books of the core: what every room reads and a few may write, and the moves they share.
+
+Owns the state, the shares of the pool, pins through leases, and who waits for a key. The rules of the calls
+are in `lookups.py`, `grants.py`, `completions.py`; the order of a daemon's life in `tiering.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from kvtier_server.admission import ReuseFilter
+from kvtier_server.core.events import EventLog
+from kvtier_server.core.instances import Instance, Instances, LockIsFree, Role, WorkersMissing
+from kvtier_server.core.leases import Lease, LeaseBook, LeaseKind
+from kvtier_server.core.limits import Limits
+from kvtier_server.core.quarantine import Quarantine
+from kvtier_server.core.refused import BadRequest, Draining
+from kvtier_server.core.requests import Request
+from kvtier_server.core.stores import Reservation, Reservations
+from kvtier_server.policies.base import CachePolicy
+from kvtier_server.primary.index import Chunk, KeySpace
+from kvtier_server.primary.size_classes import SlotTable
+from kvtier_server.primary.tier import SLICE_ITEMS, PrimaryTier
+
+MAX_REQUEST_ID_CHARS = 256
+
+
+class LookupStatus(IntEnum):
+    """What became of a key in a Lookup; the numbers are the wire's."""
+
+    HIT = 1
+    HIT_UNLEASED = 2
+    PENDING = 3
+    MISS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something to tell a session on its stream.
+
+    `kind`: resolved, credits_wanted, workers_changed, ended. `lease_id`, `key`, `status`, `slot_id` and
+    `generation` belong to resolved; `ranks` to workers_changed; `reason` to ended; `count` to credits_wanted.
+    """
+
+    session_id: str
+    kind: str
+    lease_id: int = 0
+    key: bytes = b""
+    status: int = 0
+    slot_id: int = 0
+    generation: int = 0
+    ranks: tuple[int, ...] = ()
+    reason: str = ""
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HashRequest:
+    """A part whose bytes somebody should hash, off the core's thread: a reader says they are wrong."""
+
+    slot_id: int
+    generation: int
+    part: int
+    part_bytes: int
+
+
+class Books:
+    """State of the core. Not a facade: callers outside the core use `tiering.Core`."""
+
+    def __init__(
+        self,
+        pool_bytes: int,
+        table: SlotTable,
+        make_policy: Callable[[int], CachePolicy],
+        lock_is_free: LockIsFree,
+        limits: Limits,
+        reuse_filter: ReuseFilter,
+    ) -> None:
+        self.limits = limits
+        self.counts: Counter[str] = Counter()
+        self.events = EventLog(limits.max_events)
+        self.primary = PrimaryTier(pool_bytes, table, make_policy, self._on_removed)
+        self.instances = Instances(limits, lock_is_free)
+        self.leases = LeaseBook(limits.tombstone_ns)
+        self.reservations = Reservations()
+        self.quarantine = Quarantine(self.primary)
+        self.filter = reuse_filter
+        self.draining = False
+        self.notices: deque[Notice] = deque()
+        self.hash_requests: deque[HashRequest] = deque(maxlen=1_024)
+        self._waiters: dict[tuple[KeySpace, bytes], list[Lease]] = {}
+        self._unpinning: deque[list[Chunk]] = deque()
+
+    def check_may_lease(self, instance: Instance) -> None:
+        """Raise Draining, or WorkersMissing before all ranks are attached."""
+        if self.draining:
+            raise Draining("the daemon is stopping; nothing new is leased")
+        if len(instance.sessions) <= instance.world_size:
+            missing = instance.missing_ranks()
+            if missing:
+                ranks = ",".join(map(str, missing))
+                raise WorkersMissing(
+                    f"worker ranks {ranks} are not attached; nothing is leased before", ranks=ranks
+                )
+
+    def request(self, instance: Instance, request_id: str, params: bytes | None = None) -> Request:
+        """Return the request, new if need be; parameters are kept from the call that brings them."""
+        if not request_id or len(request_id) > MAX_REQUEST_ID_CHARS:
+            raise BadRequest(
+                "context.request_id", f"{len(request_id)} characters; 1 to {MAX_REQUEST_ID_CHARS} are allowed"
+            )
+        if params is not None and len(params) > self.limits.max_params_bytes:
+            raise BadRequest(
+                "context.params_json", f"{len(params)} bytes; at most {self.limits.max_params_bytes}"
+            )
+        request = instance.requests.get_or_add(request_id)
+        if params is not None:
+            request.params = params
+        return request
+
+    def note_use(
+        self,
+        instance: Instance,
+        request: Request,
+        keys: Sequence[bytes],
+        found: Sequence[Chunk | None],
+        ranges: Sequence[tuple[int, int]],
+    ) -> None:
+        """Count the request's use of what it found, once; the tail of a prefix is older than its head."""
+        if request.runs:
+            fresh = [i for i, key in enumerate(keys) if request.stamp_of(key) is None]
+            keys = [keys[i] for i in fresh]
+            found = [found[i] for i in fresh]
+            ranges = [(0, len(keys))]
+        if not keys:
+            return
+        first = self.primary.issue_stamps(len(keys))
+        stamps: Sequence[int] = range(first + len(keys) - 1, first - 1, -1)
+        if len(ranges) > 1:
+            # Interleave the groups by position, or all chunks of the last group would go first.
+            order = sorted(
+                (i - start, group, i) for group, (start, end) in enumerate(ranges) for i in range(start, end)
+            )
+            by_key = [0] * len(keys)
+            for stamp, (_, _, i) in zip(stamps, order, strict=True):
+                by_key[i] = stamp
+            stamps = by_key
+        instance.requests.add_run(request, keys, stamps)
+        if None in found:
+            used = [(chunk, stamp) for chunk, stamp in zip(found, stamps, strict=True) if chunk is not None]
+            self.primary.use(request, [chunk for chunk, _ in used], [stamp for _, stamp in used])
+        else:
+            self.primary.use(request, found, stamps)  # type: ignore[arg-type]
+
+    def max_pinned_bytes(self, instance: Instance) -> int:
+        """Bytes of slots one instance may have pinned, and as many again reserved."""
+        share = int(self.primary.slabs.pool_bytes * self.limits.pin_share)
+        return max(share, *(size_class.slot_bytes for size_class in instance.namespace.classes))
+
+    def max_credit_bytes(self, instance: Instance) -> int:
+        """Bytes of slots one instance may hold as credits."""
+        pool_bytes = self.primary.slabs.pool_bytes
+        slot_bytes = max(size_class.slot_bytes for size_class in instance.namespace.classes)
+        few = min(self.limits.min_credit_slots * slot_bytes, pool_bytes // 4)
+        return max(int(pool_bytes * self.limits.credit_share), few, slot_bytes)
+
+    def pin(self, lease: Lease, chunks: Sequence[Chunk]) -> None:
+        """Put chunks under a lookup or load lease."""
+        lease.chunks.extend(chunks)
+        lease.instance.pinned_bytes += sum(chunk.size_class.slot_bytes for chunk in chunks)
+        self.primary.pin(chunks)
+
+    def end_lease(self, lease: Lease) -> None:
+        """Take a lease out: pins go, waiting ends. Reservations are the caller's to end."""
+        self.leases.remove(lease)
+        lease.instance.pinned_bytes -= sum(chunk.size_class.slot_bytes for chunk in lease.chunks)
+        self._unpinning.append(lease.chunks)
+        lease.chunks = []
+        if lease.kind is LeaseKind.LOAD:
+            lease.instance.remember_ended(("lease", lease.id), self.limits.max_remembered)
+        for key in lease.pending:
+            waiters = self._waiters.get((lease.instance.space, key), [])
+            if lease in waiters:
+                waiters.remove(lease)
+            if not waiters:
+                self._waiters.pop((lease.instance.space, key), None)
+        lease.pending = set()
+        if lease.kind is LeaseKind.LOOKUP:
+            request = lease.instance.requests.get(lease.request_id)
+            if request is not None:
+                request.lookup_leases.discard(lease.id)
+
+    def add_load_lease(self, instance: Instance, lease_id: int, request_id: str, now_ns: int) -> Lease:
+        """Enter a load lease that every rank has to report the end of; reports that came early count."""
+        lease = Lease(lease_id, LeaseKind.LOAD, instance, now_ns, self.limits.copy_lease_ns)
+        lease.request_id = request_id
+        lease.ranks_left = set(range(instance.world_size)) - instance.early_loads.pop(lease_id, set())
+        self.leases.add(lease)
+        return lease
+
+    def free_reservation(self, reservation: Reservation) -> None:
+        """End a reservation unpublished whose slot nobody can still be writing."""
+        if self.reservations.remove(reservation) and reservation.key is not None:
+            self.resolve(reservation.space, reservation.key, None)
+        self.primary.free_reserved(reservation.size_class, [reservation.slot_id])
+
+    def wait_for(self, lease: Lease, keys: set[bytes], until_ns: int) -> None:
+        """Let a lookup lease wait for unfinished stores of `keys`."""
+        lease.pending = keys
+        lease.pending_until_ns = until_ns
+        for key in keys:
+            self._waiters.setdefault((lease.instance.space, key), []).append(lease)
+
+    def resolve(self, space: KeySpace, key: bytes, chunk: Chunk | None) -> None:
+        """Tell whoever waits for `key` that it is there, pinned under their lease, or will not come."""
+        for lease in self._waiters.pop((space, key), []):
+            lease.pending.discard(key)
+            scheduler = lease.instance.sessions.get((Role.SCHEDULER, 0))
+            status = LookupStatus.MISS
+            if chunk is not None:
+                room = self.max_pinned_bytes(lease.instance) - lease.instance.pinned_bytes
+                status = LookupStatus.HIT_UNLEASED
+                if room >= chunk.size_class.slot_bytes:
+                    status = LookupStatus.HIT
+                    self.pin(lease, [chunk])
+            if scheduler is None:
+                continue
+            slot_id, generation = (chunk.slot_id, chunk.generation) if chunk is not None else (0, 0)
+            self.notices.append(Notice(scheduler.id, "resolved", lease.id, key, status, slot_id, generation))
+
+    def end_waits(self, now_ns: int) -> None:
+        """Resolve to MISS what has been waited for long enough."""
+        for (space, key), waiters in list(self._waiters.items()):
+            for lease in [waiter for waiter in waiters if waiter.pending_until_ns <= now_ns]:
+                self._stop_waiting(space, key, lease)
+
+    def _stop_waiting(self, space: KeySpace, key: bytes, lease: Lease) -> None:
+        self._waiters[(space, key)].remove(lease)
+        if not self._waiters[(space, key)]:
+            del self._waiters[(space, key)]
+        lease.pending.discard(key)
+        scheduler = lease.instance.sessions.get((Role.SCHEDULER, 0))
+        if scheduler is not None:
+            self.notices.append(Notice(scheduler.id, "resolved", lease.id, key, LookupStatus.MISS))
+
+    def settle(self) -> bool:
+        """Do a slice of what was put off: unpins, the policies, slabs on the move. False when all is done."""
+        left = SLICE_ITEMS
+        while self._unpinning and left > 0:
+            chunks = self._unpinning.popleft()
+            left -= len(chunks)
+            self.primary.unpin(chunks)
+        left = self.primary.settle(left)
+        if left > 0:
+            self.primary.drain_slice(left)
+        return bool(self._unpinning or self.primary.has_unsettled or self.primary.is_draining)
+
+    def unpin_all(self) -> None:
+        """Do every unpin that was put off: before victims are looked for."""
+        while self._unpinning:
+            self.primary.unpin(self._unpinning.popleft())
+
+    def _on_removed(self, space: KeySpace, keys: Sequence[bytes], reason: str) -> None:
+        self.counts[f"removed:{reason}"] += len(keys)
+        self.events.record("removed", space.name, reason, keys)

@@ -1,0 +1,256 @@
+"""What Complete brings: announcements, load starts, the ranks' reports, credits given back.
+
+Owns when a store becomes a chunk and when a load is over. The order between a scheduler's announcement and
+a rank's report does not matter: whichever comes second finds what the first left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvtier_server.core.books import Books, HashRequest
+from kvtier_server.core.instances import Instance, Role, Session
+from kvtier_server.core.leases import Lease, LeaseKind
+from kvtier_server.core.refused import BadRequest
+from kvtier_server.core.stores import ItemStatus, Reservation
+
+MAX_EARLY_LOADS = 4_096
+"""Load reports kept whose load start has not come yet, per instance; both travel within one step."""
+
+
+@dataclass(frozen=True, slots=True)
+class MismatchReport:
+    """A reader found other bytes than the checksum says."""
+
+    slot_id: int
+    generation: int
+
+
+class Completions:
+    """Takes the items of Complete, one after the other."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+
+    def announce(
+        self,
+        session: Session,
+        request_id: str,
+        slot_ids: Sequence[int],
+        generations: Sequence[int],
+        keys: Sequence[bytes],
+    ) -> list[ItemStatus]:
+        """Name the keys of credit slots, so that others see them PENDING."""
+        request = session.instance.requests.get(request_id)
+        statuses = []
+        for slot_id, generation, key in zip(slot_ids, generations, keys, strict=True):
+            found = self._reservation(session.instance, slot_id, generation, None)
+            if isinstance(found, Reservation):
+                found.announced = True
+                found.request = found.request or request
+                self._books.reservations.name(found, key)
+                found = ItemStatus.OK
+            elif found is ItemStatus.ALREADY:
+                found = ItemStatus.OK  # the ranks were faster than the announcement
+            statuses.append(found)
+        return statuses
+
+    def start_load(
+        self, session: Session, lookup_lease_id: int, load_lease_id: int, slot_ids: Sequence[int], now_ns: int
+    ) -> ItemStatus:
+        """Move pins from a lookup lease to a load lease. Without the former the load rests on its fence."""
+        instance = session.instance
+        leases = self._books.leases
+        if leases.get(instance, load_lease_id) is not None or ("lease", load_lease_id) in instance.ended:
+            return ItemStatus.ALREADY
+        lookup = leases.get(instance, lookup_lease_id)
+        if lookup is None or lookup.kind is not LeaseKind.LOOKUP or leases.is_buried(instance, load_lease_id):
+            return ItemStatus.UNKNOWN
+        if not load_lease_id:
+            raise BadRequest("load_starts.load_lease_id", "0; the client chooses one")
+        wanted = set(slot_ids)
+        moved = [chunk for chunk in lookup.chunks if chunk.slot_id in wanted]
+        lookup.chunks = [chunk for chunk in lookup.chunks if chunk.slot_id not in wanted]
+        load = self._books.add_load_lease(instance, load_lease_id, lookup.request_id, now_ns)
+        load.chunks = moved
+        if not load.ranks_left:
+            self._load_ended(load)
+        return ItemStatus.OK
+
+    def return_credits(
+        self, session: Session, slot_ids: Sequence[int], generations: Sequence[int]
+    ) -> list[ItemStatus]:
+        """Free credits that were never handed to a worker."""
+        statuses = []
+        for slot_id, generation in zip(slot_ids, generations, strict=True):
+            found = self._reservation(session.instance, slot_id, generation, None)
+            if isinstance(found, Reservation):
+                if found.announced or not found.untouched:
+                    statuses.append(ItemStatus.UNKNOWN)  # it was handed out: its ranks will report
+                    continue
+                self._conclude(found, ItemStatus.OK)
+                found = ItemStatus.OK
+            statuses.append(found)
+        return statuses
+
+    def report_store(
+        self,
+        session: Session,
+        part: int,
+        slot_ids: Sequence[int],
+        generations: Sequence[int],
+        keys: Sequence[bytes],
+        checksums: Sequence[int],
+        failed: set[int],
+    ) -> list[ItemStatus]:
+        """Note that a rank has ended writing its part of each slot; `failed` are indexes. Publishes."""
+        instance = self._worker(session, "store_reports")
+        if part != session.rank:
+            raise BadRequest("store_reports.part", f"{part}; rank {session.rank} writes its own part")
+        if part >= instance.namespace.facts.num_parts:
+            raise BadRequest(
+                "store_reports.part", f"{part}; ranks hold equal bytes here, so only rank 0 stores"
+            )
+        statuses = []
+        for index, (slot_id, generation, key, checksum) in enumerate(
+            zip(slot_ids, generations, keys, checksums, strict=True)
+        ):
+            found = self._reservation(instance, slot_id, generation, part)
+            if isinstance(found, Reservation):
+                found = self._take_part(found, part, key, checksum, index in failed)
+            statuses.append(found)
+        return statuses
+
+    def _take_part(
+        self, reservation: Reservation, part: int, key: bytes, checksum: int, failed: bool
+    ) -> ItemStatus:
+        if not reservation.parts_left >> part & 1:
+            return ItemStatus.ALREADY
+        reservation.parts_left &= ~(1 << part)
+        reservation.checksums[part] = checksum
+        reservation.failed = reservation.failed or failed
+        self._books.reservations.name(reservation, key)
+        status = ItemStatus.EXPIRED if reservation.expired else ItemStatus.OK
+        if not reservation.parts_left:
+            self._conclude(reservation, status)
+        return status
+
+    def _conclude(self, reservation: Reservation, status: ItemStatus) -> None:
+        """End a reservation that nobody writes any more: as a chunk, or as a free slot."""
+        books = self._books
+        instance = reservation.instance
+        for part in range(len(reservation.checksums)):
+            if not reservation.parts_left >> part & 1:
+                ended = ("store", reservation.slot_id, reservation.generation, part)
+                instance.remember_ended(ended, books.limits.max_remembered)
+        key, space = reservation.key, reservation.space
+        whole = not reservation.parts_left and not reservation.failed and not reservation.expired
+        if key is None or not whole or key in space.chunks:
+            books.counts["store:dropped" if whole else "store:failed"] += key is not None
+            books.free_reservation(reservation)
+        else:
+            books.reservations.remove(reservation)
+            request = reservation.request
+            stamp = request.stamp_of(key) if request is not None else None
+            if stamp is None:
+                stamp = books.primary.issue_stamps(1)
+            chunk = books.primary.publish(
+                space,
+                key,
+                reservation.slot_id,
+                reservation.generation,
+                reservation.size_class,
+                reservation.checksums,
+                stamp,
+                request,
+            )
+            books.counts["store:published"] += 1
+            books.events.record("stored", space.name, "store", (key,))
+            books.resolve(space, key, chunk)
+        if (
+            not reservation.lease.slot_ids
+            and books.leases.get(instance, reservation.lease.id) is reservation.lease
+        ):
+            books.end_lease(reservation.lease)
+
+    def report_load(
+        self,
+        session: Session,
+        lease_id: int,
+        num_torn: int,
+        mismatches: Sequence[MismatchReport],
+        now_ns: int,
+    ) -> ItemStatus:
+        """Note that a rank has ended reading; with the last rank's report the pins go."""
+        instance = self._worker(session, "load_reports")
+        books = self._books
+        books.counts["load:torn"] += num_torn
+        for mismatch in mismatches:
+            self._ask_for_hash(mismatch, instance, instance.part_of(session.rank))
+        if ("load", lease_id, session.rank) in instance.ended:
+            return ItemStatus.ALREADY
+        instance.remember_ended(("load", lease_id, session.rank), books.limits.max_remembered)
+        lease = books.leases.get(instance, lease_id)
+        if lease is None or lease.kind is not LeaseKind.LOAD:
+            if ("lease", lease_id) in instance.ended:
+                return ItemStatus.EXPIRED
+            instance.early_loads.setdefault(lease_id, set()).add(session.rank)
+            if len(instance.early_loads) > MAX_EARLY_LOADS:
+                instance.early_loads.popitem(last=False)
+            return ItemStatus.UNKNOWN
+        lease.ranks_left.discard(session.rank)
+        if not lease.ranks_left:
+            self._load_ended(lease)
+        return ItemStatus.OK
+
+    def _load_ended(self, lease: Lease) -> None:
+        self._books.end_lease(lease)
+        self._books.counts["load:ended"] += 1
+
+    def _ask_for_hash(self, mismatch: MismatchReport, instance: Instance, part: int) -> None:
+        chunk = self._books.primary.by_slot.get(mismatch.slot_id)
+        if (
+            chunk is None
+            or chunk.generation != mismatch.generation
+            or chunk.space.name.namespace != instance.space.name.namespace
+        ):
+            return
+        group = instance.namespace.group_of(chunk.key)
+        part_bytes = instance.namespace.facts.groups[group].part_bytes
+        self._books.hash_requests.append(HashRequest(chunk.slot_id, chunk.generation, part, part_bytes))
+
+    def hashed(self, request: HashRequest, matches: bool) -> None:
+        """Act on a hash computed over a slot: a real mismatch is quarantined, a false one counted."""
+        chunk = self._books.primary.by_slot.get(request.slot_id)
+        if chunk is None or chunk.generation != request.generation or chunk.dropped:
+            return
+        if matches:
+            self._books.counts["checksum:false_alarm"] += 1
+            return
+        self._books.counts["checksum:corrupt"] += 1
+        self._books.primary.condemn(chunk, owner=0)
+
+    @staticmethod
+    def _worker(session: Session, field: str) -> Instance:
+        if session.role is not Role.WORKER:
+            raise BadRequest(field, "a scheduler reports no copies; the ranks do")
+        return session.instance
+
+    def _reservation(
+        self, instance: Instance, slot_id: int, generation: int, part: int | None
+    ) -> Reservation | ItemStatus:
+        """Find what is reserved under slot and generation, or say why not."""
+        reservation = self._books.reservations.get(slot_id)
+        if (
+            reservation is not None
+            and reservation.generation == generation
+            and reservation.instance is instance
+        ):
+            return reservation
+        if ("store", slot_id, generation, part or 0) in instance.ended:
+            return ItemStatus.ALREADY
+        current = self._books.primary.generation(slot_id)
+        if current is not None and generation < current:
+            return ItemStatus.STALE_GENERATION
+        return ItemStatus.UNKNOWN

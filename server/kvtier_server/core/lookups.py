@@ -1,0 +1,234 @@
+"""Lookup: what is there, what a lease pins of it, and which misses are worth storing.
+
+Owns the rule what a lookup lease covers: the longest prefix that all groups can use, as far as the
+instance's share of pins goes. Does not copy and does not wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvtier_ops.prefix import GroupPresence, first_gap, usable_prefix
+from kvtier_server.core.books import Books, LookupStatus
+from kvtier_server.core.instances import Instance, Session
+from kvtier_server.core.leases import Lease, LeaseKind
+from kvtier_server.core.namespaces import check_keys
+from kvtier_server.core.refused import BadRequest, LeaseUnknown
+from kvtier_server.core.requests import Request
+from kvtier_server.primary.index import Chunk, KeySpace
+
+
+@dataclass(frozen=True, slots=True)
+class LookupAnswer:
+    """One status per key; `leased` are runs (first, count) of keys, `slot_ids` and `generations` theirs."""
+
+    statuses: list[int]
+    unwanted: list[int] = field(default_factory=list)
+    leased: list[tuple[int, int]] = field(default_factory=list)
+    slot_ids: list[int] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+
+
+class Lookups:
+    """Answers Lookup and Touch."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+
+    def lookup(
+        self,
+        session: Session,
+        request: Request,
+        keys: Sequence[bytes],
+        now_ns: int,
+        lease_id: int = 0,
+        first_chunks: Sequence[int] = (),
+        max_tokens: int = 0,
+        pending_wait_ns: int = 0,
+    ) -> LookupAnswer:
+        """Answer one status per key; with a lease id, pin the longest prefix that all groups can use."""
+        instance = session.instance
+        check_keys(keys, self._books.limits.max_keys)
+        if first_chunks and len(first_chunks) != len(instance.namespace.tails):
+            raise BadRequest("first_chunks", f"{len(first_chunks)} entries; one per group, or none")
+        if lease_id:
+            self._books.check_may_lease(instance)
+        ranges = instance.namespace.split(keys)
+        space = instance.space
+        found = list(map(space.chunks.get, keys))
+        self._books.note_use(instance, request, keys, found, ranges)
+        if None not in found:
+            statuses: list[int] = [LookupStatus.HIT] * len(keys)
+            unwanted: list[int] = []
+            pending: set[bytes] = set()
+        else:
+            statuses, pending = self._statuses(space, keys, found)
+            unwanted = self._unwanted(space, request, keys, statuses)
+        self._books.counts["lookup:hit"] += len(keys) - found.count(None)
+        self._books.counts["lookup:pending"] += len(pending)
+        if not lease_id:
+            return LookupAnswer(statuses, unwanted)
+        wanted = self._wanted_runs(instance, keys, found, pending, ranges, first_chunks, max_tokens)
+        return self._lease_runs(
+            instance,
+            request,
+            keys,
+            found,
+            statuses,
+            unwanted,
+            wanted,
+            pending,
+            lease_id,
+            now_ns,
+            pending_wait_ns,
+        )
+
+    def _statuses(
+        self, space: KeySpace, keys: Sequence[bytes], found: Sequence[Chunk | None]
+    ) -> tuple[list[int], set[bytes]]:
+        hit, miss = int(LookupStatus.HIT), int(LookupStatus.MISS)
+        statuses = [miss if chunk is None else hit for chunk in found]
+        pending: set[bytes] = set()
+        if space.writers:
+            for index, key in enumerate(keys):
+                if found[index] is None and key in space.writers:
+                    statuses[index] = LookupStatus.PENDING
+                    pending.add(key)
+        self._books.counts["lookup:miss"] += statuses.count(miss)
+        return statuses, pending
+
+    def _unwanted(
+        self, space: KeySpace, request: Request, keys: Sequence[bytes], statuses: Sequence[int]
+    ) -> list[int]:
+        if not self._books.filter.is_active:
+            return []
+        missing = [index for index, status in enumerate(statuses) if status == LookupStatus.MISS]
+        wanted = self._books.filter.offer([space.chunk_id(keys[index]) for index in missing], request.serial)
+        return [index for index, want in zip(missing, wanted, strict=True) if not want]
+
+    def _wanted_runs(
+        self,
+        instance: Instance,
+        keys: Sequence[bytes],
+        found: Sequence[Chunk | None],
+        pending: set[bytes],
+        ranges: Sequence[tuple[int, int]],
+        first_chunks: Sequence[int],
+        max_tokens: int,
+    ) -> list[tuple[int, int]]:
+        """Index ranges [first, end) that a lease should cover; PENDING keys count as there."""
+        facts = instance.namespace.facts
+        present: Sequence[object | None] = found
+        if pending:
+            present = [
+                chunk if chunk is not None else (key if key in pending else None)
+                for chunk, key in zip(found, keys, strict=True)
+            ]
+        if len(ranges) == 1 and not facts.groups[0].sliding_window_tokens:
+            end = first_gap(present)
+            if max_tokens:
+                first = first_chunks[0] if first_chunks else 0
+                end = min(end, max(max_tokens // facts.chunk_tokens(0) - first, 0))
+            return [(0, end)]
+        groups = [
+            GroupPresence(
+                present[start:end],
+                facts.chunk_tokens(group),
+                first_chunks[group] if first_chunks else 0,
+                facts.groups[group].sliding_window_tokens,
+            )
+            for group, (start, end) in enumerate(ranges)
+        ]
+        prefix = usable_prefix(groups, max_tokens or None)
+        return [
+            (start + first - group.first_chunk, start + end - group.first_chunk)
+            for (start, _), group, (first, end) in zip(ranges, groups, prefix.ranges, strict=True)
+        ]
+
+    def _lease_runs(
+        self,
+        instance: Instance,
+        request: Request,
+        keys: Sequence[bytes],
+        found: Sequence[Chunk | None],
+        statuses: list[int],
+        unwanted: list[int],
+        wanted: Sequence[tuple[int, int]],
+        pending: set[bytes],
+        lease_id: int,
+        now_ns: int,
+        pending_wait_ns: int,
+    ) -> LookupAnswer:
+        known = self._books.leases.get(instance, lease_id)
+        if known is not None:
+            if known.kind is not LeaseKind.LOOKUP:
+                raise LeaseUnknown(f"lease {lease_id:#x} is a {known.kind} lease")
+            self._books.end_lease(known)  # a repeated call: the answer is made anew
+        fitting = self._fitting(instance, found, wanted)
+        if (
+            self._books.leases.is_buried(instance, lease_id)
+            or instance.num_leases >= self._books.limits.max_leases
+        ):
+            fitting = [(first, first) for first, _ in wanted]
+        for (_, end), (_, allowed) in zip(wanted, fitting, strict=True):
+            for index in range(allowed, end):
+                if found[index] is not None:
+                    statuses[index] = LookupStatus.HIT_UNLEASED
+        runs, chunks = self._runs(found, fitting)
+        waiting = {keys[i] for first, end in fitting for i in range(first, end) if keys[i] in pending}
+        if not chunks and not waiting:
+            return LookupAnswer(statuses, unwanted)
+        lease = Lease(lease_id, LeaseKind.LOOKUP, instance, now_ns, self._books.limits.lookup_lease_ns)
+        lease.request_id = request.id
+        request.lookup_leases.add(lease_id)
+        self._books.leases.add(lease)
+        self._books.pin(lease, chunks)
+        if waiting and pending_wait_ns:
+            until_ns = now_ns + min(pending_wait_ns, self._books.limits.max_pending_wait_ns)
+            self._books.wait_for(lease, waiting, until_ns)
+        return LookupAnswer(
+            statuses,
+            unwanted,
+            runs,
+            [chunk.slot_id for chunk in chunks],
+            [chunk.generation for chunk in chunks],
+        )
+
+    def _fitting(
+        self, instance: Instance, found: Sequence[Chunk | None], wanted: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Shorten the ranges to what the instance may still pin. Several groups fit wholly or not at all."""
+        room = self._books.max_pinned_bytes(instance) - instance.pinned_bytes
+        classes = instance.namespace.classes
+        need = sum((end - first) * classes[group].slot_bytes for group, (first, end) in enumerate(wanted))
+        if need <= room:
+            return list(wanted)
+        if len(wanted) > 1:
+            return [(first, first) for first, _ in wanted]
+        first, end = wanted[0]
+        return [(first, min(end, first + max(room, 0) // classes[0].slot_bytes))]
+
+    @staticmethod
+    def _runs(
+        found: Sequence[Chunk | None], ranges: Sequence[tuple[int, int]]
+    ) -> tuple[list[tuple[int, int]], list[Chunk]]:
+        """Runs (first, count) of resident chunks within the ranges, and the chunks."""
+        runs: list[tuple[int, int]] = []
+        chunks: list[Chunk] = []
+        for start, end in ranges:
+            position = start
+            while position < end:
+                piece = found[position:end]
+                length = first_gap(piece)
+                if length:
+                    runs.append((position, length))
+                    chunks.extend(piece[:length])  # type: ignore[arg-type]
+                position += length + 1
+        return runs, chunks
+
+    def touch(self, session: Session, request: Request, keys: Sequence[bytes]) -> None:
+        """Count a use of resident keys by this request."""
+        check_keys(keys, self._books.limits.max_keys)
+        found = list(map(session.instance.space.chunks.get, keys))
+        self._books.note_use(session.instance, request, keys, found, session.instance.namespace.split(keys))

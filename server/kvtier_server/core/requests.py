@@ -1,0 +1,97 @@
+"""What the core remembers of an engine's unfinished requests: parameters, recency, lookup leases.
+
+Owns when a request counts as a use of a chunk: once, by its place in the request, whichever of Lookup,
+PrepareLoad and publish comes first. Within a request the tail is older than the head, so a prefix is evicted
+from its end; chunks stored by a request stand where the request's lookup put them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+
+class Request:
+    """One unfinished request of one instance."""
+
+    __slots__ = ("_stamps", "id", "lookup_leases", "num_keys", "params", "runs", "serial")
+
+    def __init__(self, request_id: str, serial: int) -> None:
+        self.id = request_id
+        self.serial = serial
+        self.params: bytes | None = None
+        self.lookup_leases: set[int] = set()
+        self.runs: list[tuple[Sequence[bytes], Sequence[int]]] = []
+        self.num_keys = 0
+        self._stamps: dict[bytes, int] | None = None
+
+    def add_run(self, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
+        """Remember that the request counted as a use of `keys` at `stamps`."""
+        self.runs.append((keys, stamps))
+        self.num_keys += len(keys)
+        if self._stamps is not None:
+            self._stamps.update(zip(keys, stamps, strict=True))
+
+    def stamp_of(self, key: bytes) -> int | None:
+        """Stamp the request gave `key`; None if it never named it. Builds its table on first use."""
+        if self._stamps is None:
+            self._stamps = {}
+            for keys, stamps in self.runs:
+                self._stamps.update(zip(keys, stamps, strict=True))
+        return self._stamps.get(key)
+
+    def forget_keys(self) -> None:
+        """Drop the remembered keys; later uses count as new ones."""
+        self.runs = []
+        self.num_keys = 0
+        self._stamps = None
+
+
+class Requests:
+    """Unfinished requests of one instance by id, oldest first, bounded in number and in keys.
+
+    `next_serial` numbers requests over all instances, for the reuse filter.
+    """
+
+    def __init__(self, max_requests: int, max_keys: int, next_serial: Callable[[], int]) -> None:
+        self._next_serial = next_serial
+        self._requests: OrderedDict[str, Request] = OrderedDict()
+        self._max_requests = max_requests
+        self._max_keys = max_keys
+        self._num_keys = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def get(self, request_id: str) -> Request | None:
+        """Return the request, if it is known."""
+        return self._requests.get(request_id)
+
+    def get_or_add(self, request_id: str) -> Request:
+        """Return the request, new if need be; the oldest without a lease makes room."""
+        request = self._requests.get(request_id)
+        if request is None:
+            if len(self._requests) >= self._max_requests:
+                oldest = next((r for r in self._requests.values() if not r.lookup_leases), None)
+                if oldest is not None:
+                    self.pop(oldest.id)
+            request = self._requests[request_id] = Request(request_id, self._next_serial())
+        return request
+
+    def add_run(self, request: Request, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
+        """Remember keys of a request; the oldest requests' keys make room."""
+        request.add_run(keys, stamps)
+        self._num_keys += len(keys)
+        if self._num_keys > self._max_keys:
+            for other in self._requests.values():
+                self._num_keys -= other.num_keys
+                other.forget_keys()
+                if self._num_keys <= self._max_keys // 2:
+                    break
+
+    def pop(self, request_id: str) -> Request | None:
+        """Forget a request."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._num_keys -= request.num_keys
+        return request

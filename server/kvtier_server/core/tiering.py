@@ -1,0 +1,282 @@
+"""What happens: every question an engine or a tick can put to the daemon, in one place.
+
+`Core` is the facade of the state machine. It owns sessions' beginnings and ends, epochs, and time passing;
+`lookups`, `grants` and `completions` answer the calls, over the same books.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from kvtier_ops.namespace import FactsError, NamespaceFacts
+from kvtier_server.admission import ReuseFilter
+from kvtier_server.core.books import Books, Notice
+from kvtier_server.core.completions import Completions
+from kvtier_server.core.grants import Grants
+from kvtier_server.core.instances import Applicant, Instance, LockIsFree, Role, Session
+from kvtier_server.core.leases import LeaseKind
+from kvtier_server.core.limits import Limits
+from kvtier_server.core.lookups import Lookups
+from kvtier_server.core.namespaces import Namespace
+from kvtier_server.core.refused import BadRequest, Draining, Refused
+from kvtier_server.core.stores import Reservation
+from kvtier_server.policies.base import CachePolicy
+from kvtier_server.primary.index import Chunk, SpaceName
+from kvtier_server.primary.size_classes import SizeClass, SlotTable
+
+
+class DoesNotFit(Refused):
+    """A chunk is larger than this pool can hold."""
+
+    reason = "POOL_FULL"
+
+
+class Core:
+    """The state machine. One thread at a time; never waits.
+
+    `lookups`, `grants` and `completions` take the calls of attached sessions; `books` is for reading.
+    """
+
+    def __init__(
+        self,
+        pool_bytes: int,
+        table: SlotTable,
+        make_policy: Callable[[int], CachePolicy],
+        lock_is_free: LockIsFree,
+        random64: Callable[[], int],
+        limits: Limits | None = None,
+        reuse_filter: ReuseFilter | None = None,
+    ) -> None:
+        self.books = Books(
+            pool_bytes, table, make_policy, lock_is_free, limits or Limits(), reuse_filter or ReuseFilter(0)
+        )
+        self.lookups = Lookups(self.books)
+        self.grants = Grants(self.books)
+        self.completions = Completions(self.books)
+        self.namespaces: dict[str, Namespace] = {}
+        self._lock_is_free = lock_is_free
+        self._random64 = random64
+
+    def attach(self, session_id: str, applicant: Applicant, facts: NamespaceFacts, now_ns: int) -> Session:
+        """Open a session. Raises a refusal and changes nothing, or replaces the seat's dead holder.
+
+        A `previous_session` is the process's word that none of its copies still runs: slots that waited
+        for its lock are free again.
+        """
+        if self.books.draining:
+            raise Draining("the daemon is stopping; attach again when it is back")
+        try:
+            facts.validate()
+        except FactsError as error:
+            raise BadRequest("namespace", str(error)) from error
+        if facts.num_parts not in (1, applicant.world_size):
+            raise BadRequest(
+                "namespace.num_parts",
+                f"{facts.num_parts}; with world_size {applicant.world_size} it is that or 1",
+            )
+        namespace = self._namespace(facts)
+        if not namespace.num_engines and not self._has_chunks(namespace):
+            namespace.geometries.clear()  # nothing is left that a new geometry could contradict
+        self.books.instances.check_same(applicant, namespace)
+        holder = self.books.instances.seat_holder(applicant, now_ns)
+        if holder is None:
+            self.books.instances.check_room(applicant)
+        if applicant.role is Role.WORKER:
+            if applicant.geometry is None:
+                raise BadRequest("geometry", "missing; a worker tells its tensors")
+            namespace.register_geometry(applicant.rank, applicant.geometry)
+        if holder is not None:
+            self.end_session(holder.id, "REPLACED")
+        if applicant.previous_session:
+            self.books.quarantine.clear(applicant.lock_file)
+        space = self.books.primary.spaces.get_or_add(SpaceName(namespace.digest, applicant.tenant, 0))
+        self.namespaces.setdefault(namespace.digest, namespace)
+        session = self.books.instances.open(session_id, applicant, namespace, space, now_ns)
+        if len(session.instance.sessions) == 1:
+            namespace.num_engines += 1
+            for size_class in namespace.classes:
+                size_class.live_engines += 1
+        self._tell_workers(session.instance)
+        return session
+
+    def _namespace(self, facts: NamespaceFacts) -> Namespace:
+        digest = facts.digest()
+        known = self.namespaces.get(digest)
+        if known is not None:
+            return known
+        slabs = self.books.primary.slabs
+        classes: dict[int, SizeClass] = {}
+        for group in sorted(range(len(facts.groups)), key=facts.slot_bytes, reverse=True):
+            size_class = slabs.size_class(facts.slot_bytes(group))
+            if size_class is None:
+                raise DoesNotFit(
+                    f"a chunk of group {group} takes {facts.slot_bytes(group)} bytes, but the pool has "
+                    f"{slabs.pool_bytes} in slabs of {slabs.slab_bytes}; start the daemon "
+                    "with a larger --pool-bytes, or the engine with fewer blocks_per_chunk"
+                )
+            classes[group] = size_class
+        return Namespace(facts, digest, tuple(classes[group] for group in range(len(facts.groups))))
+
+    def end_session(self, session_id: str, reason: str) -> None:
+        """End a session, and with it its whole instance. Unknown sessions are passed over.
+
+        Loads are unpinned (readers are fenced by generation), unpublished slots are quarantined until the
+        workers that may still write them are gone or have drained, and the other sessions are told.
+        """
+        session = self.books.instances.sessions.get(session_id)
+        if session is None:
+            return
+        instance = session.instance
+        self.books.counts[f"session_ended:{reason}"] += 1
+        for lease in self.books.leases.of_instance(instance):
+            self.books.end_lease(lease)
+        workers = {member.lock_file for (role, _), member in instance.sessions.items() if role is Role.WORKER}
+        self._quarantine(self.books.reservations.of_instance(instance), workers)
+        instance.namespace.num_engines -= 1
+        for size_class in instance.namespace.classes:
+            size_class.live_engines -= 1
+        self._forget_unused(instance)
+        for member in self.books.instances.remove(instance):
+            why = reason if member is session else "INSTANCE_LOST"
+            self.books.notices.append(Notice(member.id, "ended", reason=why))
+
+    def _has_chunks(self, namespace: Namespace) -> bool:
+        return any(
+            s.chunks or s.writers for s in self.books.primary.spaces if s.name.namespace == namespace.digest
+        )
+
+    def _forget_unused(self, instance: Instance) -> None:
+        """Keep no namespace, and no key space, that holds nothing and that nobody is attached with."""
+        others = {other.space for other in self.books.instances if other is not instance}
+        for space in [space for space in self.books.primary.spaces if space not in others]:
+            if not space.chunks and not space.writers:
+                self.books.primary.spaces.forget(space)
+        for digest, namespace in list(self.namespaces.items()):
+            if not namespace.num_engines and not self._has_chunks(namespace):
+                del self.namespaces[digest]
+
+    def _quarantine(self, reservations: Sequence[Reservation], guards: set[str]) -> None:
+        """End reservations unpublished; their slots wait for the guards, or are free if there are none."""
+        per_class: dict[SizeClass, list[int]] = {}
+        for reservation in reservations:
+            per_class.setdefault(reservation.size_class, []).append(reservation.slot_id)
+            if self.books.reservations.remove(reservation) and reservation.key is not None:
+                self.books.resolve(reservation.space, reservation.key, None)
+        owner = reservations[0].instance.nonce if reservations else 0
+        for size_class, slot_ids in per_class.items():
+            if guards:
+                self.books.primary.quarantine_reserved(size_class, slot_ids, owner)
+                self.books.quarantine.add(size_class, slot_ids, guards)
+            else:
+                self.books.primary.free_reserved(size_class, slot_ids)
+
+    def _tell_workers(self, instance: Instance) -> None:
+        scheduler = instance.sessions.get((Role.SCHEDULER, 0))
+        if scheduler is not None:
+            missing = tuple(instance.missing_ranks())
+            self.books.notices.append(Notice(scheduler.id, "workers_changed", ranks=missing))
+
+    def finish(self, instance: Instance, request_id: str) -> None:
+        """Forget a request: its lookup leases end, running copies go on."""
+        request = instance.requests.pop(request_id)
+        if request is not None:
+            for lease_id in list(request.lookup_leases):
+                lease = self.books.leases.get(instance, lease_id)
+                if lease is not None:
+                    self.books.end_lease(lease)
+
+    def renew(self, session: Session, lease_ids: Sequence[int], now_ns: int) -> list[bool]:
+        """Extend lookup leases; False for those that are gone."""
+        renewed = []
+        for lease_id in lease_ids:
+            lease = self.books.leases.get(session.instance, lease_id)
+            if lease is not None and lease.kind is LeaseKind.LOOKUP:
+                self.books.leases.renew(lease, now_ns, self.books.limits.lookup_lease_ns)
+            renewed.append(lease is not None)
+        return renewed
+
+    def release(self, instance: Instance, lease_id: int, now_ns: int) -> bool:
+        """End a lease at the scheduler's word; an unknown id is remembered, and a later grant under it void.
+
+        For a store or credit lease it is the word that slots nobody announced were never handed out.
+        Running copies go on.
+        """
+        lease = self.books.leases.get(instance, lease_id)
+        if lease is None:
+            self.books.leases.bury(instance, lease_id, now_ns)
+            return False
+        self.books.leases.bury(instance, lease_id, now_ns)
+        if lease.kind in (LeaseKind.LOOKUP, LeaseKind.LOAD):
+            self.books.end_lease(lease)
+            return True
+        for reservation in self.books.reservations.of_lease(lease):
+            if reservation.untouched and not reservation.announced:
+                self.books.free_reservation(reservation)
+        if not lease.slot_ids:
+            self.books.end_lease(lease)
+        return True
+
+    def reset(self, session: Session, weights_id: str) -> int:
+        """Move the instance to another epoch: random, or shared by all that reset to `weights_id`.
+
+        Lookup leases end; what is being stored now ends unpublished when its writers have reported.
+        """
+        instance = session.instance
+        epoch = self._random64() | 1
+        if weights_id:
+            epoch = int.from_bytes(hashlib.sha256(weights_id.encode()).digest()[:8], "big") | 1
+        for lease in self.books.leases.of_instance(instance):
+            if lease.kind is LeaseKind.LOOKUP:
+                self.books.end_lease(lease)
+        for reservation in self.books.reservations.of_instance(instance):
+            reservation.failed = True
+        name = SpaceName(instance.namespace.digest, instance.tenant, epoch)
+        instance.space = self.books.primary.spaces.get_or_add(name)
+        return epoch
+
+    def tick(self, now_ns: int) -> None:
+        """Let time pass: expire leases, tombstones and waits, and try the locks of quarantined slots."""
+        for lease in self.books.leases.expired(now_ns):
+            self.books.counts[f"lease_expired:{lease.kind}"] += 1
+            for reservation in self.books.reservations.of_lease(lease):
+                reservation.expired = True
+            self.books.end_lease(lease)
+        self.books.end_waits(now_ns)
+        self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
+        for guard in self.books.quarantine.guards:
+            if self._lock_is_free(guard):
+                self.books.quarantine.clear(guard)
+        self.books.settle()
+
+    def check_integrity(self) -> None:
+        """Assert that the books agree: states add up to the slots, pins to the leases. O(everything)."""
+        while self.books.settle():
+            pass
+        self.books.primary.check_integrity()
+        pins: Counter[Chunk] = Counter()
+        for lease in self.books.leases:
+            pins.update(lease.chunks)
+        for chunk in self.books.primary.by_slot.values():
+            assert chunk.pins == pins[chunk], f"slot {chunk.slot_id}: {chunk.pins} pins, {pins[chunk]} leases"
+        reserved: Counter[int] = Counter(r.size_class.slot_bytes for r in self.books.reservations)
+        for slot_bytes, size_class in self.books.primary.slabs.classes.items():
+            assert reserved[slot_bytes] == size_class.num_reserved, (
+                slot_bytes,
+                reserved,
+                size_class.num_reserved,
+            )
+        for instance in self.books.instances:
+            own = [r for r in self.books.reservations if r.instance is instance]
+            assert instance.inflight_bytes == sum(r.size_class.slot_bytes for r in own)
+            assert instance.credit_bytes == sum(r.size_class.slot_bytes for r in own if r.key is None)
+            held = [
+                chunk for lease in self.books.leases if lease.instance is instance for chunk in lease.chunks
+            ]
+            assert instance.pinned_bytes == sum(chunk.size_class.slot_bytes for chunk in held)
+        for space in self.books.primary.spaces:
+            writers = Counter(
+                r.key for r in self.books.reservations if r.space is space and r.key is not None
+            )
+            assert writers == Counter(space.writers), f"writers of {space.name} do not add up"

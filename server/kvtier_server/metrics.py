@@ -1,0 +1,256 @@
+"""What Prometheus sees: every metric's name, help, labels and buckets.
+
+State comes as a published StatsSnapshot and is read at the scrape; durations are observed as they happen. A
+scrape never enters the core. No label holds a key, a request or a pid.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvtier_server.stats import (
+    EVICTION_REASONS,
+    LEASE_KINDS,
+    LOOKUP_RESULTS,
+    PRIMARY_TIER,
+    SESSION_ENDS,
+    SESSION_ROLES,
+    STORE_REFUSALS,
+    StatsSnapshot,
+)
+
+# A `_created` series beside each counter: nobody asks for it, and start_time_seconds says the same.
+disable_created_metrics()
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_TENANTS = 32
+"""Tenants with a series of their own; the smaller ones share `other`."""
+OTHER_TENANTS = "other"
+
+RPC_BUCKETS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+TRANSFER_BUCKETS_S = (1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+TRANSFER_BUCKETS_BYTES = tuple(float(4**power << 10) for power in range(3, 12))
+"""64 KiB to 4 GiB in steps of four."""
+
+DIRECTIONS = ("store", "load")
+PATHS = ("shm", "cuda_ipc")
+
+
+class Metrics:
+    """The daemon's registry. All methods may be called from any thread; none waits for another.
+
+    `methods` are the RPCs served, "OffloadService/Lookup", and `limits` goes to kvtier_limit{name} as it is.
+    """
+
+    def __init__(
+        self, *, version: str, methods: Iterable[str], limits: Mapping[str, float], cuda: str = "none"
+    ) -> None:
+        self.registry = CollectorRegistry()
+        self._snapshot = StatsSnapshot()
+        info = {"version": version, "python": platform.python_version(), "cuda": cuda}
+        self.registry.register(_StateCollector(self, info, dict(limits)))
+        self._rpc = Histogram(
+            "kvtier_rpc_duration_seconds",
+            "Time to answer an RPC, by method and gRPC status code.",
+            ("method", "code"),
+            buckets=RPC_BUCKETS_S,
+            registry=self.registry,
+        )
+        # Only OK: each further code would be 18 series per method that mostly stay 0.
+        self._rpc_children = {(method, "OK"): self._rpc.labels(method, "OK") for method in methods}
+        self._make_transfer_metrics()
+
+    def _make_transfer_metrics(self) -> None:
+        labels = ("direction", "path")
+        copied = Counter(
+            "kvtier_transfer_bytes",
+            "Bytes copied to and from the pool.",
+            labels,
+            registry=self.registry,
+        )
+        duration = Histogram(
+            "kvtier_transfer_duration_seconds",
+            "Time of one rank's copies of one job.",
+            labels,
+            buckets=TRANSFER_BUCKETS_S,
+            registry=self.registry,
+        )
+        size = Histogram(
+            "kvtier_transfer_size_bytes",
+            "Bytes of one rank's copies of one job.",
+            ("direction",),
+            buckets=TRANSFER_BUCKETS_BYTES,
+            registry=self.registry,
+        )
+        self._transfers = {
+            (direction, path): (
+                copied.labels(direction, path),
+                duration.labels(direction, path),
+                size.labels(direction),
+            )
+            for direction in DIRECTIONS
+            for path in PATHS
+        }
+
+    @property
+    def snapshot(self) -> StatsSnapshot:
+        """The snapshot published last."""
+        return self._snapshot
+
+    def publish(self, snapshot: StatsSnapshot) -> None:
+        """Replace what the next scrape shows. One assignment: cheap enough for every tick."""
+        self._snapshot = snapshot
+
+    def observe_rpc(self, method: str, code: str, seconds: float) -> None:
+        """Count one answered RPC. `code` is the name of the gRPC status, "OK" or "NOT_FOUND"."""
+        child = self._rpc_children.get((method, code))
+        if child is None:
+            child = self._rpc_children[method, code] = self._rpc.labels(method, code)
+        child.observe(seconds)
+
+    def observe_transfer(self, direction: str, path: str, size_bytes: int, seconds: float) -> None:
+        """Count one rank's copies of one job; `direction` and `path` are those of DIRECTIONS and PATHS."""
+        copied, duration, size = self._transfers[direction, path]
+        copied.inc(size_bytes)
+        duration.observe(seconds)
+        size.observe(size_bytes)
+
+    def render(self) -> bytes:
+        """Return the text of a scrape."""
+        return generate_latest(self.registry)
+
+
+class _StateCollector(Collector):
+    """Turns the last snapshot into metrics. Each counter family begins with its known labels at 0."""
+
+    def __init__(self, metrics: Metrics, info: dict[str, str], limits: Mapping[str, float]) -> None:
+        self._metrics = metrics
+        self._info = info
+        self._limits = limits
+
+    def collect(self) -> Iterator[Metric]:
+        snapshot = self._metrics.snapshot
+        yield _gauge("build_info", "Versions.", tuple(self._info), {tuple(self._info.values()): 1})
+        yield _gauge("limit", "Configured limits, in base units.", ("name",), _by_name(self._limits))
+        yield from _process(snapshot)
+        yield from _lookups(snapshot)
+        yield from _tiers(snapshot)
+        yield from _sessions(snapshot)
+
+
+def _process(snapshot: StatsSnapshot) -> Iterator[Metric]:
+    yield _gauge("start_time_seconds", "Unix time of the daemon's start.", (), {(): snapshot.start_time_s})
+    yield _gauge("loop_lag_seconds", "How late the daemon's last tick was.", (), {(): snapshot.loop_lag_s})
+
+
+def _lookups(snapshot: StatsSnapshot) -> Iterator[Metric]:
+    tiers = [tier.name for tier in snapshot.tiers]
+    yield _counter(
+        "lookup_keys", "Keys looked up.", ("result",), _by_name(snapshot.lookup_keys, LOOKUP_RESULTS)
+    )
+    yield _counter("lookup_tokens", "Tokens of the keys looked up.", (), {(): snapshot.lookup_tokens})
+    yield _counter(
+        "hit_tokens", "Tokens of the keys that were hits.", ("tier",), _by_name(snapshot.hit_tokens, tiers)
+    )
+    yield _counter(
+        "store_refused",
+        "Keys offered that got no slot.",
+        ("reason",),
+        _by_name(snapshot.store_refused, STORE_REFUSALS),
+    )
+    yield _counter("loads_torn", "Loads whose slot changed under the copy.", (), {(): snapshot.loads_torn})
+
+
+def _tiers(snapshot: StatsSnapshot) -> Iterator[Metric]:
+    tiers = snapshot.tiers
+    names = [tier.name for tier in tiers]
+    yield _gauge(
+        "tier_capacity_bytes",
+        "Bytes a tier may use.",
+        ("tier",),
+        {(t.name,): t.capacity_bytes for t in tiers},
+    )
+    used: dict[tuple[str, ...], float] = {}
+    for tier in tiers:
+        used[tier.name, "published"] = tier.used_bytes
+        used[tier.name, "reserved"] = tier.reserved_bytes
+        used[tier.name, "quarantined"] = tier.quarantined_bytes
+    yield _gauge("tier_used_bytes", "Bytes of slots in use, by state.", ("tier", "state"), used)
+    yield _gauge("tier_chunks", "Published chunks.", ("tier",), {(t.name,): t.chunks for t in tiers})
+    evicted: dict[tuple[str, ...], float] = {(n, reason): 0 for n in names for reason in EVICTION_REASONS}
+    for name, reasons in snapshot.evictions.items():
+        evicted |= {(name, reason): count for reason, count in reasons.items()}
+    yield _counter("evictions", "Chunks evicted or dropped.", ("tier", "reason"), evicted)
+    yield _counter(
+        "checksum_failures",
+        "Chunks whose bytes did not match their checksum.",
+        ("tier",),
+        _by_name(snapshot.checksum_failures, names),
+    )
+    quarantined = sum(tier.quarantined_slots for tier in tiers if tier.name == PRIMARY_TIER)
+    yield _gauge("quarantined_slots", "Slots that may not be reused yet.", (), {(): quarantined})
+    yield _gauge(
+        "tenant_used_bytes",
+        f"Bytes in use by tenant; those past the {MAX_TENANTS} largest are `{OTHER_TENANTS}`.",
+        ("tenant",),
+        _by_name(largest_tenants(snapshot.tenant_used_bytes)),
+    )
+
+
+def _sessions(snapshot: StatsSnapshot) -> Iterator[Metric]:
+    roles = dict.fromkeys(SESSION_ROLES, 0)
+    engines: dict[tuple[str, ...], float] = {}
+    for session in snapshot.sessions:
+        roles[session.role] = roles.get(session.role, 0) + 1
+        engines[session.engine_id, session.model, session.namespace] = 1
+    yield _gauge("sessions", "Open sessions.", ("role",), _by_name(roles))
+    yield _gauge("engine_info", "Engines attached.", ("engine", "model", "namespace"), engines)
+    yield _counter(
+        "sessions_ended",
+        "Sessions that ended.",
+        ("reason",),
+        _by_name(snapshot.sessions_ended, SESSION_ENDS),
+    )
+    counts = {lease.kind: lease.count for lease in snapshot.leases}
+    yield _gauge("leases", "Leases held.", ("kind",), _by_name(counts, LEASE_KINDS))
+    oldest = max((lease.oldest_age_s for lease in snapshot.leases), default=0.0)
+    yield _gauge("lease_oldest_age_seconds", "Age of the oldest lease.", (), {(): oldest})
+    yield _gauge("credits", "Slots reserved without a key.", (), {(): snapshot.credits})
+
+
+def largest_tenants(used_bytes: Mapping[str, int]) -> dict[str, int]:
+    """Keep the largest MAX_TENANTS; sum the others, if there are any, under OTHER_TENANTS.
+
+    The default tenant is called `default`, because an empty label value is no label at all.
+    """
+    ranked = sorted(used_bytes.items(), key=lambda item: (-item[1], item[0]))
+    kept = {tenant or "default": used for tenant, used in ranked[:MAX_TENANTS]}
+    if len(ranked) > MAX_TENANTS:
+        kept[OTHER_TENANTS] = kept.get(OTHER_TENANTS, 0) + sum(used for _, used in ranked[MAX_TENANTS:])
+    return kept
+
+
+_Samples = Mapping[tuple[str, ...], float]
+
+
+def _by_name(counts: Mapping[str, float], known: Iterable[str] = ()) -> _Samples:
+    return {(name,): value for name, value in {**dict.fromkeys(known, 0), **counts}.items()}
+
+
+def _gauge(name: str, help_text: str, labels: tuple[str, ...], samples: _Samples) -> Metric:
+    family = GaugeMetricFamily(f"kvtier_{name}", help_text, labels=labels)
+    for values, value in samples.items():
+        family.add_metric(values, value)
+    return family
+
+
+def _counter(name: str, help_text: str, labels: tuple[str, ...], samples: _Samples) -> Metric:
+    family = CounterMetricFamily(f"kvtier_{name}", help_text, labels=labels)
+    for values, value in samples.items():
+        family.add_metric(values, value)
+    return family

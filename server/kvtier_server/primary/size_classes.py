@@ -1,0 +1,240 @@
+"""Size classes and slabs: how the pool's bytes are divided into slots.
+
+Owns which slab belongs to which class and which slots are free. A slot id is the slot's offset in the pool
+in 4 KiB units, so it stays unique when a slab changes its class. Slabs are taken on demand, so a class that
+is alone gets every byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kvtier_ops.layout import SLOT_UNIT_BYTES
+from kvtier_server.policies.base import CachePolicy
+
+SLABS_PER_POOL = 64
+"""A slab is a 64th of the pool where that holds enough slots."""
+
+MIN_SLOTS_PER_SLAB = 16
+"""Fewer slots than this and moving a slab would empty a class in one go."""
+
+MAX_SLAB_BYTES = 1 << 30
+"""Draining more than this in one piece would throw away too much at once."""
+
+
+class SlotTable(Protocol):
+    """The pool's persistent records, as the primary tier needs them. Real: `kvtier_ops.pool`."""
+
+    def reserve(self, slot_ids: Sequence[int], owner: int, slot_bytes: int) -> list[int]:
+        """Raise each generation, then mark RESERVED. Returns the new generations."""
+
+    def publish(self, slot_id: int, space_id: int, key: bytes, checksums: Sequence[int]) -> None:
+        """Mark PUBLISHED under `key`."""
+
+    def free(self, slot_ids: Sequence[int]) -> None:
+        """Mark FREE; the generation stays."""
+
+    def retire(self, slot_ids: Sequence[int]) -> None:
+        """Raise each generation, then mark FREE: late readers fail."""
+
+    def quarantine(self, slot_ids: Sequence[int], owner: int) -> None:
+        """Raise each generation, then mark QUARANTINED."""
+
+    def generation(self, slot_id: int) -> int:
+        """Current generation."""
+
+    def configure_slabs(self, slab_bytes: int, num_slabs: int) -> None:
+        """Write down the division of the pool."""
+
+    def assign_slab(self, slab: int, slot_bytes: int, slot_ids: Sequence[int]) -> None:
+        """Write down the slab's class (0 = none) and back the records of its slots.
+
+        Raises OSError when the file system is full: nothing was assigned.
+        """
+
+
+class SizeClass:
+    """Slots of one size: `free` ones, and the policy that orders the evictable chunks in the others."""
+
+    __slots__ = (
+        "free",
+        "live_engines",
+        "num_published",
+        "num_quarantined",
+        "num_reserved",
+        "policy",
+        "slabs",
+        "slot_bytes",
+    )
+
+    def __init__(self, slot_bytes: int, policy: CachePolicy) -> None:
+        self.slot_bytes = slot_bytes
+        self.policy = policy
+        self.free: list[int] = []
+        self.slabs: dict[int, Slab] = {}
+        self.live_engines = 0
+        self.num_reserved = 0
+        self.num_published = 0
+        self.num_quarantined = 0
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of all its slabs, whatever their state."""
+        return sum(slab.num_slots for slab in self.slabs.values())
+
+
+class Slab:
+    """A run of the pool that is divided into equal slots."""
+
+    __slots__ = ("first_unit", "index", "num_slots", "num_units", "slot_units")
+
+    def __init__(self, index: int, first_unit: int, num_units: int) -> None:
+        self.index = index
+        self.first_unit = first_unit
+        self.num_units = num_units
+        self.slot_units = 0
+        self.num_slots = 0
+
+    @property
+    def slot_ids(self) -> range:
+        """Its slots in address order; empty while it belongs to no class."""
+        if not self.slot_units:
+            return range(0)
+        return range(self.first_unit, self.first_unit + self.num_slots * self.slot_units, self.slot_units)
+
+
+def choose_slab_bytes(pool_bytes: int, slot_bytes: int) -> int:
+    """Slab size for a pool whose largest slots have `slot_bytes`: a whole number of them.
+
+    clamp(pool / 64, 16 slots, 1 GiB), but at most a quarter of the pool, so that small pools still have
+    slabs for several classes; at least one slot.
+    """
+    wanted = max(pool_bytes // SLABS_PER_POOL, MIN_SLOTS_PER_SLAB * slot_bytes)
+    wanted = min(wanted, MAX_SLAB_BYTES, max(pool_bytes // 4, slot_bytes))
+    return max(wanted // slot_bytes, 1) * slot_bytes
+
+
+class SlabMap:
+    """Which slab belongs to which class. Slabs become usable as the pool is backed, in address order."""
+
+    def __init__(self, pool_bytes: int, table: SlotTable, make_policy: Callable[[int], CachePolicy]) -> None:
+        self.pool_bytes = pool_bytes
+        self.backed_bytes = 0
+        self.slab_bytes = 0
+        self.classes: dict[int, SizeClass] = {}
+        self._table = table
+        self._make_policy = make_policy
+        self._slabs: list[Slab] = []
+        self._unassigned: list[Slab] = []
+
+    def size_class(self, slot_bytes: int) -> SizeClass | None:
+        """Return the class of `slot_bytes`; None if such a slot does not fit into a slab of this pool.
+
+        The first class decides the slabs' size; while no slab is assigned, a later one may decide anew.
+        """
+        known = self.classes.get(slot_bytes)
+        if known is not None:
+            return known
+        if not any(size_class.slabs for size_class in self.classes.values()):
+            self._divide(max([slot_bytes, *self.classes]))
+        if not self._slabs or slot_bytes > self.slab_bytes:
+            return None
+        created = SizeClass(slot_bytes, self._make_policy(0))
+        self.classes[slot_bytes] = created
+        return created
+
+    def _divide(self, slot_bytes: int) -> None:
+        """Cut the empty pool into slabs for slots of up to `slot_bytes`."""
+        self._slabs = []
+        self._unassigned = []
+        if slot_bytes > self.pool_bytes:
+            return
+        self.slab_bytes = choose_slab_bytes(self.pool_bytes, slot_bytes)
+        slab_units = self.slab_bytes // SLOT_UNIT_BYTES
+        pool_units = self.pool_bytes // SLOT_UNIT_BYTES
+        for index, first in enumerate(range(0, pool_units, slab_units)):
+            self._slabs.append(Slab(index, first, min(slab_units, pool_units - first)))
+        self._unassigned = self._slabs[::-1]  # taken from the end: address order
+        self._table.configure_slabs(self.slab_bytes, len(self._slabs))
+
+    def restore(self, slab_bytes: int, slot_bytes_by_slab: Sequence[int | None]) -> None:
+        """Take over the division an earlier daemon wrote down; its slots are none's yet: not free."""
+        self.slab_bytes = slab_bytes
+        slab_units = slab_bytes // SLOT_UNIT_BYTES
+        pool_units = self.pool_bytes // SLOT_UNIT_BYTES
+        firsts = range(0, pool_units, slab_units)
+        self._slabs = [Slab(i, first, min(slab_units, pool_units - first)) for i, first in enumerate(firsts)]
+        self._unassigned = []
+        for slab in reversed(self._slabs):
+            slot_bytes = slot_bytes_by_slab[slab.index] if slab.index < len(slot_bytes_by_slab) else None
+            if not slot_bytes or slot_bytes > slab_bytes or slot_bytes % SLOT_UNIT_BYTES:
+                self._unassigned.append(slab)
+                continue
+            size_class = self.classes.get(slot_bytes)
+            if size_class is None:
+                size_class = self.classes[slot_bytes] = SizeClass(slot_bytes, self._make_policy(0))
+            self._join(slab, size_class)
+
+    def slab_of(self, slot_id: int) -> Slab:
+        """Slab that contains the slot."""
+        return self._slabs[slot_id * SLOT_UNIT_BYTES // self.slab_bytes]
+
+    def grow(self, size_class: SizeClass) -> bool:
+        """Give the class one more slab that is backed and nobody's. False if there is none."""
+        for position in range(len(self._unassigned) - 1, -1, -1):
+            slab = self._unassigned[position]
+            if (slab.first_unit + slab.num_units) * SLOT_UNIT_BYTES > self.backed_bytes:
+                return False  # the list is in address order, and so is backing
+            if slab.num_units * SLOT_UNIT_BYTES < size_class.slot_bytes:
+                continue  # the short last slab is too short for this class
+            del self._unassigned[position]
+            slots = self._join(slab, size_class)
+            try:
+                self._table.assign_slab(slab.index, size_class.slot_bytes, slots)
+            except OSError:
+                self._leave(slab, size_class)
+                self._unassigned.insert(position, slab)
+                return False
+            size_class.free.extend(reversed(slots))
+            return True
+        return False
+
+    def release(self, slab: Slab, size_class: SizeClass) -> None:
+        """Take an emptied slab away from its class. Its slots must all be in `free`."""
+        slots = set(slab.slot_ids)
+        kept = [slot for slot in size_class.free if slot not in slots]
+        assert len(size_class.free) - len(kept) == len(slots), f"slab {slab.index} is not empty"
+        size_class.free = kept
+        self._leave(slab, size_class)
+        self._table.assign_slab(slab.index, 0, ())
+        self._unassigned.append(slab)
+        self._unassigned.sort(key=lambda unassigned: -unassigned.index)
+
+    def _join(self, slab: Slab, size_class: SizeClass) -> range:
+        slab.slot_units = size_class.slot_bytes // SLOT_UNIT_BYTES
+        slab.num_slots = slab.num_units // slab.slot_units
+        size_class.slabs[slab.index] = slab
+        size_class.policy.set_capacity(size_class.num_slots)
+        return slab.slot_ids
+
+    def _leave(self, slab: Slab, size_class: SizeClass) -> None:
+        del size_class.slabs[slab.index]
+        slab.slot_units = slab.num_slots = 0
+        size_class.policy.set_capacity(size_class.num_slots)
+
+    def growable_slots(self, size_class: SizeClass) -> int:
+        """Slots the class could still take from backed slabs that are nobody's."""
+        units = size_class.slot_bytes // SLOT_UNIT_BYTES
+        return sum(
+            slab.num_units // units
+            for slab in self._unassigned
+            if (slab.first_unit + slab.num_units) * SLOT_UNIT_BYTES <= self.backed_bytes
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that each slab belongs to one class or to none. O(slabs)."""
+        owners = [slab.index for size_class in self.classes.values() for slab in size_class.slabs.values()]
+        assert sorted(owners + [slab.index for slab in self._unassigned]) == [
+            slab.index for slab in self._slabs
+        ]

@@ -1,0 +1,378 @@
+"""The pool as a tier: which key is in which slot, what is pinned, what goes when room is needed.
+
+Owns chunks, slots and the policies of the size classes, and keeps index, slot table and eviction order in
+step. Does not own leases, instances or copies: a pin here is a number.
+
+Pins and uses are counted at once, but a policy learns of them in batches (`settle`), always before it is
+asked for a victim: that keeps its work off the path of a Lookup, and a chunk pinned and unpinned in between
+costs it nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from kvtier_ops.layout import SLOT_UNIT_BYTES
+from kvtier_server.policies.base import CachePolicy, ChunkId
+from kvtier_server.primary.index import Chunk, KeySpace, KeySpaces
+from kvtier_server.primary.size_classes import SizeClass, Slab, SlabMap, SlotTable
+
+SLICE_ITEMS = 2_048
+"""Items of one slice of a long operation: keeps the owning thread free within about 2 ms."""
+
+SLAB_REVIEW_USES = 4_096
+"""Uses of chunks between two reviews whether a class should take a slab from another: a review looks at
+every chunk of the others."""
+
+RemovedListener = Callable[[KeySpace, Sequence[bytes], str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Slots granted, their generations, and the chunks evicted for them."""
+
+    slot_ids: list[int]
+    generations: list[int]
+    evicted: list[Chunk]
+
+
+class PrimaryTier:
+    """All chunks in the pool. One thread."""
+
+    def __init__(
+        self,
+        pool_bytes: int,
+        table: SlotTable,
+        make_policy: Callable[[int], CachePolicy],
+        on_removed: RemovedListener,
+    ) -> None:
+        self.spaces = KeySpaces()
+        self.slabs = SlabMap(pool_bytes, table, make_policy)
+        self.by_slot: dict[int, Chunk] = {}
+        self._table = table
+        self._on_removed = on_removed
+        self._stamp = 0
+        self._unsettled: deque[Sequence[Chunk]] = deque()
+        self._uses: deque[tuple[object, Sequence[Chunk], Sequence[int]]] = deque()
+        self._draining: list[tuple[Slab, SizeClass, SizeClass]] = []
+        self._next_review = 0
+
+    def issue_stamps(self, count: int) -> int:
+        """Take `count` stamps; returns the first. Larger = used later."""
+        first = self._stamp
+        self._stamp += count
+        return first
+
+    def use(self, user: object, chunks: Sequence[Chunk], stamps: Sequence[int]) -> None:
+        """Note that `user` used these chunks, at most once per chunk and user. Settled later."""
+        self._uses.append((user, chunks, stamps))
+
+    def pin(self, chunks: Sequence[Chunk]) -> None:
+        """Count one more lease on each chunk."""
+        for chunk in chunks:
+            chunk.pins += 1
+        self._unsettled.append(chunks)
+
+    def unpin(self, chunks: Sequence[Chunk]) -> None:
+        """Count one lease less on each chunk; a dropped chunk's slot is freed with its last pin."""
+        for chunk in chunks:
+            chunk.pins -= 1
+            if chunk.dropped and not chunk.pins:
+                self._free_dropped(chunk)
+        self._unsettled.append(chunks)
+
+    def settle(self, max_items: int | None = None) -> int:
+        """Bring every policy in step with uses and pins; stop after about `max_items`.
+
+        Returns how many items were left to do. Batches are taken whole: one call's keys at most.
+        """
+        left = sys.maxsize if max_items is None else max_items
+        while self._uses and left > 0:
+            user, chunks, stamps = self._uses.popleft()
+            self._settle_uses(user, chunks, stamps)
+            left -= len(chunks)
+        while self._unsettled and left > 0:
+            unsettled = self._unsettled.popleft()
+            self._settle_pins(unsettled)
+            left -= len(unsettled)
+        return left
+
+    def _settle_uses(self, user: object, chunks: Sequence[Chunk], stamps: Sequence[int]) -> None:
+        per_class: dict[SizeClass, tuple[list[ChunkId], list[int]]] = {}
+        for chunk, stamp in zip(chunks, stamps, strict=True):
+            if chunk.dropped:
+                continue
+            chunk.user = user
+            chunk.stamp = max(chunk.stamp, stamp)
+            ids, used = per_class.setdefault(chunk.size_class, ([], []))
+            ids.append(chunk.id)
+            used.append(stamp)
+        for size_class, (ids, used) in per_class.items():
+            size_class.policy.touch(ids, used)
+
+    def _settle_pins(self, chunks: Sequence[Chunk]) -> None:
+        changed: dict[SizeClass, tuple[list[ChunkId], list[ChunkId]]] = {}
+        for chunk in chunks:
+            if chunk.ordered == (not chunk.pins) or chunk.dropped:
+                continue
+            chunk.ordered = not chunk.pins
+            to_pin, to_unpin = changed.setdefault(chunk.size_class, ([], []))
+            (to_unpin if chunk.ordered else to_pin).append(chunk.id)
+        for size_class, (to_pin, to_unpin) in changed.items():
+            size_class.policy.pin(to_pin)
+            size_class.policy.unpin(to_unpin)
+
+    @property
+    def has_unsettled(self) -> bool:
+        """Whether `settle` has work."""
+        return bool(self._uses or self._unsettled)
+
+    def reserve(
+        self,
+        size_class: SizeClass,
+        count: int,
+        owner: int,
+        incoming: Sequence[ChunkId] = (),
+        protected: object | None = None,
+    ) -> Reserved:
+        """Reserve up to `count` slots, evicting what is coldest but nothing `protected` used last.
+
+        `incoming` names the keys about to be stored, where they are known. Fewer slots than asked means the
+        rest is pinned, protected or not there. Never waits.
+        """
+        self.settle()
+        if incoming:
+            size_class.policy.incoming(incoming)
+        while len(size_class.free) < count and self.slabs.grow(size_class):
+            pass
+        evicted: list[Chunk] = []
+        if len(size_class.free) < count:
+            self._review_slabs(size_class)
+        if len(size_class.free) < count:
+            evicted = self._evict(size_class, count - len(size_class.free), protected)
+        granted = min(count, len(size_class.free))
+        if not granted:
+            return Reserved([], [], evicted)
+        slot_ids = size_class.free[: -granted - 1 : -1]
+        del size_class.free[-granted:]
+        size_class.num_reserved += granted
+        generations = self._table.reserve(slot_ids, owner, size_class.slot_bytes)
+        return Reserved(slot_ids, generations, evicted)
+
+    def publish(
+        self,
+        space: KeySpace,
+        key: bytes,
+        slot_id: int,
+        generation: int,
+        size_class: SizeClass,
+        checksums: Sequence[int],
+        stamp: int,
+        user: object | None,
+    ) -> Chunk:
+        """Turn a reserved slot into a resident chunk. The key must not be resident."""
+        assert key not in space.chunks, f"slot {slot_id}: its key is resident already"
+        chunk = Chunk(space, key, slot_id, generation, size_class, stamp)
+        chunk.user = user
+        self._table.publish(slot_id, space.id, key, checksums)
+        space.chunks[key] = chunk
+        self.by_slot[slot_id] = chunk
+        size_class.num_reserved -= 1
+        size_class.num_published += 1
+        size_class.policy.insert(chunk.id, stamp)
+        return chunk
+
+    def free_reserved(self, size_class: SizeClass, slot_ids: Sequence[int]) -> None:
+        """Give reserved slots back that nobody can still be writing."""
+        self._table.free(slot_ids)
+        size_class.num_reserved -= len(slot_ids)
+        size_class.free.extend(slot_ids)
+
+    def quarantine_reserved(self, size_class: SizeClass, slot_ids: Sequence[int], owner: int) -> None:
+        """Set reserved slots aside that somebody may still be writing."""
+        self._table.quarantine(slot_ids, owner)
+        size_class.num_reserved -= len(slot_ids)
+        size_class.num_quarantined += len(slot_ids)
+
+    def end_quarantine(self, size_class: SizeClass, slot_ids: Sequence[int]) -> None:
+        """Give quarantined slots back: their writers are gone."""
+        self._table.free(slot_ids)
+        size_class.num_quarantined -= len(slot_ids)
+        size_class.free.extend(slot_ids)
+
+    def generation(self, slot_id: int) -> int | None:
+        """Current generation of a slot id, or None for a number that is no slot's."""
+        inside = 0 <= slot_id < self.slabs.pool_bytes // SLOT_UNIT_BYTES
+        return self._table.generation(slot_id) if inside else None
+
+    def _evict(self, size_class: SizeClass, count: int, protected: object | None) -> list[Chunk]:
+        """Free up to `count` slots of the class for `reserve`, which takes every one of them."""
+        if protected is None:
+            victims = size_class.policy.evict(count)
+        else:
+            of = self.spaces.of
+
+            def may_evict(chunk_id: ChunkId) -> bool:
+                space, key = of(chunk_id)
+                return space.chunks[key].user is not protected
+
+            victims = size_class.policy.evict(count, may_evict)
+        evicted = []
+        for chunk_id in victims:
+            space, key = self.spaces.of(chunk_id)
+            chunk = space.chunks.pop(key)
+            chunk.dropped = True
+            del self.by_slot[chunk.slot_id]
+            evicted.append(chunk)
+        # Their records stay until `reserve` raises the generations, before anybody gets the slots.
+        size_class.num_published -= len(evicted)
+        size_class.free.extend(chunk.slot_id for chunk in reversed(evicted))
+        self._tell_removed(evicted, "evict")
+        return evicted
+
+    def drop(self, chunks: Iterable[Chunk], reason: str) -> int:
+        """Remove resident chunks for another reason than room. Pinned ones keep their slot meanwhile."""
+        dropped = []
+        for chunk in chunks:
+            if chunk.dropped:
+                continue
+            del chunk.space.chunks[chunk.key]
+            chunk.size_class.policy.remove(chunk.id)
+            chunk.dropped = True
+            dropped.append(chunk)
+            if not chunk.pins:
+                self._free_dropped(chunk)
+        self._tell_removed(dropped, reason)
+        return len(dropped)
+
+    def _free_dropped(self, chunk: Chunk) -> None:
+        del self.by_slot[chunk.slot_id]
+        self._table.retire([chunk.slot_id])
+        chunk.size_class.num_published -= 1
+        chunk.size_class.free.append(chunk.slot_id)
+
+    def condemn(self, chunk: Chunk, owner: int) -> None:
+        """Take a corrupt chunk out for good: its slot is quarantined, and readers of it fail."""
+        if chunk.dropped:
+            return
+        del chunk.space.chunks[chunk.key], self.by_slot[chunk.slot_id]
+        chunk.size_class.policy.remove(chunk.id)
+        self._table.quarantine([chunk.slot_id], owner)
+        chunk.size_class.num_published -= 1
+        chunk.size_class.num_quarantined += 1
+        # Leases may still count pins on it; with `dropped` set and the slot no longer its own, their end
+        # must not free the slot: a pin that can never reach zero.
+        chunk.dropped = True
+        chunk.pins += 1
+        self._tell_removed([chunk], "corrupt")
+
+    def _tell_removed(self, chunks: Sequence[Chunk], reason: str) -> None:
+        per_space: dict[KeySpace, list[bytes]] = {}
+        for chunk in chunks:
+            per_space.setdefault(chunk.space, []).append(chunk.key)
+        for space, keys in per_space.items():
+            self._on_removed(space, keys, reason)
+
+    def _review_slabs(self, size_class: SizeClass) -> None:
+        """Take a slab from another class if its chunks are all colder than this class's coldest.
+
+        Without any slab of its own the class takes the coldest one whatever its age; with one, at most
+        every SLAB_REVIEW_USES uses.
+        """
+        if len(self.slabs.classes) < 2 or any(taker is size_class for _, _, taker in self._draining):
+            return
+        own = size_class.policy.coldest_stamp()
+        if size_class.slabs:
+            if self._stamp < self._next_review:
+                return
+            self._next_review = self._stamp + SLAB_REVIEW_USES
+            if own is None:
+                own = self._stamp
+        candidates: list[tuple[int | None, Slab, SizeClass]] = []
+        for foreign in self.slabs.classes.values():
+            if foreign is size_class or (foreign.live_engines and len(foreign.slabs) < 2):
+                continue
+            candidates.extend((self._youngest(slab), slab, foreign) for slab in foreign.slabs.values())
+        taken = {slab.index for slab, _, _ in self._draining}
+        candidates.sort(key=lambda found: sys.maxsize if found[0] is None else found[0])
+        for youngest, slab, foreign in candidates:
+            if youngest is None or (size_class.slabs and own is not None and youngest >= own):
+                return
+            if slab.index not in taken and slab.num_units >= size_class.slot_bytes // SLOT_UNIT_BYTES:
+                self._start_draining(slab, foreign, size_class)
+                return
+
+    def _youngest(self, slab: Slab) -> int | None:
+        """Stamp of the slab's youngest chunk, -1 if it is empty; None if a slot of it cannot be emptied."""
+        free = 0
+        youngest = -1
+        for slot_id in slab.slot_ids:
+            chunk = self.by_slot.get(slot_id)
+            if chunk is None:
+                free += 1
+            elif chunk.pins:
+                return None
+            else:
+                youngest = max(youngest, chunk.stamp)
+        if free:
+            owner = next(c for c in self.slabs.classes.values() if slab.index in c.slabs)
+            slots = set(slab.slot_ids)
+            if sum(slot in slots for slot in owner.free) < free:
+                return None  # the others are reserved or quarantined
+        return youngest
+
+    def _start_draining(self, slab: Slab, giver: SizeClass, taker: SizeClass) -> None:
+        self._draining.append((slab, giver, taker))
+        self.drain_slice(SLICE_ITEMS)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether a slab is on its way to another class."""
+        return bool(self._draining)
+
+    def drain_slice(self, max_items: int) -> None:
+        """Empty slabs that change hands, at most `max_items` chunks; hand over those that are empty.
+
+        A slab of which a chunk was pinned or a slot reserved meanwhile stays where it is.
+        """
+        self.settle()
+        left = max_items
+        for entry in list(self._draining):
+            slab, giver, taker = entry
+            if self._youngest(slab) is None:
+                self._draining.remove(entry)
+                continue
+            chunks = [self.by_slot[slot] for slot in slab.slot_ids if slot in self.by_slot][:left]
+            left -= len(chunks)
+            self.drop(chunks, "slab_move")
+            if not any(slot in self.by_slot for slot in slab.slot_ids):
+                self._draining.remove(entry)
+                self.slabs.release(slab, giver)
+                self.slabs.grow(taker)
+            if left <= 0:
+                return
+
+    def check_integrity(self) -> None:
+        """Assert that slots, states, pins and eviction order add up. O(chunks); for tests and doctor."""
+        self.settle()
+        self.slabs.check_integrity()
+        filed = [chunk for space in self.spaces for chunk in space.chunks.values()]
+        assert all(self.by_slot[chunk.slot_id] is chunk for chunk in filed)
+        resident = {chunk for chunk in self.by_slot.values() if not chunk.dropped}
+        assert resident == set(filed), "a slot holds a chunk that no space files"
+        for size_class in self.slabs.classes.values():
+            policy = size_class.policy
+            policy.check_integrity()
+            own = [chunk for chunk in self.by_slot.values() if chunk.size_class is size_class]
+            assert len(own) == size_class.num_published, (len(own), size_class.num_published)
+            held = size_class.num_reserved + size_class.num_published + size_class.num_quarantined
+            assert len(size_class.free) + held == size_class.num_slots, (held, size_class.num_slots)
+            assert len(set(size_class.free)) == len(size_class.free), "a slot is free twice"
+            assert not set(size_class.free) & self.by_slot.keys(), "a free slot holds a chunk"
+            evictable = [chunk for chunk in own if not chunk.dropped and not chunk.pins]
+            assert len(policy) == len(evictable), (len(policy), len(evictable))
+            assert all(chunk.id in policy for chunk in evictable)
+            assert policy.num_pinned == sum(1 for chunk in own if not chunk.dropped and chunk.pins)

@@ -1,0 +1,130 @@
+"""The daemon's state as numbers: what status, metrics and the debug page show, at one instant.
+
+The tick of the daemon makes one StatsSnapshot and publishes it; scrapes and status calls read the last
+one, so that none of them enters the core. Owns shapes and the words that stand in labels; counts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+LOOKUP_RESULTS = ("hit", "hit_unleased", "pending", "miss")
+STORE_REFUSALS = ("resident", "pending", "filtered", "quota", "full", "inflight")
+EVICTION_REASONS = ("capacity", "slab_move", "request", "cleared", "corrupt", "reset")
+SESSION_ENDS = ("closed", "replaced", "instance_lost", "draining", "slow_reader")
+SESSION_ROLES = ("scheduler", "worker")
+LEASE_KINDS = ("lookup", "load", "store", "credit")
+PRIMARY_TIER = "primary"
+
+PHASE_STARTING = "starting"
+PHASE_SERVING = "serving"
+PHASE_DEGRADED = "degraded"
+PHASE_DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """The pool's file."""
+
+    path: str = ""
+    name: str = ""
+    data_bytes: int = 0
+    backed_bytes: int = 0
+    policy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """One tier. Of the slots' bytes, `used_bytes` hold published chunks."""
+
+    name: str
+    capacity_bytes: int = 0
+    usable_bytes: int = 0
+    used_bytes: int = 0
+    reserved_bytes: int = 0
+    quarantined_bytes: int = 0
+    chunks: int = 0
+    free_slots: int = 0
+    reserved_slots: int = 0
+    quarantined_slots: int = 0
+    pinned_chunks: int = 0
+    health: str = "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStats:
+    """One open session; pins and credits are those of its instance."""
+
+    engine_id: str
+    role: str
+    rank: int
+    tenant: str
+    namespace: str
+    """First 12 digits of the digest."""
+    model: str
+    age_s: float
+    pinned_chunks: int = 0
+    credits: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseStats:
+    """The leases of one kind."""
+
+    kind: str
+    count: int = 0
+    oldest_age_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StatsSnapshot:
+    """Everything at one instant. Mappings count since the start of the daemon, by the words above.
+
+    Who makes it hands the mappings over: they must not change afterwards.
+    """
+
+    boot_id: str = ""
+    version: str = ""
+    phase: str = PHASE_STARTING
+    start_time_s: float = 0.0
+    """Unix time."""
+    uptime_s: float = 0.0
+    loop_lag_s: float = 0.0
+    """How late the last tick was."""
+    pool: PoolStats = PoolStats()
+    tiers: tuple[TierStats, ...] = (TierStats(PRIMARY_TIER),)
+    """The pool first."""
+    sessions: tuple[SessionStats, ...] = ()
+    leases: tuple[LeaseStats, ...] = ()
+    lookup_keys: Mapping[str, int] = field(default_factory=dict)
+    lookup_tokens: int = 0
+    hit_tokens: Mapping[str, int] = field(default_factory=dict)
+    """By tier."""
+    evictions: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """By tier, then by reason."""
+    store_refused: Mapping[str, int] = field(default_factory=dict)
+    sessions_ended: Mapping[str, int] = field(default_factory=dict)
+    checksum_failures: Mapping[str, int] = field(default_factory=dict)
+    """By tier."""
+    loads_torn: int = 0
+    credits: int = 0
+    """Slots reserved without a key, over all instances."""
+    tenant_used_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def evictions_by_reason(self) -> dict[str, int]:
+        """Sum the evictions of all tiers, as GetStatusResponse wants them."""
+        totals: dict[str, int] = {}
+        for reasons in self.evictions.values():
+            for reason, count in reasons.items():
+                totals[reason] = totals.get(reason, 0) + count
+        return totals
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonState:
+    """What the health pages need to know, asked fresh on each request."""
+
+    phase: str
+    tick_age_s: float
+    """Time since the daemon's loop last came round."""

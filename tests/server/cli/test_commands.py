@@ -1,0 +1,128 @@
+"""What holds for all commands, and the small ones."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvtier_server import __version__
+from kvtier_server.cli import COMMANDS, serve
+from kvtier_server.config import OPTIONS
+
+from .conftest import Kvtier, environment
+
+
+def test_help_names_every_command(kvtier: Kvtier) -> None:
+    shown = kvtier("--help")
+    assert shown.returncode == 0
+    assert all(f"\n    {name} " in shown.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
+def test_every_command_explains_itself(kvtier: Kvtier, command: str) -> None:
+    shown = kvtier(command, "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"usage: kvtier {command}" in shown.stdout
+
+
+def test_the_version_is_data(kvtier: Kvtier) -> None:
+    assert kvtier("version").stdout == kvtier("--version").stdout == f"kvtier {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["status", "--bogus"], ["status", "-o", "yaml"]])
+def test_a_mistake_in_the_call_is_exit_2_with_the_usage_on_stderr(
+    kvtier: Kvtier, arguments: list[str]
+) -> None:
+    refused = kvtier(*arguments)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "usage: kvtier" in refused.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["health"], ["version"]])
+def test_quick_commands_import_none_of_the_slow_libraries(tmp_path: Path, arguments: list[str]) -> None:
+    """GRPC is imported by `health` too, but only once somebody listens."""
+    code = (
+        "import sys\nfrom kvtier_server.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "slow = {'grpc', 'pydantic', 'rich', 'structlog', 'numpy', 'torch', 'prometheus_client', 'google.protobuf'}\n"
+        "print(sorted(slow & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr.endswith("[]\n")
+
+
+def test_serve_takes_exactly_the_options_that_the_configuration_knows() -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    taken = {action.dest: action.option_strings[0] for action in parser._actions if "." in action.dest}
+    assert taken == dict(OPTIONS)
+
+
+def test_serve_reports_every_mistake_and_starts_nothing(kvtier: Kvtier, tmp_path: Path) -> None:
+    file = tmp_path / "kvtier.toml"
+    file.write_text('[pool]\nbyts = "4GiB"\n')
+    refused = kvtier(
+        "serve",
+        "--config",
+        str(file),
+        "--address",
+        "10.1.2.3:80",
+        "--pool-bytes",
+        "4G",
+        KVTIER_LIMITS__ENGINES="0",
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    lines = refused.stderr.splitlines()
+    assert len(lines) == 4
+    assert f"kvtier serve: pool.byts ({file}): unknown; did you mean pool.bytes?" in lines
+    assert any(
+        line.startswith("kvtier serve: server.address (--address): ") and "mTLS" in line for line in lines
+    )
+    assert any(line.startswith("kvtier serve: pool.bytes (--pool-bytes): ") for line in lines)
+    assert any(line.startswith("kvtier serve: limits.engines (environment ") for line in lines)
+
+
+def test_the_demo_gets_all_that_stands_behind_its_name(tmp_path: Path) -> None:
+    """With a demo of its own on the path: the real one computes for seconds."""
+    package = tmp_path / "kvtier_client" / "demo"
+    package.mkdir(parents=True)
+    (tmp_path / "kvtier_client" / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
+    env = environment(tmp_path)
+    env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtier_server", "demo", "--seed", "3", "--help", "x"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, "['--seed', '3', '--help', 'x']\n", "")
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvtier_server", "version"],
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kvtier_server.http import MAX_CONNECTIONS, MAX_TICK_AGE_S, HttpServer
+from kvtier_server.metrics import Metrics
+from kvtier_server.stats import DaemonState, StatsSnapshot, TierStats
+
+
+class Daemon:
+    """The two things the pages look at."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics(version="1.2.3", methods=[], limits={})
+        self.phase = "serving"
+        self.tick_age_s = 0.1
+
+    def state(self) -> DaemonState:
+        return DaemonState(self.phase, self.tick_age_s)
+
+
+@pytest.fixture
+def daemon() -> Daemon:
+    return Daemon()
+
+
+@pytest.fixture
+def server(daemon: Daemon) -> Iterator[HttpServer]:
+    server = HttpServer("127.0.0.1:0", daemon.metrics, daemon.state)
+    server.start()
+    yield server
+    server.stop()
+
+
+def get(server: HttpServer, path: str, method: str = "GET") -> tuple[int, str, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.headers["Content-Type"], response.read().decode()
+    finally:
+        connection.close()
+
+
+def test_metrics_are_served_in_prometheus_own_format(server: HttpServer) -> None:
+    status, content_type, body = get(server, "/metrics?name[]=x")
+    assert status == 200
+    assert content_type.startswith("text/plain; version=0.0.4")
+    assert "kvtier_build_info{" in body
+
+
+def test_the_daemon_lives_while_its_loop_comes_round(server: HttpServer, daemon: Daemon) -> None:
+    assert get(server, "/livez")[0] == 200
+    daemon.tick_age_s = MAX_TICK_AGE_S + 1
+    status, _, body = get(server, "/livez")
+    assert (status, "6.0 s" in body) == (503, True)
+
+
+def test_it_is_ready_only_while_it_serves(server: HttpServer, daemon: Daemon) -> None:
+    for phase, status in (("starting", 503), ("serving", 200), ("degraded", 200), ("draining", 503)):
+        daemon.phase = phase
+        assert get(server, "/readyz")[::2] == (status, f"{phase}\n")
+    daemon.phase, daemon.tick_age_s = "serving", MAX_TICK_AGE_S + 1
+    assert get(server, "/readyz")[0] == 503
+
+
+def test_the_debug_page_is_the_snapshot_as_json(server: HttpServer, daemon: Daemon) -> None:
+    daemon.metrics.publish(StatsSnapshot(boot_id="b1", tiers=(TierStats("primary", chunks=3),)))
+    status, content_type, body = get(server, "/debug/status")
+    assert (status, content_type) == (200, "application/json")
+    shown = json.loads(body)
+    assert (shown["boot_id"], shown["tiers"][0]["chunks"]) == ("b1", 3)
+
+
+def test_an_unknown_page_names_the_known_ones_and_other_methods_are_refused(server: HttpServer) -> None:
+    status, _, body = get(server, "/secret")
+    assert (status, "/metrics" in body) == (404, True)
+    assert get(server, "/metrics", method="POST")[0] == 501
+
+
+def test_silent_connections_are_bounded_and_make_room_when_they_end(server: HttpServer) -> None:
+    silent = [socket.create_connection(("127.0.0.1", server.port), 30) for _ in range(MAX_CONNECTIONS)]
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), 30) as turned_away:
+            assert turned_away.recv(1) == b"", "the ninth is closed, not served and not queued"
+    finally:
+        for connection in silent:
+            connection.close()
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            assert get(server, "/livez")[0] == 200
+            return
+        except (http.client.HTTPException, ConnectionError):  # the silent ones are still being let go
+            assert time.monotonic() < deadline
+
+
+def test_a_request_without_end_is_refused(server: HttpServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        connection.sendall(b"GET /" + b"x" * 65536 + b" HTTP/1.1\r\n\r\n")
+        assert b" 414 " in connection.recv(4096)
+
+
+def test_a_taken_port_is_one_clear_error(server: HttpServer, daemon: Daemon) -> None:
+    second = HttpServer(f"127.0.0.1:{server.port}", daemon.metrics, daemon.state)
+    with pytest.raises(
+        OSError, match=f"cannot serve metrics on 127.0.0.1:{server.port}: Address already in use"
+    ):
+        second.start()
+    second.stop()
+
+
+def test_a_silent_client_does_not_hold_up_the_end(daemon: Daemon) -> None:
+    server = HttpServer("127.0.0.1:0", daemon.metrics, daemon.state)
+    server.start()
+    with socket.create_connection(("127.0.0.1", server.port), 30):
+        server.stop()
+        server.stop()
+    with pytest.raises(AssertionError, match="before start"):
+        _ = server.port
