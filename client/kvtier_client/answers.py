@@ -9,8 +9,9 @@ Owns the values and their reading by index. How an answer came about is told by 
     "workers_missing"  a lease was asked before all workers of the instance were attached
     "session_changed"  the session ended while the answer was on its way: its leases are void
     "finishing"        the end of an earlier request of the same id is still on its way
+    "resetting"        the engine has new weights and the daemon has not confirmed it yet
     "too_many_keys"    more keys than the daemon takes in one call
-    "cancelled", "closed", "forked", "bad_reply"
+    "no_keys", "cancelled", "closed", "forked", "bad_reply"
     anything else      the daemon's own reason in lower case ("draining", "inflight", "not_resident", ...)
 """
 
@@ -67,7 +68,7 @@ class LookupAnswer:
 
     def __init__(
         self,
-        statuses: list[int],
+        statuses: Sequence[int],
         *,
         lease_id: int = 0,
         leased_runs: tuple[tuple[int, int], ...] = (),
@@ -102,7 +103,7 @@ class LookupAnswer:
 
     @property
     def leased(self) -> dict[int, tuple[int, int]]:
-        """Index of each pinned key -> (slot_id, generation). Built when first asked; the columns cost less."""
+        """Index of each pinned key -> (slot_id, generation). Built when asked; the columns cost less."""
         if self._leased is None:
             indexes = (index for first, count in self.leased_runs for index in range(first, first + count))
             self._leased = dict(zip(indexes, zip(self.slot_ids, self.generations, strict=True), strict=True))
@@ -128,7 +129,7 @@ class LoadGrant:
 class StoreGrant:
     """One verdict per key (StoreVerdict numbers); slots of the GRANTED keys, in the order of the keys."""
 
-    verdicts: list[int]
+    verdicts: Sequence[int]
     lease_id: int = 0
     slot_ids: Sequence[int] = ()
     generations: Sequence[int] = ()
@@ -156,10 +157,9 @@ class SessionLimits:
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """An open session as it was when it opened; `epoch` and `missing_ranks` are kept up to date by the
-    client, which hands out a new value.
+    """An open session. When `epoch` or `missing_ranks` change, `OffloadClient.session` is a new value.
 
-    `pool` is mapped in workers and None in schedulers. `slot_bytes` has one entry per group, padding included.
+    `pool` is mapped in workers and None in schedulers. `slot_bytes`: one per group, padding included.
     """
 
     session_id: str

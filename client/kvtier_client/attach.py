@@ -1,7 +1,7 @@
 """The messages of Attach, and the thread that reads its stream.
 
-Owns the translation of what the engine told into kvtier.v1. When to attach, and what an event does, is decided
-in `keeper.py`.
+Owns the translation of what the engine told into kvtier.v1. When to attach, and what an event does, is
+decided in `keeper.py`.
 """
 
 from __future__ import annotations
@@ -82,6 +82,28 @@ def attach_request(
     )
 
 
+def check_geometry(
+    identity: EngineIdentity, facts: NamespaceFacts, geometry: Sequence[Sequence[TensorLayout]] | None
+) -> None:
+    """Raise ValueError unless a worker's tensors are given and add up to what the facts say."""
+    if identity.role is Role.SCHEDULER:
+        if geometry is not None:
+            raise ValueError("geometry belongs to workers; a scheduler has no tensors")
+        return
+    if geometry is None or len(geometry) != len(facts.groups):
+        raise ValueError(
+            f"a worker must tell the tensors of its {len(facts.groups)} KV-cache groups: "
+            "geometry=[[TensorLayout(name, page_bytes), ...], ...]"
+        )
+    for index, (tensors, group) in enumerate(zip(geometry, facts.groups, strict=True)):
+        part_bytes = facts.blocks_per_chunk * sum(tensor.page_bytes for tensor in tensors)
+        if part_bytes != group.part_bytes:
+            raise ValueError(
+                f"geometry[{index}] adds up to {part_bytes} bytes a chunk, but "
+                f"facts.groups[{index}].part_bytes is {group.part_bytes}"
+            )
+
+
 def session_info(attached: offload_pb2.Attached, pool: MappedPool | None) -> SessionInfo:
     """Return what the daemon said about the session it opened."""
     limits = attached.limits
@@ -114,13 +136,14 @@ class EventStream:
 
     def __init__(
         self,
-        call: grpc.CallIterator[offload_pb2.AttachResponse],
+        attach: grpc.UnaryStreamMultiCallable[offload_pb2.AttachRequest, offload_pb2.AttachResponse],
+        request: offload_pb2.AttachRequest,
         *,
         on_first: Callable[[offload_pb2.AttachResponse], None],
         on_event: Callable[[offload_pb2.AttachResponse], None],
         on_end: Callable[[str], None],
     ) -> None:
-        self._call = call
+        self._call = attach(request)
         self._on_first = on_first
         self._on_event = on_event
         self._on_end = on_end

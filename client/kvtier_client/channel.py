@@ -1,6 +1,6 @@
 """The gRPC channel to the daemon: where it may lead, its settings, and how its errors read.
 
-Owns everything that knows grpc's options and error objects. Whether a call may go out is `gate.py`'s question.
+Owns everything that knows grpc's options and error objects. Whether a call may go out is for `gate.py`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def open_channel(target: str, options: ClientOptions) -> grpc.Channel:
 
 @dataclass(frozen=True, slots=True)
 class RpcFailure:
-    """Why a call has no answer. `reason` as in `answers.py`; `boot_id` is "" when the daemon did not speak."""
+    """Why a call has no answer. `reason` as in `answers.py`; `boot_id` is "" if the daemon did not speak."""
 
     reason: str
     details: str

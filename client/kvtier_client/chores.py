@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def pauses_s(options: ClientOptions) -> Iterator[float]:
-    """Yield the pauses between attempts: doubling between the two bounds, each up to a fifth shorter, so that
-    the engines of a node do not come back all at once."""
+    """Yield the pauses between attempts, doubling between the two bounds.
+
+    Each is up to a fifth shorter, so that the engines of a node do not come back all at once.
+    """
     pause_ms = options.reconnect_min_ms
     while True:
         yield pause_ms / 1000 * random.uniform(0.8, 1.0)
@@ -52,18 +54,21 @@ class Chores:
         gate = self._gate
         while True:
             with gate.lock:
-                if gate.closing or gate.link is not self._link:
-                    return
-                gate.changed.wait(max(0.0, self._wake_at() - time.monotonic()))
-                if gate.closing or gate.link is not self._link:
+                if not self._is_over():
+                    gate.changed.wait(max(0.0, self._wake_at() - time.monotonic()))
+                if self._is_over():
                     return
             self._do_what_is_due()
+
+    def _is_over(self) -> bool:
+        return self._gate.closing or self._gate.link is not self._link
 
     def _wake_at(self) -> float:
         if self._gate.breaker.is_open:
             # None: it has just opened, and the first probe is to be planned.
-            return self._probe_at or 0.0
-        return min(self._renew_at, self._link.retry_at or self._renew_at)
+            return 0.0 if self._probe_at is None else self._probe_at
+        retry_at = self._link.retry_at
+        return self._renew_at if retry_at is None else min(self._renew_at, retry_at)
 
     def _do_what_is_due(self) -> None:
         now = time.monotonic()

@@ -1,8 +1,8 @@
 """The stub made safe: the calls an engine makes, none of which raises or hangs because of the daemon.
 
-Owns the public calls. What cannot be answered in time is a miss, a refusal or nothing, with a reason. Any engine
-thread may call; a fork's child may too, and only misses. The background thread that opens and keeps the session
-is `keeper.py`'s; whether a call may go out, `gate.py`'s.
+Owns the public calls. What cannot be answered in time is a miss, a refusal or nothing, with a reason. Any
+engine thread may call; a fork's child may too, and only misses. The background thread that opens and keeps
+the session is `keeper.py`'s; whether a call may go out, `gate.py`'s.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from itertools import count
 import grpc
 
 from kvtier.v1 import offload_pb2, offload_pb2_grpc
-from kvtier_client.answers import LoadGrant, LookupAnswer, SessionInfo, StoreGrant, StoreVerdict
-from kvtier_client.attach import attach_request
+from kvtier_client.answers import LoadGrant, LookupAnswer, SessionInfo, StoreGrant
+from kvtier_client.attach import attach_request, check_geometry
 from kvtier_client.channel import open_channel, parse_address
 from kvtier_client.context import ReqContext, wire_request_id
 from kvtier_client.gate import Gate, lease_time
+from kvtier_client.grants import GrantCalls
 from kvtier_client.keeper import SessionKeeper
 from kvtier_client.link import Link
 from kvtier_client.listener import ClientListener
@@ -52,18 +53,18 @@ class OffloadClient:
     ) -> None:
         self._target = parse_address(address)
         facts.validate()
-        _check_geometry(identity, facts, geometry)
+        check_geometry(identity, facts, geometry)
         self.identity = identity
         self.facts = facts
-        self.options = options or ClientOptions()
+        self._options = options or ClientOptions()
         self.stats = ClientStats()
-        self._listener = listener or ClientListener()
         self._request = attach_request(identity, facts, geometry or ())
-        self._gate = Gate(self.options, self.stats)
-        self._sender = CompletionSender(self._gate, self.options, self.stats)
+        self._gate = Gate(self._options, self.stats, listener or ClientListener())
+        self._sender = CompletionSender(self._gate, self._options, self.stats)
         self._weights = Weights(self._gate, self.stats)
-        self._lookup_deadline_s = self.options.lookup_deadline_ms / 1000
-        self._prepare_deadline_s = self.options.prepare_deadline_ms / 1000
+        self._grants = GrantCalls(self._gate, self._options, self.stats, self.release)
+        self._lookup_deadline_s = self._options.lookup_deadline_ms / 1000
+        self._prepare_deadline_s = self._options.prepare_deadline_ms / 1000
         # Half a lease id, so that two clients of one instance do not choose the same.
         self._lease_prefix = (secrets.randbits(32) or 1) << 32
         self._lease_numbers = count(1)
@@ -76,15 +77,14 @@ class OffloadClient:
             return
         self._gate.adopt_process()
         self._gate.away_reason = "attaching"
-        self._channel = open_channel(self._target, self.options)
+        self._channel = open_channel(self._target, self._options)
         self._keeper = SessionKeeper(
             self._gate,
             offload_pb2_grpc.OffloadServiceStub(self._channel),
             self._request,
             address=self._target,
             maps_pool=self.identity.role is Role.WORKER,
-            options=self.options,
-            listener=self._listener,
+            options=self._options,
             sender=self._sender,
             stats=self.stats,
             weights=self._weights,
@@ -119,6 +119,20 @@ class OffloadClient:
             self._channel.close()
 
     @property
+    def options(self) -> ClientOptions:
+        """What the client may cost."""
+        return self._options
+
+    @property
+    def listener(self) -> ClientListener:
+        """Who is told. Set it before `start`: what was told before is not repeated."""
+        return self._gate.listener
+
+    @listener.setter
+    def listener(self, listener: ClientListener) -> None:
+        self._gate.listener = listener
+
+    @property
     def attached(self) -> bool:
         """Whether a session is open."""
         return self._gate.link is not None and not self._gate.forked
@@ -150,8 +164,6 @@ class OffloadClient:
         """Return an id for a lease to ask for; never 0, unique in this engine instance."""
         return self._lease_prefix | (next(self._lease_numbers) & 0xFFFF_FFFF)
 
-    # -- asking ------------------------------------------------------------------------------------------
-
     def lookup(
         self,
         ctx: ReqContext,
@@ -165,11 +177,11 @@ class OffloadClient:
     ) -> LookupAnswer:
         """Ask for keys and wait for the answer, at most until the deadline.
 
-        `keys`: group-major, within a group in prefix order; `first_chunks`: per group the request's chunk that
-        its first key belongs to. `timeout_s` takes the place of `lookup_deadline_ms`; a shorter one is no
-        missed deadline for the breaker.
+        `keys`: group-major, within a group in prefix order; `first_chunks`: per group the request's chunk
+        that its first key belongs to. `timeout_s` takes the place of `lookup_deadline_ms`; a shorter one
+        is no missed deadline for the breaker.
         """
-        link = self._enter_lookup(ctx, len(keys), lease)
+        link = self._enter_lookup(ctx, keys, lease)
         if isinstance(link, str):
             return LookupAnswer.missed(len(keys), link)
         call = self._lookup_call(link, ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms)
@@ -192,7 +204,7 @@ class OffloadClient:
         timeout_s: float | None = None,
     ) -> PendingLookup:
         """Ask as `lookup` does, and return at once."""
-        link = self._enter_lookup(ctx, len(keys), lease)
+        link = self._enter_lookup(ctx, keys, lease)
         if isinstance(link, str):
             return PendingLookup.settled(self._gate, LookupAnswer.missed(len(keys), link))
         call = self._lookup_call(link, ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms)
@@ -206,73 +218,28 @@ class OffloadClient:
         link = self._enter(ctx, len(keys))
         if isinstance(link, str):
             return None
-        lease_id = self.new_lease_id()
-        request = offload_pb2.PrepareLoadRequest(
-            session_id=link.session_id, context=link.context_message(ctx), keys=keys, lease_id=lease_id
-        )
-        self.stats.add("rpc_prepare_load")
-        try:
-            reply = link.stub.PrepareLoad(request, timeout=self._prepare_deadline_s)
-        except (grpc.RpcError, ValueError) as error:
-            self._failed_grant(link, error, lease_id)
-            return None
-        if not self._granted(link, ctx, reply.boot_id, lease_id):
-            return None
-        if not len(reply.slot_ids) == len(reply.generations) == len(keys):
-            self._bad_grant(lease_id)
-            return None
-        return LoadGrant(lease_id, list(reply.slot_ids), list(reply.generations))
+        return self._grants.prepare_load(link, ctx, keys, self.new_lease_id())
 
     def prepare_store(self, ctx: ReqContext, keys: Sequence[bytes]) -> StoreGrant:
         """Reserve a slot for each key, as far as the daemon grants it. `keys` as in `lookup`."""
         link = self._enter(ctx, len(keys))
         if isinstance(link, str):
             return StoreGrant.refused(len(keys), link)
-        lease_id = self.new_lease_id()
-        request = offload_pb2.PrepareStoreRequest(
-            session_id=link.session_id, context=link.context_message(ctx), keys=keys, lease_id=lease_id
-        )
-        self.stats.add("rpc_prepare_store")
-        try:
-            reply = link.stub.PrepareStore(request, timeout=self._prepare_deadline_s)
-        except (grpc.RpcError, ValueError) as error:
-            return StoreGrant.refused(len(keys), self._failed_grant(link, error, lease_id))
-        if not self._granted(link, ctx, reply.boot_id, lease_id):
-            return StoreGrant.refused(len(keys), "session_changed")
-        verdicts = list(reply.verdicts)
-        granted = verdicts.count(offload_pb2.STORE_VERDICT_GRANTED)
-        if len(verdicts) != len(keys) or not len(reply.slot_ids) == len(reply.generations) == granted:
-            self._bad_grant(lease_id)
-            return StoreGrant.refused(len(keys), "bad_reply")
-        return StoreGrant(
-            verdicts, lease_id, list(reply.slot_ids), list(reply.generations), list(reply.evicted_keys)
-        )
+        return self._grants.prepare_store(link, ctx, keys, self.new_lease_id())
 
     def request_credits(self, group: int, count: int) -> bool:
         """Ask for slots without keys; returns at once.
 
-        True: `ClientListener.on_credits` follows once, unless the session ends first. False: nothing was sent.
+        True: `ClientListener.on_credits` follows once, unless the session ends first. False: nothing sent.
         """
         link = self._gate.enter()
         if isinstance(link, str):
             return False
-        lease_id = self.new_lease_id()
-        request = offload_pb2.PrepareStoreRequest(
-            session_id=link.session_id,
-            lease_id=lease_id,
-            credits=[offload_pb2.CreditRequest(group=group, count=count)],
-        )
-        self.stats.add("rpc_prepare_store")
-        try:
-            call = link.stub.PrepareStore.future(request, timeout=self._prepare_deadline_s)
-        except ValueError:
-            return False
-        call.add_done_callback(partial(self._credits_granted, link, group, lease_id))
-        return True
+        return self._grants.request_credits(link, group, count, self.new_lease_id())
 
     def touch(self, ctx: ReqContext, keys: Sequence[bytes]) -> None:
         """Tell that the request uses chunks that the engine still had itself. Sends and forgets."""
-        link = self._enter(ctx, 0)
+        link = self._enter(ctx, min(len(keys), 1))
         if isinstance(link, str):
             return
         for start in range(0, len(keys), link.max_keys):
@@ -305,39 +272,38 @@ class OffloadClient:
         self._gate.lose(link, "the epoch of the engine's new weights could not be set")
         return False
 
-    # -- telling, by the next flush ----------------------------------------------------------------------
-
     def announce(
         self, req_id: str, slot_ids: Sequence[int], generations: Sequence[int], keys: Sequence[bytes]
     ) -> None:
         """Queue which key goes into which credit slot. `req_id` may be empty: unknown."""
         wire_id = wire_request_id(req_id) if req_id else ""
-        self._sender.add(_announce, wire_id, slot_ids, generations, keys)
+        self._sender.add(lambda link: link.buffer.announce(wire_id, slot_ids, generations, keys))
 
     def start_load(self, lookup_lease_id: int, load_lease_id: int, slot_ids: Sequence[int]) -> None:
         """Queue that a load begins under a lookup lease: its pins move to the load lease."""
-        self._sender.add(_start_load, lookup_lease_id, load_lease_id, slot_ids)
+        self._sender.add(lambda link: link.buffer.start_load(lookup_lease_id, load_lease_id, slot_ids))
 
     def report_store(self, item: StoreReportItem) -> None:
         """Queue stores of this rank that have ended."""
-        self._sender.add(_report_store, item)
+        self._sender.add(lambda link: link.buffer.report_store(item))
 
     def report_load(self, item: LoadReportItem) -> None:
         """Queue the end of a load of this rank."""
-        self._sender.add(_report_load, item)
+        self._sender.add(lambda link: link.buffer.report_load(item))
 
     def return_credits(self, slot_ids: Sequence[int], generations: Sequence[int]) -> None:
         """Queue credits that were never handed to a worker."""
-        self._sender.add(_return_credits, slot_ids, generations)
+        self._sender.add(lambda link: link.buffer.return_credits(slot_ids, generations))
 
     def release(self, lease_id: int) -> None:
         """Queue the end of a lease, granted or not; 0 is none."""
         if lease_id:
-            self._sender.add(Link.release, lease_id)
+            self._sender.add(lambda link: link.release(lease_id))
 
     def finish(self, req_id: str) -> None:
         """Queue the end of a request: its lookup leases end, running copies go on."""
-        self._sender.add(Link.finish, wire_request_id(req_id))
+        wire_id = wire_request_id(req_id)
+        self._sender.add(lambda link: link.finish(wire_id))
 
     def flush(self) -> None:
         """Send what is queued in one call, now or when the one in flight is answered. Never waits."""
@@ -346,8 +312,6 @@ class OffloadClient:
     def flush_and_wait(self, timeout_s: float) -> bool:
         """Flush, and wait until the daemon has answered everything; False when it has not, or is away."""
         return self._sender.wait_flushed(timeout_s)
-
-    # -- leases of requests that wait --------------------------------------------------------------------
 
     def keep_lease(self, lease_id: int) -> None:
         """Have a lookup's lease renewed in the background until it is released, forgotten or finished."""
@@ -366,20 +330,22 @@ class OffloadClient:
                 self._gate.link.leases.forget(lease_id)
 
     def lease_valid(self, lease_id: int) -> bool:
-        """Tell whether a load may start under a lookup's lease: not in the last third of its time, and not
-        after the session changed."""
+        """Tell whether a load may start under a lookup's lease.
+
+        Not in the last third of its time, and not after the session changed.
+        """
         if self._gate.forked:
             return False
         with self._gate.lock:
             link = self._gate.link
             return link is not None and link.leases.valid(lease_id, lease_time())
 
-    # ----------------------------------------------------------------------------------------------------
-
     def _enter(self, ctx: ReqContext, num_keys: int) -> Link | str:
         link = self._gate.enter()
         if isinstance(link, str):
             return link
+        if not num_keys:
+            return "no_keys"
         if num_keys > link.max_keys:
             return "too_many_keys"
         # The end of the earlier request would end this one's leases when it arrives later.
@@ -387,8 +353,8 @@ class OffloadClient:
             return "finishing"
         return link
 
-    def _enter_lookup(self, ctx: ReqContext, num_keys: int, lease: bool) -> Link | str:
-        link = self._enter(ctx, num_keys)
+    def _enter_lookup(self, ctx: ReqContext, keys: Sequence[bytes], lease: bool) -> Link | str:
+        link = self._enter(ctx, len(keys))
         if isinstance(link, Link):
             if lease and link.info.missing_ranks:
                 return "workers_missing"
@@ -412,61 +378,14 @@ class OffloadClient:
             self.release,
             ctx,
             keys,
-            lease_id=self.new_lease_id() if lease else 0,
+            # No tokens wanted is no lease; on the wire 0 would be no cap.
+            lease_id=self.new_lease_id() if lease and max_tokens != 0 else 0,
             first_chunks=first_chunks,
             max_tokens=max_tokens,
             pending_wait_ms=pending_wait_ms,
         )
 
-    def _granted(self, link: Link, ctx: ReqContext, boot_id: str, lease_id: int) -> bool:
-        """Note an answer that may grant something; False if the session or the epoch is another by now."""
-        if not self._gate.answered(link, boot_id):
-            return False
-        with self._gate.lock:
-            link.mark_seen(ctx)
-            void = self._gate.resetting
-        if void:
-            self.release(lease_id)
-        return not void
-
-    def _failed_grant(self, link: Link, error: Exception, lease_id: int) -> str:
-        failure = self._gate.failed(link, error)
-        if not failure.boot_id:
-            self.release(lease_id)  # it may have been granted, and the reply lost
-        return failure.reason
-
-    def _bad_grant(self, lease_id: int) -> None:
-        self.stats.add("bad_replies")
-        self.release(lease_id)
-
-    def _credits_granted(
-        self,
-        link: Link,
-        group: int,
-        lease_id: int,
-        call: grpc.CallFuture[offload_pb2.PrepareStoreResponse],
-    ) -> None:
-        """Hand credits on, on a thread of grpc."""
-        slot_ids: list[int] = []
-        generations: list[int] = []
-        try:
-            reply = call.result()
-        except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            self._failed_grant(link, error, lease_id)
-        else:
-            if not self._gate.answered(link, reply.boot_id):
-                return
-            for grant in reply.credits:
-                slot_ids.extend(grant.slot_ids)
-                generations.extend(grant.generations)
-            if len(slot_ids) != len(generations):
-                self._bad_grant(lease_id)
-                slot_ids, generations = [], []
-        self._gate.deliver(
-            link, self._listener.on_credits, group, slot_ids, generations, lease_id if slot_ids else 0
-        )
-
-    def _touched(self, link: Link, call: grpc.CallFuture[offload_pb2.TouchResponse]) -> None:
+    def _touched(self, link: Link, call: grpc.Future[offload_pb2.TouchResponse]) -> None:
         try:
             self._gate.answered(link, call.result().boot_id)
         except (grpc.RpcError, grpc.FutureCancelledError) as error:

@@ -1,7 +1,7 @@
 """The request a call is about: its id and its parameters, built once and handed along.
 
-Owns how parameters become JSON: `5`, `5.0`, `true` and `"5"` stay four things, and what JSON cannot say is left
-out, entry by entry, instead of being bent. What is done about it (counting, warning) is the client's.
+Owns how parameters become JSON: `5`, `5.0`, `true` and `"5"` stay four things, and what JSON cannot say is
+left out, entry by entry, instead of being bent. What is done about it (counting, warning) is the client's.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def wire_request_id(req_id: str) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def serialize_params(params: Mapping[str, Any] | None) -> ParamsJson:
+def serialize_params(params: object) -> ParamsJson:
     """Serialize what JSON can say; entries that it cannot are dropped and named. Never raises."""
     if params is None:
         return ParamsJson(None, ())

@@ -148,7 +148,8 @@ class CompletionBuffer:
     def _pieces(self, count: int) -> Iterator[slice]:
         """Cut columns of `count` entries into pieces that one message may carry."""
         return (
-            slice(start, min(start + self._max_entries, count)) for start in range(0, count, self._max_entries)
+            slice(start, min(start + self._max_entries, count))
+            for start in range(0, count, self._max_entries)
         )
 
     def _room(self, entries: int) -> Batch:

@@ -16,6 +16,7 @@ from typing import ParamSpec
 from kvtier_client.breaker import Breaker
 from kvtier_client.channel import RpcFailure, read_failure
 from kvtier_client.link import Link
+from kvtier_client.listener import ClientListener
 from kvtier_client.options import ClientOptions
 from kvtier_client.stats import ClientStats
 
@@ -31,7 +32,8 @@ def lease_time() -> float:
 class Gate:
     """Lets calls through to the open session, or says why not."""
 
-    def __init__(self, options: ClientOptions, stats: ClientStats) -> None:
+    def __init__(self, options: ClientOptions, stats: ClientStats, listener: ClientListener) -> None:
+        self.listener = listener
         self.lock = Lock()
         self.changed = Condition(self.lock)
         """The link, the breaker, `closing` or a link's `retry_at` changed."""
@@ -52,8 +54,11 @@ class Gate:
 
     @property
     def forked(self) -> bool:
-        """Whether this is a child's copy. Its locks may be held by threads that do not exist here, and grpc
-        does not survive a fork: it must touch neither."""
+        """Whether this is a child's copy.
+
+        Its locks may be held by threads that do not exist here, and grpc does not survive a fork: it must
+        touch neither.
+        """
         return os.getpid() != self._pid
 
     def adopt_process(self) -> None:
@@ -98,7 +103,7 @@ class Gate:
         if failure.is_our_bug and failure.reason not in self._logged:
             self._logged.add(failure.reason)
             logger.error(
-                "the daemon failed a call (%s): %s; this is a bug, please report it; further ones are only counted",
+                "the daemon failed a call (%s): %s; this is a bug, please report it; more are only counted",
                 failure.reason,
                 failure.details,
             )

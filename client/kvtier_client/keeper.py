@@ -19,7 +19,6 @@ from kvtier_client.channel import read_failure
 from kvtier_client.chores import Chores, pauses_s
 from kvtier_client.gate import Gate
 from kvtier_client.link import Link
-from kvtier_client.listener import ClientListener
 from kvtier_client.options import ClientOptions
 from kvtier_client.places import PoolPlace
 from kvtier_client.reset import Weights
@@ -46,7 +45,6 @@ class SessionKeeper:
         address: str,
         maps_pool: bool,
         options: ClientOptions,
-        listener: ClientListener,
         sender: CompletionSender,
         stats: ClientStats,
         weights: Weights,
@@ -57,7 +55,6 @@ class SessionKeeper:
         self._address = address
         self._maps_pool = maps_pool
         self._options = options
-        self._listener = listener
         self._sender = sender
         self._stats = stats
         self._weights = weights
@@ -119,7 +116,8 @@ class SessionKeeper:
         request = self._describe()
         self._stats.add("rpc_attach")
         stream = EventStream(
-            self._stub.Attach(request),
+            self._stub.Attach,
+            request,
             on_first=on_first,
             on_event=lambda message: self._event(links[0], message),
             on_end=on_end,
@@ -196,7 +194,7 @@ class SessionKeeper:
         logger.info("attached to %s as session %s", self._address, link.session_id)
         gate = self._gate
         gate.install(link)
-        gate.deliver(link, self._listener.on_attached, link.info)
+        gate.deliver(link, self._gate.listener.on_attached, link.info)
         self._place.retire()
         with gate.lock:
             link.announced = True
@@ -206,7 +204,7 @@ class SessionKeeper:
         self._stats.add("detaches")
         reason = "closed" if self._gate.closing else self._gate.away_reason
         self._drained = False
-        self._gate.deliver_detached(self._listener.on_detached, reason)
+        self._gate.deliver_detached(self._gate.listener.on_detached, reason)
         if not self._gate.closing:
             self._say_away(reason)
 
@@ -214,14 +212,14 @@ class SessionKeeper:
         """Make sure that no copy of an earlier session runs. Raises CannotAttach while one does."""
         if self._drained:
             return
-        if not self._listener.drain(self._options.drain_timeout_ms / 1000):
+        if not self._gate.listener.drain(self._options.drain_timeout_ms / 1000):
             self._stats.add("drain_waits")
             raise CannotAttach("copies of the last session are still running")
         self._drained = True
 
     def _event(self, link: Link, message: offload_pb2.AttachResponse) -> None:
         """Take an event, on the reading thread."""
-        gate, listener = self._gate, self._listener
+        gate, listener = self._gate, self._gate.listener
         match message.WhichOneof("event"):
             case "resolved":
                 event = message.resolved

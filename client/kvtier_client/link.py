@@ -1,7 +1,7 @@
 """One open session, with everything that is void when it ends.
 
-Owns the session's leases, its queue for Complete, and which requests have told their parameters. A new session
-starts with a new link: nothing is carried over, so nothing of an old session can be taken for valid.
+Owns the session's leases, its queue for Complete, and which requests have told their parameters. A new
+session starts with a new link: nothing is carried over, so nothing of an old one can be taken for valid.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Link:
         if ctx.kv_transfer_params is None or ctx.wire_id in self._seen:
             return offload_pb2.RequestContext(request_id=ctx.wire_id)
         params = ctx.params_json()
-        dropped = params.dropped
-        data = params.data
-        if data is not None and len(data) > self.info.limits.max_params_bytes:
-            data, dropped = None, (f"<all: {len(data)} bytes>",)
+        data, dropped = params.data, params.dropped
+        if data and len(data) > self.info.limits.max_params_bytes:
+            dropped = (f"<all: {len(data)} bytes>",)
+            data = None
         if dropped:
             self._warn_dropped(ctx, dropped)
         return offload_pb2.RequestContext(request_id=ctx.wire_id, params_json=data)
@@ -92,8 +92,8 @@ class Link:
     def _warn_dropped(self, ctx: ReqContext, dropped: tuple[str, ...]) -> None:
         if not self._stats.snapshot()["params_dropped"]:
             logger.warning(
-                "kv_transfer_params of request %r: %s cannot be sent and are left out (JSON without NaN, bytes "
-                "and lone surrogates, with string keys, at most %d bytes); further ones are only counted",
+                "kv_transfer_params of request %r: %s cannot be sent and are left out (JSON without NaN, "
+                "bytes and lone surrogates, with string keys, at most %d bytes); more are only counted",
                 ctx.req_id,
                 ", ".join(dropped[:8]),
                 self.info.limits.max_params_bytes,

@@ -1,7 +1,7 @@
 """What a client tells the shim above it.
 
-Owns the names of the calls. They come on the client's own threads, one at a time per client (`drain` alone may
-overlap `on_credits`), and must be quick: an event waits behind them. They may call the client's methods that
+Owns the names of the calls. They come on the client's own threads, one at a time per client, and must be
+quick: an event waits behind them. They may call the client's methods that
 queue or send asynchronously, not those that wait for an answer.
 """
 
@@ -16,7 +16,7 @@ class ClientListener:
     """Does nothing. A shim overrides what it needs to know."""
 
     def on_attached(self, session: SessionInfo) -> None:
-        """A session is open. In workers `session.pool` is mapped; let go of views into an earlier pool now."""
+        """A session is open. In workers `session.pool` is mapped; let go of views into an earlier pool."""
 
     def on_detached(self, reason: str) -> None:
         """The session is over: all its leases and credits are void, and what it had in flight has failed."""

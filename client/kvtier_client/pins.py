@@ -62,9 +62,14 @@ class Pins:
         if state.lease_id and not self._client.lease_valid(state.lease_id):
             self.release(state)
         self._ask_if_due(state, num_computed_tokens, now)
-        if state.asked is not None and not self.settle(state, self._wait_s) and not state.asked.background:
-            # The client ends the lookup at the same deadline; whoever is first, this attempt computes.
-            return 0 if now - state.asked.asked_at >= self._deadline_s else None
+        if state.asked is not None:
+            if self.settle(state, self._wait_s):
+                # The first lookup of a request is sent before anybody knows what the device cache holds.
+                if _reaches_further(state, num_computed_tokens):
+                    self.ask(state, num_computed_tokens, now)
+            if state.asked is not None and not state.asked.background:
+                # The client ends the lookup at the same deadline; whoever is first, this attempt computes.
+                return 0 if now - state.asked.asked_at >= self._deadline_s else None
         tokens = state.pinned_tokens(num_computed_tokens)
         if now < state.pending_until and state.has(ChunkStatus.PENDING):
             hoped = state.hoped_tokens(num_computed_tokens, ChunkStatus.HIT, ChunkStatus.PENDING)
@@ -121,6 +126,9 @@ class Pins:
             self._client.keep_lease(state.lease_id)
             self._apply_early(state)
         self._on_missing(state, missing, asked.asked_at)
+        if state.lease_id and not self._client.lease_valid(state.lease_id):
+            # The answer came in a session that has ended since, or long ago.
+            self.release(state)
         return True
 
     def resolve(self, lease_id: int, key: bytes, raw_status: int, slot: SlotRef) -> None:

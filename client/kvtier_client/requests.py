@@ -178,9 +178,13 @@ class RequestState:
         ]
         ends = [len(chunks.keys) for chunks in self.groups]
         if sum(ends) - sum(firsts) > max_keys:
+            begin = min(
+                num_computed_tokens // tokens * tokens
+                for tokens in (self.facts.chunk_tokens(group) for group in range(len(self.groups)))
+            )
             # Chunks a token, summed over the groups, say how many tokens max_keys reach.
             density = sum(1 / self.facts.chunk_tokens(group) for group in range(len(self.groups)))
-            reach = num_computed_tokens + int(max_keys / density)
+            reach = begin + int(max_keys / density)
             ends = [
                 max(first, min(end, reach // self.facts.chunk_tokens(group)))
                 for group, (first, end) in enumerate(zip(firsts, ends, strict=True))

@@ -1,8 +1,8 @@
 """Which epoch the engine's weights need, over sessions and restarts of the daemon.
 
-Owns the promise that after a weight update nothing stored before is hit: until the daemon has confirmed the new
-epoch every call misses, and a session that opens in another epoch (the daemon was restarted) is reset again
-before it is used.
+Owns the promise that after a weight update nothing stored before is hit: until the daemon has confirmed the
+new epoch every call misses, and a session that opens in another epoch (the daemon was restarted) is reset
+again before it is used.
 """
 
 from __future__ import annotations

@@ -36,11 +36,6 @@ from kvtier_client.listener import ClientListener
 from kvtier_client.pins import Pins
 from kvtier_client.recent import RecentStores
 from kvtier_client.requests import ChunkRef, ChunkStatus, RequestState, SkipReason, SlotRef
-from kvtier_ops.namespace import NamespaceFacts
-
-RESET_FLUSH_S = 5.0
-"""How long a reset waits for what is queued; as long as the client waits for the reset itself."""
-
 
 @dataclass(slots=True)
 class SchedulerStats:
@@ -65,14 +60,13 @@ class SchedulerShim(ClientListener):
     def __init__(
         self,
         client: OffloadClient,
-        facts: NamespaceFacts,
         *,
         null_block_id: int | None = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stats = SchedulerStats()
         self._client = client
-        self._facts = facts
+        self._facts = client.facts
         self._null_block_id = null_block_id
         self._clock = clock
         self._requests: dict[str, RequestState] = {}
@@ -84,6 +78,8 @@ class SchedulerShim(ClientListener):
         self._recent = RecentStores()
         self._events: deque[Callable[[], None]] = deque()
         client.listener = self
+        if client.session is not None:
+            self.on_attached(client.session)
 
     # Requests
 
@@ -316,14 +312,13 @@ class SchedulerShim(ClientListener):
             state.forget()
         self._recent.clear()
         self._return(self._credits.give_back(sys.maxsize, self._clock(), pause_s=0))
-        # What is queued belongs to the old epoch and must arrive before the change.
-        self._client.flush_and_wait(RESET_FLUSH_S)
         return self._client.reset(weights_id)
 
     def _ask_for_credits(self, now: float) -> None:
         if self._client.ready:
             for group, count in self._credits.shortfall(now):
-                self._client.request_credits(group, count)
+                if not self._client.request_credits(group, count):
+                    self._credits.grant(group, (), (), now)
 
     def _return(self, slots: Sequence[Credit]) -> None:
         if slots:

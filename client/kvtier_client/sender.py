@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Concatenate, ParamSpec
 
 import grpc
 
@@ -18,8 +17,6 @@ from kvtier_client.gate import Gate
 from kvtier_client.link import Link
 from kvtier_client.options import ClientOptions
 from kvtier_client.stats import ClientStats
-
-P = ParamSpec("P")
 
 _RETRIED = frozenset({"deadline", "unavailable", "draining", "cancelled", "limit_unary_calls"})
 """The daemon did not look at the batch, or nobody knows whether it did."""
@@ -35,7 +32,7 @@ class CompletionSender:
         self._options = options
         self._stats = stats
 
-    def add(self, put: Callable[Concatenate[Link, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
+    def add(self, put: Callable[[Link], None]) -> None:
         """Queue an item in the open session. Without one it is void, like the lease it is about."""
         gate = self._gate
         if gate.forked:
@@ -43,7 +40,7 @@ class CompletionSender:
         with gate.lock:
             link = gate.link
             if link is not None:
-                put(link, *args, **kwargs)
+                put(link)
         if link is None:
             self._stats.add("queued_dropped")
         elif link.buffer.entries > self._options.max_queued_entries:
@@ -95,9 +92,7 @@ class CompletionSender:
             return
         call.add_done_callback(partial(self._replied, link, batch))
 
-    def _replied(
-        self, link: Link, batch: Batch, call: grpc.CallFuture[offload_pb2.CompleteResponse]
-    ) -> None:
+    def _replied(self, link: Link, batch: Batch, call: grpc.Future[offload_pb2.CompleteResponse]) -> None:
         """Take the reply, on a thread of grpc."""
         gate = self._gate
         try:

@@ -87,8 +87,8 @@ class WorkerShim(ClientListener):
     """One rank's copies between its device blocks and the pool.
 
     `layouts[g]` is how this rank's part of a chunk of group g is laid out, `part` which part of a slot is
-    its own. `stores=False` is for ranks whose bytes equal rank 0's (replicated layouts): their stores are
-    acknowledged without a copy. Raises ValueError if the tensors do not have these layouts.
+    its own. Where slots have one part for several ranks, because their bytes are equal, rank 0 stores and the
+    others acknowledge without a copy. Raises ValueError if the tensors do not have these layouts.
     """
 
     def __init__(
@@ -101,7 +101,6 @@ class WorkerShim(ClientListener):
         *,
         verify_loads: VerifyLoads = "always",
         num_threads: int = 2,
-        stores: bool = True,
     ) -> None:
         for group, layout in enumerate(layouts):
             if layout.blocks_per_chunk != blocks_per_chunk:
@@ -116,7 +115,7 @@ class WorkerShim(ClientListener):
         self._blocks_per_chunk = blocks_per_chunk
         self._part = part
         self._verify_every = {"always": 1, "sampled": SAMPLE_EVERY, "off": 0}[verify_loads]
-        self._stores = stores
+        self._stores = client.facts.num_parts > 1 or client.identity.rank == 0
         self._threads = CopyThreads(num_threads)
         self._loaded_chunks = count()
         self._changed = threading.Condition()

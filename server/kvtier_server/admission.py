@@ -45,8 +45,9 @@ class ReuseFilter:
         # to count each once even when requests with the same prompt are interleaved.
         self._offers: OrderedDict[bytes, tuple[int | None, ...]] = OrderedDict()
 
-    def __len__(self) -> int:
-        """Return the number of chunks remembered, at most `max_tracked`."""
+    @property
+    def num_tracked(self) -> int:
+        """Number of chunks remembered, at most `max_tracked`."""
         return len(self._offers)
 
     @property

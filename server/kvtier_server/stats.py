@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 LOOKUP_RESULTS = ("hit", "hit_unleased", "pending", "miss")
 STORE_REFUSALS = ("resident", "pending", "filtered", "quota", "full", "inflight")
-EVICTION_REASONS = ("capacity", "slab_move", "request", "cleared", "corrupt", "reset")
+EVICTION_REASONS = ("evict", "slab_move", "corrupt", "cleared")
+"""`evict` is the policy's choice; the others are drops."""
 SESSION_ENDS = ("closed", "replaced", "instance_lost", "draining", "slow_reader")
 SESSION_ROLES = ("scheduler", "worker")
 LEASE_KINDS = ("lookup", "load", "store", "credit")

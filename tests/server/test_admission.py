@@ -22,7 +22,7 @@ PROMPT = to_ids([1, 2, 3])
 def test_without_a_threshold_everything_is_stored_and_nothing_remembered(threshold: int) -> None:
     reuse = ReuseFilter(threshold)
     assert reuse.wanted(PROMPT) == reuse.offer(PROMPT) == [True, True, True]
-    assert len(reuse) == 0
+    assert reuse.num_tracked == 0
 
 
 def test_a_client_that_offers_only_what_its_lookup_called_wanted_gets_its_second_request_stored() -> None:
@@ -67,7 +67,7 @@ def test_asking_what_is_wanted_counts_nothing() -> None:
     reuse.offer(PROMPT[:1], request=1)
     for _ in range(5):
         assert reuse.wanted(PROMPT) == [False] * 3
-    assert len(reuse) == 1
+    assert reuse.num_tracked == 1
     assert reuse.offer(PROMPT, request=2) == [True, False, False]
 
 
@@ -83,7 +83,7 @@ def test_the_least_recently_offered_chunk_is_forgotten_first() -> None:
     one, two, three, four = to_ids([1, 2, 3, 4])
     for request, chunk_id in enumerate((one, two, three, one, four)):
         reuse.offer([chunk_id], request)
-    assert len(reuse) == 3
+    assert reuse.num_tracked == 3
     assert reuse.offer([two], request=10) == [False]
     assert reuse.wanted([one]) == [True]
 
@@ -92,7 +92,7 @@ def test_the_head_of_a_prompt_longer_than_the_tracker_is_what_is_remembered() ->
     reuse = ReuseFilter(threshold=2, max_tracked=4)
     prompt = to_ids(range(10))
     assert reuse.offer(prompt, request=1) == [False] * 10
-    assert len(reuse) == 4
+    assert reuse.num_tracked == 4
     assert reuse.offer(prompt[:4], request=2) == [True] * 4
 
 

@@ -35,7 +35,7 @@ def lines(stream: io.StringIO) -> list[dict[str, object]]:
 
 
 def record(event: str) -> logging.LogRecord:
-    return logging.LogRecord("kvtier", logging.INFO, __file__, 1, {"event": event}, None, None)  # type: ignore[arg-type]
+    return logging.LogRecord("kvtier", logging.INFO, __file__, 1, {"event": event}, None, None)
 
 
 def test_without_a_terminal_a_line_is_a_json_object() -> None:

@@ -91,7 +91,7 @@ def test_a_published_snapshot_is_what_the_next_scrape_shows() -> None:
             ),
             leases=(LeaseStats("lookup", 3, 2.5), LeaseStats("store", 1, 9.0)),
             lookup_keys={"hit": 7},
-            evictions={"primary": {"capacity": 4}, "disk": {"capacity": 6}},
+            evictions={"primary": {"evict": 4}, "disk": {"evict": 6}},
             checksum_failures={"disk": 1},
             tenant_used_bytes={"": 30, "team-a": 10},
         )
@@ -109,7 +109,7 @@ def test_a_published_snapshot_is_what_the_next_scrape_shows() -> None:
     assert samples[sample("lease_oldest_age_seconds")] == 9
     assert samples[sample("lookup_keys_total", result="hit")] == 7
     assert samples[sample("lookup_keys_total", result="miss")] == 0
-    assert samples[sample("evictions_total", tier="disk", reason="capacity")] == 6
+    assert samples[sample("evictions_total", tier="disk", reason="evict")] == 6
     assert samples[sample("checksum_failures_total", tier="disk")] == 1
     assert samples[sample("tenant_used_bytes", tenant="default")] == 30
 

@@ -49,6 +49,6 @@ def run(args: argparse.Namespace) -> int:
         for error in errors.errors:
             print(f"kvtier serve: {error}", file=sys.stderr)
         return 2
-    from kvtier_server import daemon
+    from kvtier_server.daemon import run as serve_daemon
 
-    return daemon.run(config)
+    return serve_daemon(config)

@@ -50,7 +50,7 @@ class Core:
         reuse_filter: ReuseFilter | None = None,
     ) -> None:
         self.books = Books(
-            pool_bytes, table, make_policy, lock_is_free, limits or Limits(), reuse_filter or ReuseFilter(0)
+            pool_bytes, table, make_policy, lock_is_free, limits or Limits(), ReuseFilter(0) if reuse_filter is None else reuse_filter
         )
         self.lookups = Lookups(self.books)
         self.grants = Grants(self.books)

@@ -175,12 +175,13 @@ class ArcPolicy(CachePolicy):
 
     def _forget_old_ghosts(self) -> None:
         # Runs for every insert, hence the plain loops.
-        num_recent, num_frequent = len(self._recent), len(self._frequent)
+        capacity, num_recent, num_frequent = self._capacity, len(self._recent), len(self._frequent)
         recent_ghosts, frequent_ghosts = self._recent_ghosts, self._frequent_ghosts
-        while recent_ghosts and num_recent + len(recent_ghosts) > self._capacity:
+        room = 2 * capacity - num_recent - num_frequent
+        # `room` is the smaller limit only when a capacity shrank below what is held.
+        while recent_ghosts and len(recent_ghosts) > min(capacity - num_recent, room):
             recent_ghosts.popitem(last=False)
-        room = 2 * self._capacity - num_recent - num_frequent - len(recent_ghosts)
-        while frequent_ghosts and len(frequent_ghosts) > room:
+        while frequent_ghosts and len(frequent_ghosts) > room - len(recent_ghosts):
             frequent_ghosts.popitem(last=False)
         while len(self._returning) > self._capacity:  # announced, but never inserted
             self._returning.popitem(last=False)

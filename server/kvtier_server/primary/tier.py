@@ -101,17 +101,15 @@ class PrimaryTier:
         return left
 
     def _settle_uses(self, user: object, chunks: Sequence[Chunk], stamps: Sequence[int]) -> None:
-        per_class: dict[SizeClass, tuple[list[ChunkId], list[int]]] = {}
+        per_class: dict[SizeClass, dict[ChunkId, int]] = {}  # by id: a client may name a key twice
         for chunk, stamp in zip(chunks, stamps, strict=True):
             if chunk.dropped:
                 continue
             chunk.user = user
             chunk.stamp = max(chunk.stamp, stamp)
-            ids, used = per_class.setdefault(chunk.size_class, ([], []))
-            ids.append(chunk.id)
-            used.append(stamp)
-        for size_class, (ids, used) in per_class.items():
-            size_class.policy.touch(ids, used)
+            per_class.setdefault(chunk.size_class, {}).setdefault(chunk.id, stamp)
+        for size_class, used in per_class.items():
+            size_class.policy.touch(list(used), list(used.values()))
 
     def _settle_pins(self, chunks: Sequence[Chunk]) -> None:
         changed: dict[SizeClass, tuple[list[ChunkId], list[ChunkId]]] = {}

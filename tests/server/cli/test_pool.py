@@ -155,6 +155,29 @@ def test_remove_asks_and_where_nobody_can_answer_it_refuses(kvtier: Kvtier, pool
     assert (pool / "pool").exists()
 
 
+@pytest.mark.parametrize(("answer", "removed"), [("y\n", True), ("\n", False), ("yess\n", False)])
+def test_remove_takes_only_a_yes_from_the_terminal(
+    pool: Path, tmp_path: Path, answer: str, removed: bool
+) -> None:
+    keyboard, terminal = os.openpty()
+    try:
+        os.write(keyboard, answer.encode())
+        done = subprocess.run(
+            [sys.executable, "-m", "kvtier_server", "pool", "remove", "--directory", str(pool)],
+            env=environment(tmp_path),
+            stdin=terminal,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(keyboard)
+        os.close(terminal)
+    assert "and all it holds? [y/N]" in done.stderr
+    assert (done.returncode, pool.exists()) == ((0, False) if removed else (1, True))
+
+
 def test_removing_what_is_not_there_is_done(kvtier: Kvtier, directory: Path) -> None:
     done = kvtier("pool", "remove", "--directory", str(directory))
     assert (done.returncode, done.stdout) == (0, "")

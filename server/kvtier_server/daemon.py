@@ -1,0 +1,448 @@
+"""The daemon: built, served, drained.
+
+Owns the process: which parts there are and how they are wired, the loop's ticks, signals, and the order of
+starting and stopping. The loop's thread is the one that is in the core; what blocks runs on other threads and
+comes back through the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvtier.v1 import offload_pb2 as pb
+from kvtier_ops.checksum import part_checksum
+from kvtier_ops.layout import part_offset
+from kvtier_ops.locks import owner_lock_is_free
+from kvtier_ops.pool import Pool, PoolBusy, PoolError, check_capacity
+from kvtier_server import __version__, admin, logs, service
+from kvtier_server.address import socket_path
+from kvtier_server.admission import ReuseFilter
+from kvtier_server.config import Config
+from kvtier_server.core.books import HashRequest
+from kvtier_server.core.instances import Session
+from kvtier_server.core.leases import LeaseKind
+from kvtier_server.core.limits import Limits
+from kvtier_server.core.tiering import Core
+from kvtier_server.http import HttpServer
+from kvtier_server.metrics import Metrics
+from kvtier_server.policies.loader import PolicyLoadError, load_policy_class
+from kvtier_server.pool_slots import Backing, PoolSlots
+from kvtier_server.rpc import CallScope
+from kvtier_server.service import OffloadService, boottime_ns
+from kvtier_server.sessions import Sessions
+from kvtier_server.snapshot import by_suffix, lease_stats, primary_stats, session_stats, tenant_bytes
+from kvtier_server.socket_lock import SocketLock, StartError
+from kvtier_server.stats import (
+    PHASE_DEGRADED,
+    PHASE_DRAINING,
+    PHASE_SERVING,
+    PHASE_STARTING,
+    PRIMARY_TIER,
+    DaemonState,
+    PoolStats,
+    StatsSnapshot,
+)
+
+log = structlog.get_logger("kvtier.daemon")
+
+TICK_S = 0.05
+"""Time between two ticks: expiry and quarantine need no finer one, and an idle daemon stays under 1 % CPU."""
+
+SNAPSHOT_TICKS = 20
+"""Ticks between two snapshots for metrics: one a second, as scrapes are far apart."""
+
+UNARY_METHODS = (
+    "Describe", "Attach", "Lookup", "PrepareLoad", "PrepareStore", "Complete", "RenewLeases", "Touch",
+    "FinishRequest", "Reset",
+)  # fmt: skip
+
+
+def run(config: Config) -> int:
+    """Serve in the foreground until SIGTERM or SIGINT. Returns the exit code of `kvtier serve`."""
+    limiter = logs.setup(config.server.log_level, config.server.log_format)
+    try:
+        daemon = Daemon(config)
+    except StartError as error:
+        print(f"kvtier serve: {error}", file=sys.stderr)  # noqa: T201 for the person at the terminal
+        return error.exit_code
+    try:
+        asyncio.run(daemon.serve(limiter))
+    except StartError as error:
+        print(f"kvtier serve: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    finally:
+        daemon.close()
+    return 0
+
+
+class Daemon:
+    """One daemon. Construction takes locks and pool; `serve` runs it; `close` gives everything back."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._start_ns = boottime_ns()
+        self._start_time_s = time.time()
+        self.boot_id = secrets.token_hex(8)
+        self._socket_lock = SocketLock.of(config.server.address)
+        self._pool = _open_pool(config)
+        limits = _core_limits(config)
+        policy_class = load_policy_class(config.pool.policy)
+        self.core = Core(
+            self._pool.data_bytes,
+            PoolSlots(self._pool),
+            policy_class,
+            functools.partial(owner_lock_is_free, self._pool.directory),
+            functools.partial(secrets.randbits, 64),
+            limits,
+            ReuseFilter(config.admission.store_threshold, config.admission.max_tracked),
+        )
+        self._metrics = Metrics(
+            version=__version__,
+            methods=[f"OffloadService/{method}" for method in UNARY_METHODS] + ["AdminService/GetStatus"],
+            limits=config.limit_values(),
+        )
+        self._scope = CallScope(self.boot_id, config.limits.unary_calls, self._metrics, self._after_call)
+        self._service = OffloadService(
+            self.core, self._scope, self._metrics, self._pool_info, __version__, boottime_ns
+        )
+        self._sessions = Sessions(
+            self.core,
+            self._scope,
+            self._metrics,
+            self._pool_info,
+            self._limits_of,
+            boottime_ns,
+            config.limits.session_events,
+            lambda: None,
+        )
+        self._threads = ThreadPoolExecutor(
+            max(1, min(4, (os.cpu_count() or 2) - 1)), thread_name_prefix="kvtier-work"
+        )
+        self._phase = PHASE_STARTING
+        self._last_tick_ns = self._start_ns
+        self._loop_lag_s = 0.0
+        self._settling = False
+        self._backing: Backing | None = None
+
+    def _pool_info(self) -> pb.PoolInfo:
+        return pb.PoolInfo(
+            directory=str(self._pool.directory),
+            path=str(self._pool.path),
+            pool_id=self._pool.pool_id,
+            data_bytes=self._pool.data_bytes,
+        )
+
+    def _limits_of(self, session: Session) -> pb.Limits:
+        books = self.core.books
+        return pb.Limits(
+            max_keys=books.limits.max_keys,
+            max_message_bytes=self._config.limits.max_message,
+            max_params_bytes=books.limits.max_params_bytes,
+            lookup_lease_ms=books.limits.lookup_lease_ns // 1_000_000,
+            copy_lease_ms=books.limits.copy_lease_ns // 1_000_000,
+            max_credit_bytes=books.max_credit_bytes(session.instance),
+            max_pinned_bytes=books.max_pinned_bytes(session.instance),
+        )
+
+    async def serve(self, limiter: logs.RepeatLimit) -> None:
+        """Run until a signal asks to stop, then drain. Raises StartError if the address cannot be had."""
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, stop)
+        server, health_servicer = self._build_server()
+        http = self._start_http()
+        self._backing = Backing(
+            self._pool,
+            self._config.pool.backing_piece,
+            functools.partial(self._call_soon, loop, self._on_backed),
+        )
+        self._backing.start()
+        await server.start()
+        self._phase = PHASE_SERVING
+        for name in ("", service.SERVICE, admin.SERVICE):
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        gc.freeze()
+        # A full collection over a million index entries stops the loop for a third of a second.
+        gc.set_threshold(50_000, 20, 1 << 30)
+        self._announce(http)
+        ticks = asyncio.create_task(self._tick_forever(limiter))
+        try:
+            await stop.wait()
+            await self._drain(server, health_servicer)
+        finally:
+            ticks.cancel()
+            self._backing.stop()
+            self._threads.shutdown(cancel_futures=True)
+            if http is not None:
+                http.stop()
+
+    def _build_server(self) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+        message_bytes = self._config.limits.max_message
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", message_bytes),
+                ("grpc.max_send_message_length", message_bytes),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        unimplemented = self._scope.unimplemented
+        handlers: dict[str, dict[str, grpc.RpcMethodHandler[bytes, bytes]]] = {
+            service.SERVICE: self._service.handlers() | {"Attach": self._sessions.handler()},
+            admin.SERVICE: admin.handlers(self._scope, self.snapshot),
+            "kvtier.v1.TransferService": {
+                "RegisterMemory": grpc.unary_unary_rpc_method_handler(
+                    unimplemented("TransferService/RegisterMemory", "the CUDA path (TransferService)")
+                ),
+                "Transfer": grpc.stream_stream_rpc_method_handler(
+                    unimplemented("TransferService/Transfer", "the CUDA path (TransferService)")
+                ),
+            },
+            "kvtier.v1.EventsService": {
+                method: grpc.unary_stream_rpc_method_handler(
+                    unimplemented(f"EventsService/{method}", f"EventsService.{method}")
+                )
+                for method in ("Watch", "Snapshot")
+            },
+        }
+        for name, methods in handlers.items():
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
+        health_servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        reflection.enable_server_reflection([*handlers, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        self._bind(server)
+        return server, health_servicer
+
+    def _bind(self, server: grpc.aio.Server) -> None:
+        address = self._config.server.address
+        path = socket_path(address)
+        previous = os.umask(0o177)  # the socket is 0600 from its first moment
+        try:
+            server.add_insecure_port(f"unix:{path}" if path is not None else address)
+        except RuntimeError as error:
+            raise StartError(f"cannot listen on {address}: {error}; choose another --address", 1) from error
+        finally:
+            os.umask(previous)
+
+    def _start_http(self) -> HttpServer | None:
+        address = self._config.server.metrics_address
+        if not address:
+            return None
+        http = HttpServer(address, self._metrics, self._state)
+        try:
+            http.start()
+        except OSError as error:
+            raise StartError(f"{error.strerror}; choose another --metrics-address", 1) from error
+        return http
+
+    def _announce(self, http: HttpServer | None) -> None:
+        """Say on stdout where everything is: the first thing a person looks for."""
+        pool = self._pool
+        metrics = f"http://127.0.0.1:{http.port}/metrics" if http is not None else "off"
+        kept = "kept from an earlier daemon" if pool.kept else "new"
+        lines = (
+            f"kvtier {__version__} serving",
+            f"  address  {self._config.server.address}",
+            f"  pool     {pool.path} ({pool.data_bytes} bytes, {kept}, policy {self._config.pool.policy})",
+            "  tiers    primary (the pool)",
+            f"  metrics  {metrics}",
+        )
+        print("\n".join(lines), flush=True)  # noqa: T201 this is the command's output
+        log.info("serving", boot=self.boot_id, address=self._config.server.address, pool=str(pool.path))
+
+    def _on_signal(self, stop: asyncio.Event) -> None:
+        if stop.is_set():
+            log.warning("stopped_at_once", why="second signal")
+            self._socket_lock.unlink()
+            os._exit(0)
+        stop.set()
+
+    @staticmethod
+    def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[int], None], value: int) -> None:
+        loop.call_soon_threadsafe(function, value)
+
+    def _on_backed(self, num_bytes: int) -> None:
+        self.core.books.primary.slabs.backed_bytes = num_bytes
+
+    def _after_call(self) -> None:
+        """Deliver what the call caused, and do what it put off once its reply is on the way."""
+        if self.core.books.notices:
+            self._sessions.dispatch()
+        if not self._settling:
+            self._settling = True
+            asyncio.get_running_loop().call_soon(self._settle)
+
+    def _settle(self) -> None:
+        self._settling = self.core.books.settle()
+        if self._settling:
+            asyncio.get_running_loop().call_soon(self._settle)
+        self._start_hashes()
+
+    def _start_hashes(self) -> None:
+        """Have slots hashed that readers complained about, off this thread."""
+        loop = asyncio.get_running_loop()
+        requests = self.core.books.hash_requests
+        while requests:
+            request = requests.popleft()
+            future = loop.run_in_executor(self._threads, self._hash, request)
+            future.add_done_callback(functools.partial(self._hashed, request))
+
+    def _hash(self, request: HashRequest) -> bool:
+        recorded = self._pool.part_checksum(request.slot_id, request.part)
+        offset = part_offset(request.part_bytes, request.part)
+        return part_checksum(self._pool.part_view(request.slot_id, offset, request.part_bytes)) == recorded
+
+    def _hashed(self, request: HashRequest, future: asyncio.Future[bool]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            matches = future.result()
+            self.core.completions.hashed(request, matches)
+            if not matches:
+                log.error("corrupt_chunk", slot=request.slot_id, part=request.part, action="quarantined")
+
+    async def _tick_forever(self, limiter: logs.RepeatLimit) -> None:
+        """Let the core see time pass."""
+        count = 0
+        while True:
+            due_ns = boottime_ns() + int(TICK_S * 1e9)
+            await asyncio.sleep(TICK_S)
+            now_ns = boottime_ns()
+            self._loop_lag_s = max((now_ns - due_ns) / 1e9, 0.0)
+            self._last_tick_ns = now_ns
+            self.core.tick(now_ns)
+            self._sessions.dispatch()
+            self._start_hashes()
+            count += 1
+            if count % SNAPSHOT_TICKS == 1:
+                self._metrics.publish(self.snapshot())
+                logs.log_held_back(limiter)
+
+    def _state(self) -> DaemonState:
+        return DaemonState(self._current_phase(), (boottime_ns() - self._last_tick_ns) / 1e9)
+
+    def _current_phase(self) -> str:
+        short = self._backing is not None and self._backing.shortage
+        return PHASE_DEGRADED if short and self._phase == PHASE_SERVING else self._phase
+
+    def snapshot(self) -> StatsSnapshot:
+        """Count everything now. On the loop's thread."""
+        books, now_ns = self.core.books, boottime_ns()
+        counts = books.counts
+        shortage = self._backing.shortage if self._backing is not None else ""
+        primary = primary_stats(books, shortage or "ok")
+        return StatsSnapshot(
+            boot_id=self.boot_id,
+            version=__version__,
+            phase=self._current_phase(),
+            start_time_s=self._start_time_s,
+            uptime_s=(now_ns - self._start_ns) / 1e9,
+            loop_lag_s=self._loop_lag_s,
+            pool=PoolStats(
+                path=str(self._pool.path),
+                name=self._config.server.name,
+                data_bytes=self._pool.data_bytes,
+                backed_bytes=books.primary.slabs.backed_bytes,
+                policy=self._config.pool.policy,
+            ),
+            tiers=(replace(primary),),
+            sessions=session_stats(books, now_ns),
+            leases=lease_stats(books, now_ns),
+            lookup_keys=by_suffix(counts, "lookup"),
+            lookup_tokens=counts["lookup_tokens"],
+            hit_tokens={PRIMARY_TIER: counts["hit_tokens"]},
+            evictions={PRIMARY_TIER: by_suffix(counts, "removed")},
+            store_refused=by_suffix(counts, "refused"),
+            sessions_ended=by_suffix(counts, "session_ended"),
+            checksum_failures={PRIMARY_TIER: counts["checksum:corrupt"]},
+            loads_torn=counts["load:torn"],
+            credits=sum(r.key is None for r in books.reservations),
+            tenant_used_bytes=tenant_bytes(books),
+        )
+
+    async def _drain(self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:
+        """Refuse what is new, wait for copies that run, close the streams, stop."""
+        self._phase = PHASE_DRAINING
+        self.core.books.draining = True
+        await health_servicer.enter_graceful_shutdown()
+        deadline = time.monotonic() + self._config.drain.copies / 1e9
+        self._sessions.tell_all(
+            pb.AttachResponse(draining=pb.Draining(deadline_ms=self._config.drain.copies // 1_000_000))
+        )
+        log.info("draining", copies=self._running_copies())
+        while self._running_copies() and time.monotonic() < deadline:
+            await asyncio.sleep(TICK_S)
+        self._sessions.end_all()
+        await server.stop(grace=1.0)
+        log.info("stopped", left_copies=self._running_copies())
+        print(  # noqa: T201 the person who stopped it should know where the memory went
+            f"kvtier stopped. The pool keeps its memory for the next start; to free it: kvtier pool remove "
+            f"--name {self._config.server.name}",
+            flush=True,
+        )
+
+    def _running_copies(self) -> int:
+        books = self.core.books
+        loads = sum(lease.kind is LeaseKind.LOAD for lease in books.leases)
+        return loads + sum(reservation.key is not None for reservation in books.reservations)
+
+    def close(self) -> None:
+        """Give back the pool's and the socket's locks. The pool's file stays."""
+        self._threads.shutdown(cancel_futures=True)
+        self._pool.close()
+        self._socket_lock.release()
+
+
+def _core_limits(config: Config) -> Limits:
+    limits = config.limits
+    return Limits(
+        max_keys=limits.max_keys,
+        max_params_bytes=limits.max_params,
+        max_engines=limits.engines,
+        max_sessions=limits.sessions,
+        max_requests=limits.requests_per_instance,
+        max_remembered_keys=limits.remembered_keys,
+        max_leases=limits.leases_per_instance,
+        max_remembered=limits.remembered_completions,
+        max_events=limits.events,
+        lookup_lease_ns=config.leases.lookup,
+        copy_lease_ns=config.leases.copy_,
+        tombstone_ns=limits.tombstone,
+        max_pending_wait_ns=config.leases.pending_wait,
+        pin_share=limits.pin_share,
+        credit_share=limits.credit_share,
+        min_credit_slots=limits.min_credit_slots,
+    )
+
+
+def _open_pool(config: Config) -> Pool:
+    """Check that the pool can be had, then take it. Raises StartError with what to do."""
+    try:
+        load_policy_class(config.pool.policy)
+    except PolicyLoadError as error:
+        raise StartError(str(error), 2) from error
+    directory = config.pool_directory
+    try:
+        check_capacity(directory, config.pool.bytes)
+        return Pool.create(directory, config.pool.bytes, fresh=config.pool.fresh)
+    except PoolBusy as error:
+        raise StartError(
+            f"{error}; stop it (kill {error.pid}) or start this one under another --name", 1
+        ) from error
+    except PoolError as error:
+        raise StartError(str(error), 2) from error
+    except OSError as error:
+        raise StartError(f"cannot make the pool in {directory}: {error.strerror}", 2) from error

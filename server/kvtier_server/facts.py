@@ -1,0 +1,111 @@
+"""Attach on the wire, and in the core's words: namespace facts, geometry, the applicant."""
+
+from __future__ import annotations
+
+import re
+
+from kvtier.v1 import offload_pb2 as pb
+from kvtier_ops.layout import TensorLayout
+from kvtier_ops.namespace import MAX_WORLD_SIZE, GroupFacts, NamespaceFacts
+from kvtier_server.core.instances import Applicant, Role
+from kvtier_server.core.namespaces import Geometry
+from kvtier_server.core.refused import BadRequest, Refused
+
+PROTOCOL_MINOR = 1
+"""Newest minor version of kvtier.v1; the one before is served too."""
+
+MAX_NAME_BYTES = 128
+MAX_TENANT_BYTES = 64
+_LOCK_NAME = re.compile(r"[0-9a-f]{8,64}")
+
+
+class ProtocolVersion(Refused):
+    """The client speaks a minor version that this daemon does not."""
+
+    reason = "PROTOCOL_VERSION"
+
+
+def applicant_of(request: pb.AttachRequest) -> Applicant:
+    """Check and translate who attaches. Raises BadRequest, ProtocolVersion."""
+    if not PROTOCOL_MINOR - 1 <= request.protocol_minor <= PROTOCOL_MINOR:
+        raise ProtocolVersion(
+            f"the client speaks kvtier.v1 minor {request.protocol_minor}, this daemon "
+            f"{PROTOCOL_MINOR - 1} to {PROTOCOL_MINOR}; upgrade the older of the two"
+        )
+    roles = {pb.SESSION_ROLE_SCHEDULER: Role.SCHEDULER, pb.SESSION_ROLE_WORKER: Role.WORKER}
+    role = roles.get(request.role)
+    if role is None:
+        raise BadRequest("role", f"{request.role} is no role")
+    _check_text("engine_id", request.engine_id, 1, MAX_NAME_BYTES)
+    _check_text("tenant", request.tenant, 0, MAX_TENANT_BYTES)
+    if not request.instance_nonce:
+        raise BadRequest("instance_nonce", "0; it is a random number")
+    if not 1 <= request.world_size <= MAX_WORLD_SIZE:
+        raise BadRequest("world_size", f"{request.world_size}; 1 to {MAX_WORLD_SIZE} are supported")
+    if request.rank >= (request.world_size if role is Role.WORKER else 1):
+        raise BadRequest("rank", f"{request.rank}; it is below world_size, and 0 for a scheduler")
+    if not _LOCK_NAME.fullmatch(request.lock_file):
+        raise BadRequest("lock_file", "not the name of a lock file (8 to 64 hex digits)")
+    return Applicant(
+        engine_id=request.engine_id,
+        nonce=request.instance_nonce,
+        role=role,
+        rank=request.rank,
+        world_size=request.world_size,
+        tenant=request.tenant,
+        lock_file=request.lock_file,
+        previous_session=request.previous_session,
+        geometry=_geometry_of(request) if role is Role.WORKER else None,
+    )
+
+
+def facts_of(request: pb.AttachRequest) -> NamespaceFacts:
+    """Translate the namespace. Raises BadRequest if the client's digest of it is not ours."""
+    message = request.namespace
+    facts = NamespaceFacts(
+        model=message.model,
+        weights_id=message.weights_id,
+        kv_dtype=message.kv_dtype,
+        hash_algorithm=message.hash_algorithm,
+        tokens_per_hash=message.tokens_per_hash,
+        blocks_per_chunk=message.blocks_per_chunk,
+        kv_cache_layout=message.kv_cache_layout,
+        groups=tuple(
+            GroupFacts(
+                tokens_per_block=group.tokens_per_block,
+                part_bytes=group.part_bytes,
+                sliding_window_tokens=group.sliding_window_tokens,
+                layer_names=tuple(group.layer_names),
+            )
+            for group in message.groups
+        ),
+        num_parts=message.num_parts,
+        tensor_parallel_size=message.tensor_parallel_size,
+        pipeline_parallel_size=message.pipeline_parallel_size,
+        prefill_context_parallel_size=message.prefill_context_parallel_size,
+        decode_context_parallel_size=message.decode_context_parallel_size,
+        extra=dict(message.extra),
+    )
+    digest = facts.digest()
+    if request.namespace_digest and request.namespace_digest != digest:
+        raise BadRequest(
+            "namespace_digest",
+            f"{request.namespace_digest}, but the daemon computes {digest} from the same facts: client and "
+            "daemon are of versions that do not belong together",
+        )
+    return facts
+
+
+def _geometry_of(request: pb.AttachRequest) -> Geometry:
+    return tuple(
+        tuple(TensorLayout(tensor.name, tensor.page_bytes) for tensor in group.tensors)
+        for group in request.geometry
+    )
+
+
+def _check_text(field: str, text: str, shortest: int, longest: int) -> None:
+    num_bytes = len(text.encode())
+    if not shortest <= num_bytes <= longest:
+        raise BadRequest(field, f"{num_bytes} bytes; {shortest} to {longest} are allowed")
+    if not text.isprintable():
+        raise BadRequest(field, "has characters that cannot be printed")

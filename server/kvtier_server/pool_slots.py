@@ -1,0 +1,76 @@
+"""The pool's file as the core's slot table, and the thread that gives it memory.
+
+Owns the order of backing: slabs are usable from the start of the pool on. Does not decide what is in a slot.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from kvtier_ops.pool import Pool
+
+log = structlog.get_logger("kvtier.pool")
+
+
+class PoolSlots:
+    """`SlotTable` over a real pool."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.reserve = pool.slots.reserve
+        self.publish = pool.slots.publish
+        self.free = pool.slots.free
+        self.retire = pool.slots.retire
+        self.quarantine = pool.slots.quarantine
+        self.generation = pool.slots.generation
+        self.configure_slabs = pool.slabs.configure
+
+    def assign_slab(self, slab: int, slot_bytes: int, slot_ids: Sequence[int]) -> None:
+        """Write down the slab's class; its records get memory first."""
+        if slot_bytes:
+            self._pool.back_records(slot_ids)
+        self._pool.slabs.assign(slab, slot_bytes)
+
+
+class Backing:
+    """Gives the pool its memory, piece by piece, on a thread; `on_piece(bytes so far)` is called there.
+
+    A full file system ends it early: the capacity stays what it is then, and `shortage` says why.
+    """
+
+    def __init__(self, pool: Pool, piece_bytes: int, on_piece: Callable[[int], None]) -> None:
+        self._pool = pool
+        self._piece_bytes = piece_bytes
+        self._on_piece = on_piece
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvtier-backing", daemon=True)
+        self.shortage = ""
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the piece that is being backed."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        total = self._pool.data_bytes
+        done = 0
+        while done < total and not self._stop.is_set():
+            piece = min(self._piece_bytes, total - done)
+            try:
+                self._pool.back(done, piece)
+            except OSError as error:
+                self.shortage = f"only {done} of {total} bytes of the pool have memory: {error.strerror}"
+                log.error(  # noqa: TRY400 a full file system needs no traceback
+                    "pool_short", backed_bytes=done, wanted_bytes=total, why=error.strerror
+                )
+                return
+            done += piece
+            self._on_piece(done)

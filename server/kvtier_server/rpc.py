@@ -1,0 +1,158 @@
+"""The scope every call runs in: parsing, refusals to status codes, limits, timing.
+
+Owns the table from reasons to gRPC codes. Handlers get raw bytes and are parsed in here, so that malformed
+bytes are INVALID_ARGUMENT with metadata and not UNKNOWN without; nothing that a handler raises leaves as a
+traceback.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import NoReturn, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from kvtier_server.core.refused import BadRequest, Refused
+from kvtier_server.metrics import Metrics
+
+DOMAIN = "kvtier"
+
+CODES: dict[str, grpc.StatusCode] = {
+    "BAD_REQUEST": grpc.StatusCode.INVALID_ARGUMENT,
+    "GEOMETRY_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
+    "NOT_RESIDENT": grpc.StatusCode.FAILED_PRECONDITION,
+    "WORKERS_MISSING": grpc.StatusCode.FAILED_PRECONDITION,
+    "PROTOCOL_VERSION": grpc.StatusCode.FAILED_PRECONDITION,
+    "SESSION_UNKNOWN": grpc.StatusCode.NOT_FOUND,
+    "LEASE_UNKNOWN": grpc.StatusCode.NOT_FOUND,
+    "RANK_TAKEN": grpc.StatusCode.ALREADY_EXISTS,
+    "POOL_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "QUOTA": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "INFLIGHT": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "LIMIT_ENGINES": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "LIMIT_SESSIONS": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "LIMIT_WATCHERS": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "LIMIT_UNARY_CALLS": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "DRAINING": grpc.StatusCode.UNAVAILABLE,
+    "UNIMPLEMENTED": grpc.StatusCode.UNIMPLEMENTED,
+    "INTERNAL": grpc.StatusCode.INTERNAL,
+}
+"""Reason -> status code; the contract with clients."""
+
+_RETRYABLE = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
+RETRY_DELAY_S = 1
+"""Told with backpressure: about the time in which copies end and slots come free."""
+
+log = structlog.get_logger("kvtier.rpc")
+
+RequestT = TypeVar("RequestT", bound=Message)
+ServicerContext = grpc.aio.ServicerContext[bytes, bytes]
+RawHandler = Callable[[bytes, ServicerContext], Awaitable[bytes]]
+
+
+class TooManyCalls(Refused):
+    """As many unary calls are in progress as the daemon takes at once."""
+
+    reason = "LIMIT_UNARY_CALLS"
+
+
+class Unimplemented(Refused):
+    """The wire contract has this call, this daemon does not."""
+
+    reason = "UNIMPLEMENTED"
+
+
+class CallScope:
+    """Wraps handlers. `after_call` runs after each, on the loop's thread, whatever became of the call."""
+
+    def __init__(
+        self, boot_id: str, max_unary_calls: int, metrics: Metrics, after_call: Callable[[], None]
+    ) -> None:
+        self.boot_id = boot_id
+        self._max_unary_calls = max_unary_calls
+        self._metrics = metrics
+        self._after_call = after_call
+        self._in_progress = 0
+
+    def unary(
+        self, method: str, request_type: type[RequestT], handler: Callable[[RequestT], Message]
+    ) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """Make a method handler of a function from message to message, called on the loop's thread."""
+        parse = request_type.FromString
+        observe = self._metrics.observe_rpc
+        clock = time.perf_counter
+
+        async def call(raw: bytes, context: ServicerContext) -> bytes:
+            start = clock()
+            self._in_progress += 1
+            try:
+                if self._in_progress > self._max_unary_calls:
+                    raise TooManyCalls(
+                        f"{self._max_unary_calls} calls are in progress, the limit (limits.unary_calls)"
+                    )
+                reply = handler(parse(raw)).SerializeToString()
+            except Exception as error:  # noqa: BLE001 every error becomes a status
+                refused = self.as_refused(method, error)
+                observe(method, CODES[refused.reason].name, clock() - start)
+                await self.abort(context, refused)
+            else:
+                observe(method, "OK", clock() - start)
+                return reply
+            finally:
+                self._in_progress -= 1
+                self._after_call()
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+    def unimplemented(self, method: str, what: str) -> Callable[[object, ServicerContext], Awaitable[bytes]]:
+        """Make the behaviour of a call that this daemon does not have, of whatever arity."""
+
+        async def call(_: object, context: ServicerContext) -> bytes:
+            self._metrics.observe_rpc(method, "UNIMPLEMENTED", 0.0)
+            await self.abort(context, Unimplemented(f"{what} is not part of this version of kvtier"))
+
+        return call
+
+    def as_refused(self, method: str, error: Exception) -> Refused:
+        """Turn what a handler raised into a refusal; a bug is logged under an id that the caller gets."""
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, DecodeError):
+            return BadRequest("request", "its bytes are no valid message of this call")
+        error_id = secrets.token_hex(4)
+        log.error("call_failed", method=method, error_id=error_id, exc_info=error)
+        return _Internal(f"internal error {error_id}; the daemon's log has it under this id")
+
+    async def abort(self, context: ServicerContext, refused: Refused) -> NoReturn:
+        """End the call with the refusal's status, its reason in the trailers."""
+        code = CODES[refused.reason]
+        status = Status(code=code.value[0], message=str(refused))
+        info = ErrorInfo(reason=refused.reason, domain=DOMAIN, metadata=refused.metadata)
+        details: list[Message] = [info]
+        if code in _RETRYABLE:
+            details.append(RetryInfo(retry_delay=Duration(seconds=RETRY_DELAY_S)))
+        for detail in details:
+            packed = AnyMessage()
+            packed.Pack(detail)
+            status.details.append(packed)
+        await context.abort(
+            code,
+            str(refused),
+            (
+                ("kvtier-reason", refused.reason),
+                ("kvtier-boot-id", self.boot_id),
+                ("grpc-status-details-bin", status.SerializeToString()),
+            ),
+        )
+
+
+class _Internal(Refused):
+    reason = "INTERNAL"

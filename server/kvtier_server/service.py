@@ -1,0 +1,261 @@
+"""gRPC in, core calls, gRPC out. No logic: what may be done is the core's to say.
+
+Owns the translation of messages. Everything here runs on the loop's thread, which is the one that is in the
+core; nothing waits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from kvtier.v1 import offload_pb2 as pb
+from kvtier_server.core.completions import MismatchReport
+from kvtier_server.core.instances import Session
+from kvtier_server.core.refused import BadRequest
+from kvtier_server.core.requests import Request
+from kvtier_server.core.stores import ItemStatus
+from kvtier_server.core.tiering import Core
+from kvtier_server.facts import PROTOCOL_MINOR
+from kvtier_server.metrics import Metrics
+from kvtier_server.rpc import CallScope
+
+SERVICE = "kvtier.v1.OffloadService"
+
+
+def boottime_ns() -> int:
+    """Return the core's clock: never set back, and goes on during suspend."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class OffloadService:
+    """The unary calls of OffloadService; Attach is `sessions.py`'s."""
+
+    def __init__(
+        self,
+        core: Core,
+        scope: CallScope,
+        metrics: Metrics,
+        describe: Callable[[], pb.PoolInfo],
+        version: str,
+        clock: Callable[[], int] = boottime_ns,
+    ) -> None:
+        self._core = core
+        self._scope = scope
+        self._metrics = metrics
+        self._describe_pool = describe
+        self._version = version
+        self._clock = clock
+        self._boot_id = scope.boot_id
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
+        """Method handlers by RPC name."""
+        unary = self._scope.unary
+        return {
+            "Describe": unary("OffloadService/Describe", pb.DescribeRequest, self.describe),
+            "Lookup": unary("OffloadService/Lookup", pb.LookupRequest, self.lookup),
+            "PrepareLoad": unary("OffloadService/PrepareLoad", pb.PrepareLoadRequest, self.prepare_load),
+            "PrepareStore": unary("OffloadService/PrepareStore", pb.PrepareStoreRequest, self.prepare_store),
+            "Complete": unary("OffloadService/Complete", pb.CompleteRequest, self.complete),
+            "RenewLeases": unary("OffloadService/RenewLeases", pb.RenewLeasesRequest, self.renew_leases),
+            "Touch": unary("OffloadService/Touch", pb.TouchRequest, self.touch),
+            "FinishRequest": unary(
+                "OffloadService/FinishRequest", pb.FinishRequestRequest, self.finish_request
+            ),
+            "Reset": unary("OffloadService/Reset", pb.ResetRequest, self.reset),
+        }
+
+    def _session(self, session_id: str) -> Session:
+        return self._core.books.instances.session(session_id)
+
+    def _request(self, session: Session, context: pb.RequestContext) -> Request:
+        params = context.params_json if context.HasField("params_json") else None
+        return self._core.books.request(session.instance, context.request_id, params)
+
+    def describe(self, _: pb.DescribeRequest) -> pb.DescribeResponse:
+        """Tell where the pool is."""
+        return pb.DescribeResponse(
+            boot_id=self._boot_id,
+            version=self._version,
+            protocol_minor=PROTOCOL_MINOR,
+            pool=self._describe_pool(),
+        )
+
+    def lookup(self, message: pb.LookupRequest) -> pb.LookupResponse:
+        """Answer a status per key, and what is leased."""
+        session = self._session(message.session_id)
+        answer = self._core.lookups.lookup(
+            session,
+            self._request(session, message.context),
+            list(message.keys),
+            self._clock(),
+            message.lease_id,
+            list(message.first_chunks),
+            message.max_tokens,
+            message.pending_wait_ms * 1_000_000,
+        )
+        return pb.LookupResponse(
+            boot_id=self._boot_id,
+            statuses=answer.statuses,  # type: ignore[arg-type]
+            unwanted=answer.unwanted,
+            leased=[pb.IndexRun(first=first, count=count) for first, count in answer.leased],
+            slot_ids=answer.slot_ids,
+            generations=answer.generations,
+        )
+
+    def prepare_load(self, message: pb.PrepareLoadRequest) -> pb.PrepareLoadResponse:
+        """Pin all keys or refuse."""
+        session = self._session(message.session_id)
+        request = self._request(session, message.context)
+        chunks = self._core.grants.prepare_load(
+            session, request, list(message.keys), message.lease_id, self._clock()
+        )
+        return pb.PrepareLoadResponse(
+            boot_id=self._boot_id,
+            slot_ids=[chunk.slot_id for chunk in chunks],
+            generations=[chunk.generation for chunk in chunks],
+        )
+
+    def prepare_store(self, message: pb.PrepareStoreRequest) -> pb.PrepareStoreResponse:
+        """Reserve slots for keys, or credits."""
+        session = self._session(message.session_id)
+        request = self._request(session, message.context) if message.keys else None
+        answer = self._core.grants.prepare_store(
+            session,
+            request,
+            list(message.keys),
+            [(asked.group, asked.count) for asked in message.credits],
+            message.lease_id,
+            self._clock(),
+        )
+        return pb.PrepareStoreResponse(
+            boot_id=self._boot_id,
+            verdicts=answer.verdicts,  # type: ignore[arg-type]
+            slot_ids=answer.slot_ids,
+            generations=answer.generations,
+            evicted_keys=answer.evicted,
+            credits=[
+                pb.CreditGrant(group=group, slot_ids=slot_ids, generations=generations)
+                for group, slot_ids, generations in answer.credits
+            ],
+        )
+
+    def complete(self, message: pb.CompleteRequest) -> pb.CompleteResponse:
+        """Take the items in the order of the fields; malformed columns are refused before anything is done."""
+        session = self._session(message.session_id)
+        _check_columns(message, self._core.books.limits.max_keys)
+        now_ns = self._clock()
+        completions = self._core.completions
+        reply = pb.CompleteResponse(boot_id=self._boot_id)
+        for announced in message.announcements:
+            columns = (list(announced.slot_ids), list(announced.generations), list(announced.keys))
+            reply.announcements.append(_result(completions.announce(session, announced.request_id, *columns)))
+        for start in message.load_starts:
+            slot_ids = list(start.slot_ids)
+            status = completions.start_load(
+                session, start.lookup_lease_id, start.load_lease_id, slot_ids, now_ns
+            )
+            reply.load_starts.append(_wire(status))
+        for stored in message.store_reports:
+            reply.store_reports.append(_result(self._take_store_report(session, stored)))
+        for loaded in message.load_reports:
+            reply.load_reports.append(_wire(self._take_load_report(session, loaded, now_ns)))
+        for returned in message.credit_returns:
+            statuses = completions.return_credits(
+                session, list(returned.slot_ids), list(returned.generations)
+            )
+            reply.credit_returns.append(_result(statuses))
+        for lease_id in message.released_lease_ids:
+            known = self._core.release(session.instance, lease_id, now_ns)
+            reply.released_leases.append(_wire(ItemStatus.OK if known else ItemStatus.UNKNOWN))
+        for request_id in message.finished_request_ids:
+            self._core.finish(session.instance, request_id)
+        return reply
+
+    def _take_store_report(self, session: Session, report: pb.StoreReport) -> Sequence[ItemStatus]:
+        statuses = self._core.completions.report_store(
+            session,
+            report.part,
+            list(report.slot_ids),
+            list(report.generations),
+            list(report.keys),
+            list(report.checksums),
+            set(report.failed),
+        )
+        if report.seconds > 0:
+            self._metrics.observe_transfer("store", "shm", report.bytes, report.seconds)
+        return statuses
+
+    def _take_load_report(self, session: Session, report: pb.LoadReport, now_ns: int) -> ItemStatus:
+        mismatches = [MismatchReport(found.slot_id, found.generation) for found in report.mismatches]
+        torn = len(report.torn_slot_ids)
+        status = self._core.completions.report_load(session, report.lease_id, torn, mismatches, now_ns)
+        if report.seconds > 0:
+            self._metrics.observe_transfer("load", "shm", report.bytes, report.seconds)
+        return status
+
+    def renew_leases(self, message: pb.RenewLeasesRequest) -> pb.RenewLeasesResponse:
+        """Extend lookup leases."""
+        session = self._session(message.session_id)
+        known = self._core.renew(session, list(message.lease_ids), self._clock())
+        statuses = [_wire(ItemStatus.OK if renewed else ItemStatus.UNKNOWN) for renewed in known]
+        return pb.RenewLeasesResponse(boot_id=self._boot_id, statuses=statuses)
+
+    def touch(self, message: pb.TouchRequest) -> pb.TouchResponse:
+        """Count a use."""
+        session = self._session(message.session_id)
+        self._core.lookups.touch(session, self._request(session, message.context), list(message.keys))
+        return pb.TouchResponse(boot_id=self._boot_id)
+
+    def finish_request(self, message: pb.FinishRequestRequest) -> pb.FinishRequestResponse:
+        """Forget requests."""
+        session = self._session(message.session_id)
+        for request_id in message.request_ids:
+            self._core.finish(session.instance, request_id)
+        return pb.FinishRequestResponse(boot_id=self._boot_id)
+
+    def reset(self, message: pb.ResetRequest) -> pb.ResetResponse:
+        """Move the instance to another epoch."""
+        epoch = self._core.reset(self._session(message.session_id), message.weights_id)
+        return pb.ResetResponse(boot_id=self._boot_id, epoch=epoch)
+
+
+def _wire(status: ItemStatus) -> pb.CompleteStatus.ValueType:
+    return pb.CompleteStatus.ValueType(int(status))
+
+
+def _result(statuses: Sequence[ItemStatus]) -> pb.CompleteResult:
+    if all(status is ItemStatus.OK for status in statuses):
+        return pb.CompleteResult()  # a step's report says nothing where everything went well
+    return pb.CompleteResult(statuses=[_wire(status) for status in statuses])
+
+
+def _check_columns(message: pb.CompleteRequest, max_keys: int) -> None:
+    """Refuse columns of unequal length, and more slots than one call may name."""
+    slots = 0
+    for index, announced in enumerate(message.announcements):
+        slots += len(announced.slot_ids)
+        where = f"announcements[{index}]"
+        _check_column(f"{where}.generations", len(announced.generations), len(announced.slot_ids))
+        _check_column(f"{where}.keys", len(announced.keys), len(announced.slot_ids))
+    for index, returned in enumerate(message.credit_returns):
+        slots += len(returned.slot_ids)
+        where = f"credit_returns[{index}].generations"
+        _check_column(where, len(returned.generations), len(returned.slot_ids))
+    for index, stored in enumerate(message.store_reports):
+        slots += len(stored.slot_ids)
+        where = f"store_reports[{index}]"
+        _check_column(f"{where}.generations", len(stored.generations), len(stored.slot_ids))
+        _check_column(f"{where}.keys", len(stored.keys), len(stored.slot_ids))
+        _check_column(f"{where}.checksums", len(stored.checksums), len(stored.slot_ids))
+        if any(failed >= len(stored.slot_ids) for failed in stored.failed):
+            raise BadRequest(f"store_reports[{index}].failed", "an index beyond its slots")
+    if slots > max_keys:
+        raise BadRequest("slot_ids", f"{slots} slots; at most {max_keys} are allowed in a call")
+
+
+def _check_column(name: str, entries: int, slots: int) -> None:
+    if entries != slots:
+        raise BadRequest(name, f"{entries} entries for {slots} slots")

@@ -1,0 +1,97 @@
+"""The core's books as a StatsSnapshot: what status, metrics and the debug page show.
+
+Owns the counting over the books, nothing of the books. Runs on the loop's thread, about once a second.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from kvtier_server.core.books import Books
+from kvtier_server.core.leases import Lease
+from kvtier_server.stats import LEASE_KINDS, PRIMARY_TIER, LeaseStats, SessionStats, TierStats
+
+NAMESPACE_DIGITS = 12
+
+
+def by_suffix(counts: Mapping[str, int], prefix: str) -> dict[str, int]:
+    """Counters called `prefix:WORD`, by lower-case word."""
+    return {
+        name.removeprefix(prefix + ":").lower(): count
+        for name, count in counts.items()
+        if name.startswith(prefix + ":")
+    }
+
+
+def primary_stats(books: Books, health: str) -> TierStats:
+    """The pool as a tier."""
+    classes = list(books.primary.slabs.classes.values())
+
+    def total(field: str, unit_bytes: bool) -> int:
+        return sum(getattr(c, field) * (c.slot_bytes if unit_bytes else 1) for c in classes)
+
+    free_slots = sum(len(c.free) for c in classes)
+    quarantined_bytes = total("num_quarantined", unit_bytes=True)
+    return TierStats(
+        name=PRIMARY_TIER,
+        capacity_bytes=books.primary.slabs.pool_bytes,
+        usable_bytes=max(books.primary.slabs.backed_bytes - quarantined_bytes, 0),
+        used_bytes=total("num_published", unit_bytes=True),
+        reserved_bytes=total("num_reserved", unit_bytes=True),
+        quarantined_bytes=quarantined_bytes,
+        chunks=total("num_published", unit_bytes=False),
+        free_slots=free_slots,
+        reserved_slots=total("num_reserved", unit_bytes=False),
+        quarantined_slots=total("num_quarantined", unit_bytes=False),
+        pinned_chunks=sum(c.policy.num_pinned for c in classes),
+        health=health,
+    )
+
+
+def session_stats(books: Books, now_ns: int) -> tuple[SessionStats, ...]:
+    """The open sessions in order of Attach; pins and credits are their instance's."""
+    rows = []
+    for session in books.instances.sessions.values():
+        instance = session.instance
+        slot_bytes = max(c.slot_bytes for c in instance.namespace.classes)
+        rows.append(
+            SessionStats(
+                engine_id=instance.engine_id,
+                role=str(session.role),
+                rank=session.rank,
+                tenant=instance.tenant,
+                namespace=instance.namespace.digest[:NAMESPACE_DIGITS],
+                model=instance.namespace.facts.model,
+                age_s=(now_ns - session.attached_ns) / 1e9,
+                pinned_chunks=instance.pinned_bytes // slot_bytes,
+                credits=instance.credit_bytes // slot_bytes,
+            )
+        )
+    return tuple(rows)
+
+
+def lease_stats(books: Books, now_ns: int) -> tuple[LeaseStats, ...]:
+    """Number and oldest age of the leases, by kind."""
+    oldest: dict[str, Lease] = {}
+    counts: Counter[str] = Counter()
+    for lease in books.leases:
+        counts[lease.kind] += 1
+        if lease.kind not in oldest or lease.created_ns < oldest[lease.kind].created_ns:
+            oldest[lease.kind] = lease
+    return tuple(
+        LeaseStats(kind, counts[kind], (now_ns - oldest[kind].created_ns) / 1e9 if kind in oldest else 0.0)
+        for kind in LEASE_KINDS
+    )
+
+
+def tenant_bytes(books: Books) -> dict[str, int]:
+    """Bytes of published chunks' slots by tenant. O(spaces) where a space has one size, else O(chunks)."""
+    used: Counter[str] = Counter()
+    sizes = list(books.primary.slabs.classes)
+    for space in books.primary.spaces:
+        if len(sizes) == 1:
+            used[space.name.tenant] += len(space.chunks) * sizes[0]
+        else:
+            used[space.name.tenant] += sum(c.size_class.slot_bytes for c in space.chunks.values())
+    return dict(used)

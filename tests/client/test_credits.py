@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvtier_client.credits import IDLE_RETURN_S, WINDOW_STEPS, CreditBook
+
+SLOT = 4096
+
+
+def book(max_slots: int = 1000, groups: int = 1) -> CreditBook:
+    made = CreditBook()
+    made.open([SLOT] * groups, max_slots * SLOT, lease_s=300.0, now=0.0)
+    return made
+
+
+def step(made: CreditBook, count: int, now: float = 0.0) -> None:
+    made.take(0, count, now)
+    made.end_step()
+
+
+def test_a_new_book_asks_for_nothing() -> None:
+    assert book().shortfall(now=0.0) == []
+
+
+def test_twice_the_largest_step_is_asked_for_once() -> None:
+    made = book()
+    step(made, 8)
+    step(made, 3)
+
+    assert made.shortfall(now=0.0) == [(0, 16)]
+    assert made.shortfall(now=0.0) == []
+
+
+def test_a_step_is_forgotten_after_a_hundred_others() -> None:
+    made = book()
+    step(made, 50)
+    for _ in range(WINDOW_STEPS):
+        step(made, 4)
+
+    assert made.shortfall(now=0.0) == [(0, 8)]
+
+
+def test_steps_without_stores_do_not_forget_the_demand() -> None:
+    made = book()
+    step(made, 8)
+    for _ in range(10 * WINDOW_STEPS):
+        made.end_step()
+
+    assert made.shortfall(now=0.0) == [(0, 16)]
+
+
+def test_a_small_gap_is_not_worth_an_rpc() -> None:
+    made = book()
+    step(made, 8)
+    made.shortfall(now=0.0)
+    made.grant(0, list(range(16)), [1] * 16, now=0.0)
+
+    step(made, 3)
+    assert made.shortfall(now=1.0) == []
+    step(made, 1)
+    assert made.shortfall(now=1.0) == [(0, 4)]
+
+
+def test_a_short_grant_is_not_asked_again_at_once() -> None:
+    made = book()
+    step(made, 8)
+    made.shortfall(now=0.0)
+    made.grant(0, [1, 2], [1, 1], now=0.0)
+
+    assert made.shortfall(now=0.05) == []
+    assert made.shortfall(now=0.2) == [(0, 14)]
+
+
+def test_a_request_without_a_reply_is_repeated_after_a_while() -> None:
+    made = book()
+    step(made, 8)
+    made.shortfall(now=0.0)
+
+    assert made.shortfall(now=0.5) == []
+    assert made.shortfall(now=1.5) == [(0, 16)]
+
+
+def test_the_daemons_limit_is_shared_among_the_groups() -> None:
+    made = book(max_slots=12, groups=2)
+    made.take(0, 8, now=0.0)
+    made.take(1, 16, now=0.0)
+    made.end_step()
+
+    assert made.shortfall(now=0.0) == [(0, 4), (1, 8)]
+
+
+def test_a_foreseen_request_counts_until_a_step_says_what_it_took() -> None:
+    made = book()
+    made.foresee(0, 32, now=0.0)
+    assert made.shortfall(now=0.0) == [(0, 32)]
+    made.grant(0, list(range(32)), [1] * 32, now=0.0)
+    step(made, 4)
+
+    assert len(made.surplus(now=0.0)) == 12  # down to twice the target of 8
+
+
+def test_credits_are_used_in_the_order_they_came() -> None:
+    made = book()
+    made.grant(0, [5, 6], [1, 1], now=0.0)
+    made.grant(0, [7], [1], now=1.0)
+
+    assert [credit.slot_id for credit in made.take(0, 2, now=1.0)] == [5, 6]
+    assert [credit.slot_id for credit in made.take(0, 2, now=1.0)] == [7]
+
+
+def test_after_five_seconds_without_stores_everything_goes_back() -> None:
+    made = book()
+    step(made, 8)
+    made.grant(0, list(range(16)), [1] * 16, now=0.0)
+
+    assert made.surplus(now=IDLE_RETURN_S - 0.1) == []
+    assert len(made.surplus(now=IDLE_RETURN_S)) == 16
+    assert made.shortfall(now=IDLE_RETURN_S) == []
+
+
+def test_a_credit_goes_back_before_its_lease_could_end() -> None:
+    made = book()
+    made.grant(0, [1], [1], now=0.0)
+    made.grant(0, [2], [1], now=50.0)
+    step(made, 0, now=101.0)
+    made.foresee(0, 2, now=101.0)
+
+    assert [credit.slot_id for credit in made.surplus(now=101.0)] == [1]
+
+
+def test_what_the_daemon_wants_back_is_not_asked_for_again_at_once() -> None:
+    made = book()
+    step(made, 8)
+    made.grant(0, list(range(16)), [1] * 16, now=0.0)
+
+    assert len(made.give_back(10, now=1.0)) == 10
+    assert made.shortfall(now=1.1) == []
+    assert made.held(0) == 6
+
+
+def test_a_voided_book_has_nothing_and_takes_nothing() -> None:
+    made = book()
+    step(made, 8)
+    made.grant(0, [1], [1], now=0.0)
+    made.void()
+    made.grant(0, [2], [1], now=0.0)
+
+    assert made.take(0, 1, now=0.0) == []
+    assert made.shortfall(now=0.0) == []
+    assert made.held(0) == 0
+
+
+def test_the_demand_outlives_a_session() -> None:
+    made = book()
+    step(made, 8)
+    made.void()
+    made.open([SLOT], 1000 * SLOT, lease_s=300.0, now=1.0)
+
+    assert made.shortfall(now=1.0) == [(0, 16)]
+
+
+class CreditBooks(RuleBasedStateMachine):
+    """Every slot that was granted is either held or came out exactly once; the limit is never asked past."""
+
+    MAX_SLOTS = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book = CreditBook()
+        self.now = 0.0
+        self.next_slot = 0
+        self.inside: set[int] = set()
+        self.asked: dict[int, int] = {}
+
+    @initialize()
+    def open(self) -> None:
+        self.book.open([SLOT, 2 * SLOT], self.MAX_SLOTS * SLOT, lease_s=300.0, now=0.0)
+
+    @rule(seconds=st.sampled_from([0.0, 0.01, 0.2, 1.5, 6.0, 120.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(group=st.integers(0, 1), count=st.integers(0, 40))
+    def take(self, group: int, count: int) -> None:
+        taken = self.book.take(group, count, self.now)
+        assert len(taken) <= count
+        self._leave([credit.slot_id for credit in taken])
+
+    @rule(group=st.integers(0, 1), count=st.integers(0, 40))
+    def foresee(self, group: int, count: int) -> None:
+        self.book.foresee(group, count, self.now)
+
+    @rule()
+    def end_step(self) -> None:
+        self.book.end_step()
+
+    @rule()
+    def ask(self) -> None:
+        for group, count in self.book.shortfall(self.now):
+            assert count > 0
+            assert (self.book.held(group) + count) * SLOT * (group + 1) <= self.MAX_SLOTS * SLOT
+            self.asked[group] = count
+
+    @rule(share=st.floats(0, 1))
+    def grant(self, share: float) -> None:
+        for group, count in self.asked.items():
+            slots = list(range(self.next_slot, self.next_slot + int(count * share)))
+            self.next_slot += len(slots)
+            self.inside.update(slots)
+            self.book.grant(group, slots, [1] * len(slots), self.now)
+        self.asked.clear()
+
+    @rule()
+    def give_surplus_back(self) -> None:
+        self._leave([credit.slot_id for credit in self.book.surplus(self.now)])
+
+    @rule(count=st.integers(0, 20))
+    def give_back(self, count: int) -> None:
+        back = self.book.give_back(count, self.now)
+        assert len(back) <= count
+        self._leave([credit.slot_id for credit in back])
+
+    @invariant()
+    def every_credit_is_accounted_for(self) -> None:
+        assert self.book.held(0) + self.book.held(1) == len(self.inside)
+
+    def _leave(self, slots: list[int]) -> None:
+        assert set(slots) <= self.inside
+        assert len(set(slots)) == len(slots)
+        self.inside -= set(slots)
+
+
+TestCreditBooks = CreditBooks.TestCase
