@@ -1,12 +1,18 @@
-"""What holds for every test: the marks that come with a folder, and how hypothesis searches."""
+"""What holds for every test: the marks that come with a folder, how hypothesis searches, real daemons."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from .daemon_process import DaemonProcess
 
 TESTS = Path(__file__).parent
 MARK_OF_FOLDER = {"faults": pytest.mark.faults, "gpu": pytest.mark.gpu}
@@ -29,3 +35,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not Path("/dev/nvidiactl").exists():
         pytest.skip("no NVIDIA GPU here")
+
+
+StartDaemon = Callable[..., "DaemonProcess"]
+
+
+@pytest.fixture
+def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
+    """Start daemons (arguments as DaemonProcess); after the test they are gone, and their pools."""
+    from .daemon_process import DaemonProcess  # grpc is not for tests that need no daemon
+
+    with contextlib.ExitStack() as daemons:
+
+        def start(**options: str) -> DaemonProcess:
+            return daemons.enter_context(DaemonProcess(tmp_path, **options)).start()
+
+        yield start

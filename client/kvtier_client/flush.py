@@ -83,7 +83,7 @@ class CompletionBuffer:
                 slot_ids=item.slot_ids[piece],
                 generations=item.generations[piece],
                 keys=item.keys[piece],
-                checksums=item.checksums[piece],
+                checksums=item.checksums[piece] or [0] * len(item.slot_ids[piece]),
                 failed=sorted(index - piece.start for index in failed if piece.start <= index < piece.stop),
                 bytes=item.num_bytes if piece.start == 0 else 0,
                 seconds=item.seconds if piece.start == 0 else 0.0,

@@ -151,9 +151,12 @@ class SessionKeeper:
             )
         except (grpc.RpcError, ValueError) as error:
             failure = read_failure(error)
+            if failure.boot_id:
+                raise CannotAttach(f"the daemon refuses: {failure.reason}: {failure.details}") from None
+            # grpc's details change from attempt to attempt, and each would be a new line in the log.
+            logger.debug("Describe failed: %s", failure.details)
             raise CannotAttach(
-                f"no daemon answers at {self._address} ({failure.reason}: {failure.details}); "
-                "start one: kvtier serve"
+                f"no daemon answers at {self._address} ({failure.reason}); start one: kvtier serve"
             ) from None
         directory = Path(described.pool.directory)
         try:

@@ -62,14 +62,17 @@ class Pins:
         if state.lease_id and not self._client.lease_valid(state.lease_id):
             self.release(state)
         self._ask_if_due(state, num_computed_tokens, now)
-        if state.asked is not None:
-            if self.settle(state, self._wait_s):
-                # The first lookup of a request is sent before anybody knows what the device cache holds.
-                if _reaches_further(state, num_computed_tokens):
-                    self.ask(state, num_computed_tokens, now)
-            if state.asked is not None and not state.asked.background:
-                # The client ends the lookup at the same deadline; whoever is first, this attempt computes.
-                return 0 if now - state.asked.asked_at >= self._deadline_s else None
+        if (
+            state.asked is not None
+            and self.settle(state, self._wait_s)
+            and _reaches_further(state, num_computed_tokens)
+        ):
+            # A request's first lookup is sent before anybody knows what the device cache holds of it.
+            self.ask(state, num_computed_tokens, now)
+        asked = state.asked
+        if asked is not None and not asked.background:
+            # The client ends the lookup at the same deadline; whoever is first, this attempt computes.
+            return 0 if now - asked.asked_at >= self._deadline_s else None
         tokens = state.pinned_tokens(num_computed_tokens)
         if now < state.pending_until and state.has(ChunkStatus.PENDING):
             hoped = state.hoped_tokens(num_computed_tokens, ChunkStatus.HIT, ChunkStatus.PENDING)
@@ -112,7 +115,10 @@ class Pins:
         state.asked = None
         answer = asked.pending.answer()
         if answer.reason:
-            self._learn_nothing(state, asked.computed_tokens, self._clock())
+            if asked.background:
+                self._plan_refresh(state, self._clock())
+            else:
+                self._learn_nothing(state, asked.computed_tokens, self._clock())
             return True
         self.release(state)
         missing = state.take_answer(asked, answer)

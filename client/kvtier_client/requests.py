@@ -7,7 +7,7 @@ nothing and takes the time from outside. One thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -135,6 +135,9 @@ class RequestState:
     refresh_after: float = 0.0
     refresh_delay: float = 0.0
     failed: set[bytes] = field(default_factory=set)
+    _present: frozenset[ChunkStatus] | None = None
+    _tokens: dict[int, int] = field(default_factory=dict)
+    """What follows from the chunks, until one changes: a waiting request is asked about in every step."""
 
     @classmethod
     def build(
@@ -159,6 +162,7 @@ class RequestState:
         chunks.keys.extend(keys)
         chunks.status.extend([ChunkStatus.UNKNOWN] * len(keys))
         chunks.pinned.extend([None] * len(keys))
+        self._chunks_changed()
 
     @property
     def may_load(self) -> bool:
@@ -217,6 +221,7 @@ class RequestState:
                     missing.append(ChunkRef(group, chunk))
                 chunks.status[chunk] = status
                 index += 1
+        self._chunks_changed()
         return missing
 
     def resolve(self, key: bytes, status: ChunkStatus, slot: SlotRef | None) -> None:
@@ -227,6 +232,7 @@ class RequestState:
                 chunks.status[ref.chunk] = status
                 if status is ChunkStatus.HIT and key not in self.failed:
                     chunks.pinned[ref.chunk] = slot
+        self._chunks_changed()
 
     def drop_pins(self) -> int:
         """Forget what the lease held, because it is used or gone; return its id, 0 if there was none.
@@ -236,25 +242,33 @@ class RequestState:
         lease_id, self.lease_id, self.answered = self.lease_id, 0, False
         for chunks in self.groups:
             chunks.pinned = [None] * len(chunks.keys)
+        self._chunks_changed()
         return lease_id
 
     def forget(self) -> None:
         """Know nothing of any chunk any more: they may all be others now."""
         for chunks in self.groups:
             chunks.status = [ChunkStatus.UNKNOWN] * len(chunks.keys)
+        self._chunks_changed()
 
-    def mark_failed(self, keys: Sequence[bytes]) -> None:
+    def mark_failed(self, keys: Collection[bytes]) -> None:
         """Let these keys miss from now on, and be stored again once they are computed."""
         self.failed.update(keys)
-        for key in keys:
-            for ref in self.find(key):
-                chunks = self.groups[ref.group]
-                chunks.status[ref.chunk] = ChunkStatus.UNKNOWN
-                chunks.pinned[ref.chunk] = None
-                chunks.next_store = min(chunks.next_store, ref.chunk)
+        failed = frozenset(keys)
+        for chunks in self.groups:
+            for chunk, key in enumerate(chunks.keys):
+                if key in failed:
+                    chunks.status[chunk] = ChunkStatus.UNKNOWN
+                    chunks.pinned[chunk] = None
+                    chunks.next_store = min(chunks.next_store, chunk)
+        self._chunks_changed()
+
+    def _chunks_changed(self) -> None:
+        self._present = None
+        self._tokens.clear()
 
     def find(self, key: bytes) -> list[ChunkRef]:
-        """Return the places of a key. A scan: only for the few keys of events and failures."""
+        """Return the places of a key. A scan: only for the few keys of events."""
         return [
             ChunkRef(group, chunks.keys.index(key))
             for group, chunks in enumerate(self.groups)
@@ -265,11 +279,17 @@ class RequestState:
 
     def has(self, status: ChunkStatus) -> bool:
         """Tell whether any chunk has this status."""
-        return any(status in chunks.status for chunks in self.groups)
+        if self._present is None:
+            self._present = frozenset(status for chunks in self.groups for status in chunks.status)
+        return status in self._present
 
     def pinned_tokens(self, num_computed_tokens: int) -> int:
         """Return the prefix, in tokens, that all groups can use with what is pinned."""
-        return self._prefix([chunks.pinned for chunks in self.groups], num_computed_tokens)
+        tokens = self._tokens.get(num_computed_tokens)
+        if tokens is None:
+            tokens = self._prefix([chunks.pinned for chunks in self.groups], num_computed_tokens)
+            self._tokens[num_computed_tokens] = tokens
+        return tokens
 
     def hoped_tokens(self, num_computed_tokens: int, *also: ChunkStatus) -> int:
         """Return the prefix that all groups could use if chunks of these statuses were pinned too."""

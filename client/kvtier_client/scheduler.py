@@ -37,6 +37,7 @@ from kvtier_client.pins import Pins
 from kvtier_client.recent import RecentStores
 from kvtier_client.requests import ChunkRef, ChunkStatus, RequestState, SkipReason, SlotRef
 
+
 @dataclass(slots=True)
 class SchedulerStats:
     """What the shim has done since it was made. Plain counts."""
@@ -214,7 +215,7 @@ class SchedulerShim(ClientListener):
         self.stats.failed_loads += 1
         state = self._requests.get(req_id)
         if state is not None:
-            state.mark_failed(sorted(failed_keys) or job.keys)
+            state.mark_failed(failed_keys or job.keys)
 
     # Stores
 

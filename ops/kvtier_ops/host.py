@@ -137,7 +137,7 @@ class LoadOutcome(enum.Enum):
     """The slot is still ours, but its bytes are not the ones that were stored."""
 
 
-def store_part(  # noqa: PLR0917 - the lease, the place and the copy: a bundle would be built per call
+def store_part(
     pool: MappedPool,
     slot_id: int,
     generation: int,
@@ -167,7 +167,7 @@ def store_part(  # noqa: PLR0917 - the lease, the place and the copy: a bundle w
     return StoreOutcome(True, digest, "")
 
 
-def load_part(  # noqa: PLR0917 - as store_part
+def load_part(
     pool: MappedPool,
     slot_id: int,
     generation: int,

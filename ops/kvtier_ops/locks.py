@@ -103,6 +103,15 @@ def owner_lock_is_free(directory: Path, name: str) -> bool:
         os.close(fd)
 
 
+def held_owner_locks(directory: Path) -> list[str]:
+    """Names of the owner locks that living processes hold; files of dead ones are unlinked."""
+    owners = directory / OWNERS_DIRECTORY
+    if not owners.is_dir():
+        return []
+    names = [path.name for path in owners.iterdir() if _OWNER_NAME.fullmatch(path.name)]
+    return [name for name in names if not owner_lock_is_free(directory, name)]
+
+
 class DaemonLock:
     """The right to be the one daemon of a pool directory."""
 

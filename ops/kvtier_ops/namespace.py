@@ -91,10 +91,11 @@ class NamespaceFacts:
             if getattr(self, name) < 1:
                 raise FactsError(f"namespace.{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_parts > MAX_WORLD_SIZE:
-            raise FactsError(f"namespace.num_parts is {self.num_parts}; at most {MAX_WORLD_SIZE} are supported")
+            raise FactsError(f"namespace.num_parts is {self.num_parts}; at most {MAX_WORLD_SIZE} can be")
         if not 1 <= len(self.groups) <= MAX_GROUPS:
-            raise FactsError(f"namespace.groups has {len(self.groups)} entries; 1 to {MAX_GROUPS} are supported")
+            raise FactsError(f"namespace.groups has {len(self.groups)} entries; 1 to {MAX_GROUPS} can be")
         for index, group in enumerate(self.groups):
             for name in ("tokens_per_block", "part_bytes"):
                 if getattr(group, name) < 1:
-                    raise FactsError(f"namespace.groups[{index}].{name} is {getattr(group, name)}; it must be at least 1")
+                    found = f"namespace.groups[{index}].{name} is {getattr(group, name)}"
+                    raise FactsError(f"{found}; it must be at least 1")

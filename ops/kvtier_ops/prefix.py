@@ -78,7 +78,8 @@ def _longest_window(group: GroupPresence, tokens: int, step: int) -> int:
     """Largest multiple of `step`, at most `tokens`, whose last window is wholly there."""
     while tokens > 0:
         first, end = _needed(group, tokens)
-        gap = next((c for c in range(end - 1, first - 1, -1) if group.present[c - group.first_chunk] is None), None)
+        backwards = range(end - 1, first - 1, -1)
+        gap = next((chunk for chunk in backwards if group.present[chunk - group.first_chunk] is None), None)
         if gap is None:
             return tokens
         # Every boundary after the gap whose window still reaches it fails too: go to the gap's start.

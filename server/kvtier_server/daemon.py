@@ -57,6 +57,7 @@ from kvtier_server.stats import (
     PoolStats,
     StatsSnapshot,
 )
+from kvtier_server.warm_start import Registry, take_over
 
 log = structlog.get_logger("kvtier.daemon")
 
@@ -117,8 +118,15 @@ class Daemon:
             limits=config.limit_values(),
         )
         self._scope = CallScope(self.boot_id, config.limits.unary_calls, self._metrics, self._after_call)
+        self._registry = Registry(self._pool, self.core)
         self._service = OffloadService(
-            self.core, self._scope, self._metrics, self._pool_info, __version__, boottime_ns
+            self.core,
+            self._scope,
+            self._metrics,
+            self._pool_info,
+            __version__,
+            boottime_ns,
+            self._registry.write,
         )
         self._sessions = Sessions(
             self.core,
@@ -128,11 +136,12 @@ class Daemon:
             self._limits_of,
             boottime_ns,
             config.limits.session_events,
-            lambda: None,
+            self._registry.write,
         )
         self._threads = ThreadPoolExecutor(
             max(1, min(4, (os.cpu_count() or 2) - 1)), thread_name_prefix="kvtier-work"
         )
+        self._adopted = take_over(self._pool, self.core) if self._pool.kept else None
         self._phase = PHASE_STARTING
         self._last_tick_ns = self._start_ns
         self._loop_lag_s = 0.0
@@ -254,7 +263,7 @@ class Daemon:
         """Say on stdout where everything is: the first thing a person looks for."""
         pool = self._pool
         metrics = f"http://127.0.0.1:{http.port}/metrics" if http is not None else "off"
-        kept = "kept from an earlier daemon" if pool.kept else "new"
+        kept = f"warm: {self._adopted.published} chunks kept" if self._adopted is not None else "empty"
         lines = (
             f"kvtier {__version__} serving",
             f"  address  {self._config.server.address}",
@@ -328,6 +337,7 @@ class Daemon:
             self._start_hashes()
             count += 1
             if count % SNAPSHOT_TICKS == 1:
+                self.core.books.primary.write_recency()
                 self._metrics.publish(self.snapshot())
                 logs.log_held_back(limiter)
 
@@ -383,7 +393,7 @@ class Daemon:
             pb.AttachResponse(draining=pb.Draining(deadline_ms=self._config.drain.copies // 1_000_000))
         )
         log.info("draining", copies=self._running_copies())
-        while self._running_copies() and time.monotonic() < deadline:
+        while self._running_copies() and time.monotonic() < deadline:  # noqa: ASYNC110 the core is asked
             await asyncio.sleep(TICK_S)
         self._sessions.end_all()
         await server.stop(grace=1.0)

@@ -55,6 +55,7 @@ def applicant_of(request: pb.AttachRequest) -> Applicant:
         tenant=request.tenant,
         lock_file=request.lock_file,
         previous_session=request.previous_session,
+        epoch=request.epoch if role is Role.SCHEDULER else 0,
         geometry=_geometry_of(request) if role is Role.WORKER else None,
     )
 

@@ -25,6 +25,7 @@ class PoolSlots:
         self.free = pool.slots.free
         self.retire = pool.slots.retire
         self.quarantine = pool.slots.quarantine
+        self.write_recency = pool.slots.write_recency
         self.generation = pool.slots.generation
         self.configure_slabs = pool.slabs.configure
 

@@ -40,7 +40,8 @@ class OffloadService:
         metrics: Metrics,
         describe: Callable[[], pb.PoolInfo],
         version: str,
-        clock: Callable[[], int] = boottime_ns,
+        clock: Callable[[], int],
+        on_spaces_changed: Callable[[], None],
     ) -> None:
         self._core = core
         self._scope = scope
@@ -48,6 +49,7 @@ class OffloadService:
         self._describe_pool = describe
         self._version = version
         self._clock = clock
+        self._on_spaces_changed = on_spaces_changed
         self._boot_id = scope.boot_id
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
@@ -143,7 +145,7 @@ class OffloadService:
         )
 
     def complete(self, message: pb.CompleteRequest) -> pb.CompleteResponse:
-        """Take the items in the order of the fields; malformed columns are refused before anything is done."""
+        """Take the items in the order of the fields; malformed columns are refused before that."""
         session = self._session(message.session_id)
         _check_columns(message, self._core.books.limits.max_keys)
         now_ns = self._clock()
@@ -219,6 +221,7 @@ class OffloadService:
     def reset(self, message: pb.ResetRequest) -> pb.ResetResponse:
         """Move the instance to another epoch."""
         epoch = self._core.reset(self._session(message.session_id), message.weights_id)
+        self._on_spaces_changed()
         return pb.ResetResponse(boot_id=self._boot_id, epoch=epoch)
 
 

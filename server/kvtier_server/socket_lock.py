@@ -14,7 +14,7 @@ from kvtier_server.address import socket_path
 
 
 class StartError(Exception):
-    """The daemon cannot start; the message says why and what to type. `exit_code` as `kvtier serve` promises."""
+    """The daemon cannot start; the message says why and what to type. `exit_code` is the process's."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -172,6 +172,11 @@ class Peer(offload_pb2_grpc.OffloadServiceServicer):
     def Touch(self, request: pb.TouchRequest, context: Context) -> pb.TouchResponse:  # noqa: N802
         return self._answer("Touch", request, context, pb.TouchResponse(boot_id=self.boot_id))
 
+    def FinishRequest(  # noqa: N802
+        self, request: pb.FinishRequestRequest, context: Context
+    ) -> pb.FinishRequestResponse:
+        return self._answer("FinishRequest", request, context, pb.FinishRequestResponse(boot_id=self.boot_id))
+
     def Reset(self, request: pb.ResetRequest, context: Context) -> pb.ResetResponse:  # noqa: N802
         self.epoch += 1
         return self._answer(

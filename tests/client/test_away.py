@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvtier.v1 import offload_pb2 as pb
 from kvtier_client import (
     ClientOptions,
     LoadReportItem,
@@ -23,7 +24,7 @@ from kvtier_client import (
 )
 
 from .builders import KEYS, Notes, make_client, wait_until
-from .scripted_peer import Context, Peer, pb
+from .scripted_peer import Context, Peer
 
 CTX = ReqContext("r1", {"max_offload_tokens": 5})
 LONG_S = 10

@@ -68,7 +68,9 @@ def test_withdrawn_tasks_are_returned_once_and_never_run(threads: CopyThreads) -
     ran: list[int] = []
     threads.submit([task(1, JobKind.LOAD, gate.run)])
     assert gate.entered.wait(LONG_S)
-    threads.submit([task(2, JobKind.LOAD, lambda: ran.append(2)), task(3, JobKind.STORE, lambda: ran.append(3))])
+    threads.submit(
+        [task(2, JobKind.LOAD, lambda: ran.append(2)), task(3, JobKind.STORE, lambda: ran.append(3))]
+    )
     threads.hurry({JobId(3)})
 
     assert sorted(withdrawn.job_id for withdrawn in threads.withdraw()) == [2, 3]

@@ -165,6 +165,18 @@ def test_the_misses_of_a_waiting_request_are_refreshed_in_the_background() -> No
     assert engine.shim.lookup("r", 0) == 2 * CHUNK
 
 
+def test_a_refresh_that_fails_leaves_what_was_pinned() -> None:
+    engine = Engine()
+    engine.ask("HM")
+    engine.shim.lookup("r", 0)
+    engine.clock.now += 0.051
+    engine.shim.lookup("r", 0)
+    engine.client.lookups[1].fail("deadline")
+
+    assert engine.shim.lookup("r", 0) == CHUNK
+    assert engine.told.released == []
+
+
 def test_refreshes_become_rarer_while_nothing_changes() -> None:
     engine = Engine()
     engine.ask("M")
@@ -454,15 +466,15 @@ def test_keys_of_decoded_chunks_are_stored_without_a_lookup() -> None:
 def test_a_store_job_names_each_chunks_own_blocks(data: st.DataObject) -> None:
     blocks_per_chunk = data.draw(st.integers(1, 4))
     statuses = data.draw(st.text(alphabet="HMPU", min_size=1, max_size=12))
-    credits = data.draw(st.integers(0, 12))
+    num_credits = data.draw(st.integers(0, 12))
     engine = Engine(blocks_per_chunk=blocks_per_chunk)
     engine.ask(statuses)
     engine.shim.lookup("r", 0)
-    engine.grant(credits)
+    engine.grant(num_credits)
 
     job = engine.shim.prepare_store("r", len(statuses) * blocks_per_chunk * TOKENS, [TABLE])
 
-    missing = [chunk for chunk, letter in enumerate(statuses) if letter == "M"][:credits]
+    missing = [chunk for chunk, letter in enumerate(statuses) if letter == "M"][:num_credits]
     if job is None:
         assert not missing
         return

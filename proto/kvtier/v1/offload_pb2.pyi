@@ -468,6 +468,7 @@ class AttachRequest(_message.Message):
     LOCK_FILE_FIELD_NUMBER: _builtins.int
     PREVIOUS_SESSION_FIELD_NUMBER: _builtins.int
     MAPPED_POOL_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     protocol_minor: _builtins.int
     """Minor version the client speaks."""
     engine_id: _builtins.str
@@ -494,6 +495,10 @@ class AttachRequest(_message.Message):
     """
     mapped_pool_id: _builtins.int
     """Pool the process has mapped, 0 = none yet. Told for messages only."""
+    epoch: _builtins.int
+    """Epoch the instance moved to with Reset; 0 = never. A scheduler says it again on every Attach, so that a
+    lost session or a restarted daemon never takes it back to older weights. Ignored from workers.
+    """
     @_builtins.property
     def namespace(self) -> Global___NamespaceFacts:
         """Facts of the namespace."""
@@ -520,10 +525,11 @@ class AttachRequest(_message.Message):
         lock_file: _builtins.str = ...,
         previous_session: _builtins.str = ...,
         mapped_pool_id: _builtins.int = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "geometry", b"geometry", "instance_nonce", b"instance_nonce", "lock_file", b"lock_file", "mapped_pool_id", b"mapped_pool_id", "namespace", b"namespace", "namespace_digest", b"namespace_digest", "previous_session", b"previous_session", "protocol_minor", b"protocol_minor", "rank", b"rank", "role", b"role", "tenant", b"tenant", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "epoch", b"epoch", "geometry", b"geometry", "instance_nonce", b"instance_nonce", "lock_file", b"lock_file", "mapped_pool_id", b"mapped_pool_id", "namespace", b"namespace", "namespace_digest", b"namespace_digest", "previous_session", b"previous_session", "protocol_minor", b"protocol_minor", "rank", b"rank", "role", b"role", "tenant", b"tenant", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -74,6 +74,7 @@ class Applicant:
     tenant: str
     lock_file: str
     previous_session: str = ""
+    epoch: int = 0
     geometry: Geometry | None = None
 
 

@@ -19,7 +19,7 @@ from kvtier_server.core.instances import Applicant, Instance, LockIsFree, Role, 
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.lookups import Lookups
-from kvtier_server.core.namespaces import Namespace
+from kvtier_server.core.namespaces import Geometry, Namespace
 from kvtier_server.core.refused import BadRequest, Draining, Refused
 from kvtier_server.core.stores import Reservation
 from kvtier_server.policies.base import CachePolicy
@@ -50,12 +50,18 @@ class Core:
         reuse_filter: ReuseFilter | None = None,
     ) -> None:
         self.books = Books(
-            pool_bytes, table, make_policy, lock_is_free, limits or Limits(), ReuseFilter(0) if reuse_filter is None else reuse_filter
+            pool_bytes,
+            table,
+            make_policy,
+            lock_is_free,
+            limits or Limits(),
+            ReuseFilter(0) if reuse_filter is None else reuse_filter,
         )
         self.lookups = Lookups(self.books)
         self.grants = Grants(self.books)
         self.completions = Completions(self.books)
         self.namespaces: dict[str, Namespace] = {}
+        self.known_geometries: dict[str, dict[int, Geometry]] = {}
         self._lock_is_free = lock_is_free
         self._random64 = random64
 
@@ -67,18 +73,7 @@ class Core:
         """
         if self.books.draining:
             raise Draining("the daemon is stopping; attach again when it is back")
-        try:
-            facts.validate()
-        except FactsError as error:
-            raise BadRequest("namespace", str(error)) from error
-        if facts.num_parts not in (1, applicant.world_size):
-            raise BadRequest(
-                "namespace.num_parts",
-                f"{facts.num_parts}; with world_size {applicant.world_size} it is that or 1",
-            )
-        namespace = self._namespace(facts)
-        if not namespace.num_engines and not self._has_chunks(namespace):
-            namespace.geometries.clear()  # nothing is left that a new geometry could contradict
+        namespace = self._namespace(facts, applicant.world_size)
         self.books.instances.check_same(applicant, namespace)
         holder = self.books.instances.seat_holder(applicant, now_ns)
         if holder is None:
@@ -91,9 +86,12 @@ class Core:
             self.end_session(holder.id, "REPLACED")
         if applicant.previous_session:
             self.books.quarantine.clear(applicant.lock_file)
-        space = self.books.primary.spaces.get_or_add(SpaceName(namespace.digest, applicant.tenant, 0))
+        name = SpaceName(namespace.digest, applicant.tenant, applicant.epoch)
+        space = self.books.primary.spaces.get_or_add(name)
         self.namespaces.setdefault(namespace.digest, namespace)
         session = self.books.instances.open(session_id, applicant, namespace, space, now_ns)
+        if session.role is Role.SCHEDULER:
+            session.instance.space = space  # a worker that came first could not know the epoch
         if len(session.instance.sessions) == 1:
             namespace.num_engines += 1
             for size_class in namespace.classes:
@@ -101,10 +99,20 @@ class Core:
         self._tell_workers(session.instance)
         return session
 
-    def _namespace(self, facts: NamespaceFacts) -> Namespace:
+    def _namespace(self, facts: NamespaceFacts, world_size: int) -> Namespace:
+        """Return the namespace of these facts, new if need be. Raises BadRequest, DoesNotFit."""
+        try:
+            facts.validate()
+        except FactsError as error:
+            raise BadRequest("namespace", str(error)) from error
+        if facts.num_parts not in (1, world_size):
+            problem = f"{facts.num_parts}; with world_size {world_size} it is that or 1"
+            raise BadRequest("namespace.num_parts", problem)
         digest = facts.digest()
         known = self.namespaces.get(digest)
         if known is not None:
+            if not known.num_engines and not self._has_chunks(known):
+                known.geometries.clear()  # nothing is left that a new geometry could contradict
             return known
         slabs = self.books.primary.slabs
         classes: dict[int, SizeClass] = {}
@@ -117,7 +125,14 @@ class Core:
                     "with a larger --pool-bytes, or the engine with fewer blocks_per_chunk"
                 )
             classes[group] = size_class
-        return Namespace(facts, digest, tuple(classes[group] for group in range(len(facts.groups))))
+        namespace = Namespace(facts, digest, tuple(classes[group] for group in range(len(facts.groups))))
+        namespace.geometries.update(self.known_geometries.pop(digest, {}))
+        return namespace
+
+    def geometries(self) -> dict[str, dict[int, Geometry]]:
+        """Registered geometries by namespace digest and rank; those an earlier daemon left included."""
+        attached = {digest: namespace.geometries for digest, namespace in self.namespaces.items()}
+        return self.known_geometries | attached
 
     def end_session(self, session_id: str, reason: str) -> None:
         """End a session, and with it its whole instance. Unknown sessions are passed over.

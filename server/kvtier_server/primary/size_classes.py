@@ -44,6 +44,9 @@ class SlotTable(Protocol):
     def generation(self, slot_id: int) -> int:
         """Current generation."""
 
+    def write_recency(self, slot_ids: Sequence[int], stamps: Sequence[int]) -> None:
+        """Note when slots were last used, for a later daemon."""
+
     def configure_slabs(self, slab_bytes: int, num_slabs: int) -> None:
         """Write down the division of the pool."""
 

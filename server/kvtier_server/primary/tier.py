@@ -59,6 +59,7 @@ class PrimaryTier:
         self._uses: deque[tuple[object, Sequence[Chunk], Sequence[int]]] = deque()
         self._draining: list[tuple[Slab, SizeClass, SizeClass]] = []
         self._next_review = 0
+        self._unwritten: dict[int, int] = {}
 
     def issue_stamps(self, count: int) -> int:
         """Take `count` stamps; returns the first. Larger = used later."""
@@ -108,6 +109,7 @@ class PrimaryTier:
             chunk.user = user
             chunk.stamp = max(chunk.stamp, stamp)
             per_class.setdefault(chunk.size_class, {}).setdefault(chunk.id, stamp)
+            self._unwritten[chunk.slot_id] = chunk.stamp
         for size_class, used in per_class.items():
             size_class.policy.touch(list(used), list(used.values()))
 
@@ -122,6 +124,12 @@ class PrimaryTier:
         for size_class, (to_pin, to_unpin) in changed.items():
             size_class.policy.pin(to_pin)
             size_class.policy.unpin(to_unpin)
+
+    def write_recency(self) -> None:
+        """Write down uses since the last call: what a later daemon knows of the order of eviction."""
+        unwritten, self._unwritten = self._unwritten, {}
+        if unwritten:
+            self._table.write_recency(list(unwritten), list(unwritten.values()))
 
     @property
     def has_unsettled(self) -> bool:
@@ -181,7 +189,32 @@ class PrimaryTier:
         size_class.num_reserved -= 1
         size_class.num_published += 1
         size_class.policy.insert(chunk.id, stamp)
+        self._unwritten[slot_id] = stamp
         return chunk
+
+    def adopt(self, space: KeySpace, key: bytes, slot_id: int, generation: int, slot_bytes: int) -> None:
+        """File a chunk that an earlier daemon published; used after those that were adopted before."""
+        size_class = self.slabs.classes[slot_bytes]
+        chunk = Chunk(space, key, slot_id, generation, size_class, self.issue_stamps(1))
+        space.chunks[key] = chunk
+        self.by_slot[slot_id] = chunk
+        size_class.num_published += 1
+        size_class.policy.insert(chunk.id, chunk.stamp)
+        self._unwritten[slot_id] = chunk.stamp
+
+    def adopt_free(self, slots: Sequence[tuple[int, int]]) -> None:
+        """Take (slot id, slot bytes) of an earlier daemon as free. Late readers of what was there fail."""
+        per_class: dict[int, list[int]] = {}
+        for slot_id, slot_bytes in slots:
+            per_class.setdefault(slot_bytes, []).append(slot_id)
+        for slot_bytes, slot_ids in per_class.items():
+            self._table.retire(slot_ids)
+            self.slabs.classes[slot_bytes].free.extend(sorted(slot_ids, reverse=True))
+
+    def adopt_quarantined(self, size_class: SizeClass, slot_ids: Sequence[int]) -> None:
+        """Set slots of an earlier daemon aside that somebody may still be writing."""
+        self._table.quarantine(slot_ids, 0)
+        size_class.num_quarantined += len(slot_ids)
 
     def free_reserved(self, size_class: SizeClass, slot_ids: Sequence[int]) -> None:
         """Give reserved slots back that nobody can still be writing."""
