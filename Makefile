@@ -55,11 +55,13 @@ proto: $(READY) ## Regenerate the Python code of proto/kvtier/v1/*.proto
 bench: $(READY) ## Run every benchmark: a table each, and JSON below build/bench
 	@mkdir -p $(BENCH_DIR)
 	@set -e; for bench in tests/benchmarks/bench_*.py; do \
-		$(BIN)/python $$bench --json $(BENCH_DIR)/$$(basename $$bench .py).json; \
+		name=$$(basename $$bench .py); \
+		PYTHONPATH=. $(BIN)/python -m tests.benchmarks.$$name --json $(BENCH_DIR)/$$name.json; \
+		echo; \
 	done
 
 replay: $(READY) ## Replay a trace of requests against a daemon and compare the policies
-	@$(BIN)/python tests/benchmarks/replay.py
+	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.replay
 
 clean: ## Remove caches and build results (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

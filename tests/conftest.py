@@ -47,7 +47,8 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
 
     with contextlib.ExitStack() as daemons:
 
-        def start(**options: str) -> DaemonProcess:
-            return daemons.enter_context(DaemonProcess(tmp_path, **options)).start()
+        def start(*, pool_bytes: int | str = "4MiB", config: str = "", **options: str) -> DaemonProcess:
+            daemon = DaemonProcess(tmp_path, pool_bytes, config=config, **options)
+            return daemons.enter_context(daemon).start()
 
         yield start

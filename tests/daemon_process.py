@@ -1,13 +1,14 @@
 """`kvtier serve` as a process of its own, on a real socket, for every test that needs a daemon.
 
 Owns starting, stopping, killing and restarting it, and removing its pool whatever happened. Knows the
-command line and the health service, nothing of the daemon's inside. Used through the fixture `start_daemon`,
-or imported: `from ..daemon_process import DaemonProcess` (scripts are run as `python -m tests.benchmarks.x`).
+command line and the health service, nothing of the daemon's inside. Used through the fixture `start_daemon`
+or imported: `from tests.daemon_process import DaemonProcess` (run scripts as `python -m tests.benchmarks.x`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import re
 import secrets
@@ -208,9 +209,18 @@ class DaemonProcess:
             try:
                 reply = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5.0)
             except grpc.RpcError as error:
-                assert isinstance(error, grpc.Call)
-                return str(error.code().name)
+                return _code_name(error)
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+
+    def page(self, path: str) -> tuple[int, str]:
+        """Get a page from its HTTP side: status and text."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=WAIT_S)
+        try:
+            connection.request("GET", path)
+            reply = connection.getresponse()
+            return reply.status, reply.read().decode()
+        finally:
+            connection.close()
 
     def log_text(self) -> str:
         """What all its starts wrote to stderr: log lines and messages."""
@@ -244,3 +254,8 @@ class DaemonProcess:
         if found is not None:
             self.metrics_port = int(found[2] or 0)
         return found is not None
+
+
+def _code_name(error: Exception) -> str:
+    assert isinstance(error, grpc.Call), error
+    return str(error.code().name)

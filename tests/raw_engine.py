@@ -6,12 +6,11 @@ nothing: what the daemon answers is what the test gets. Bytes of chunks are not 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +24,7 @@ from kvtier.v1 import admin_pb2_grpc, offload_pb2_grpc
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.locks import OwnerLock
 
-from .daemon_process import CHANNEL_OPTIONS, WAIT_S, DaemonProcess
+from .daemon_process import CHANNEL_OPTIONS, WAIT_S
 
 PART_BYTES = 4096
 PROTOCOL_MINOR = 1
@@ -91,9 +90,9 @@ class Failure:
     """Plain text trailers: kvtier-reason, kvtier-boot-id."""
 
 
-def failure_of(error: grpc.RpcError) -> Failure:
-    """Read a failed call."""
-    assert isinstance(error, grpc.Call)
+def failure_of(error: Exception) -> Failure:
+    """Read what a failed call raised."""
+    assert isinstance(error, grpc.Call), error
     info, retry_seconds = ErrorInfo(), None
     status = rpc_status.from_call(error)
     for detail in status.details if status is not None else ():
@@ -121,12 +120,26 @@ def failure(call: Callable[[], object]) -> Failure:
     raise AssertionError(f"this call was to fail, but it answered: {reply}")
 
 
+def refusal(call: Callable[[], object]) -> Failure:
+    """Make a call that the daemon must refuse, and check that status, details and trailers say the same."""
+    failed = failure(call)
+    assert failed.reason, f"the daemon did not say why: {failed}"
+    assert failed.domain == "kvtier", failed
+    assert failed.trailers["kvtier-reason"] == failed.reason, failed
+    assert len(bytes.fromhex(failed.trailers["kvtier-boot-id"])) == 8, failed
+    backpressure = failed.code in {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
+    assert (failed.retry_seconds is not None) == backpressure, failed
+    return failed
+
+
 class RawSession:
     """One Attach stream. Its events are read on a thread and kept until the test asks for them."""
 
-    def __init__(self, call: grpc.CallIterator[pb.AttachResponse], lock: OwnerLock | None) -> None:
+    def __init__(
+        self, stub: offload_pb2_grpc.OffloadServiceStub, request: pb.AttachRequest, lock: OwnerLock
+    ) -> None:
         self.lock = lock
-        self._call = call
+        self._call = stub.Attach(request, wait_for_ready=True)
         self._events: queue.SimpleQueue[pb.AttachResponse | grpc.RpcError | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._read, name="raw-session", daemon=True)
         self._thread.start()
@@ -134,7 +147,8 @@ class RawSession:
         if isinstance(first, grpc.RpcError):
             self.close()
             raise first
-        assert first is not None and first.WhichOneof("event") == "attached", first
+        assert first is not None, "the stream ended without a message"
+        assert first.WhichOneof("event") == "attached", first
         self.attached = first.attached
         self.id = first.attached.session_id
 
@@ -156,8 +170,7 @@ class RawSession:
         """Return the next event of this kind ("resolved", ...); those before it are passed over."""
         while True:
             event = self._take()
-            if not isinstance(event, pb.AttachResponse):
-                raise AssertionError(f"the stream ended ({event!r}) without {kind}")
+            assert isinstance(event, pb.AttachResponse), f"the stream ended ({event!r}) without {kind}"
             if event.WhichOneof("event") == kind:
                 return event
 
@@ -172,32 +185,36 @@ class RawSession:
         """End the stream, and with it the session. A process that is to look alive keeps its lock."""
         self._call.cancel()
         self._thread.join(WAIT_S)
-        if release_lock and self.lock is not None:
+        if release_lock:
             self.lock.release()
 
 
 class RawEngine:
-    """One engine instance. Sessions are opened one by one, or all with `attach`."""
+    """One engine instance. Sessions are opened one by one, or all with `attach`.
+
+    Without `facts` it has a namespace of its own, so that tests can share a daemon.
+    """
 
     def __init__(
         self,
-        daemon: DaemonProcess,
+        address: str,
         engine_id: str = "",
         *,
+        nonce: int = 0,
         world_size: int = 1,
         facts: pb.NamespaceFacts | None = None,
         tenant: str = "",
     ) -> None:
         self.engine_id = engine_id or f"engine-{secrets.token_hex(4)}"
-        self.nonce = secrets.randbits(63) + 1
+        self.nonce = nonce or secrets.randbits(63) + 1
         self.world_size = world_size
-        self.facts = facts if facts is not None else namespace(num_parts=world_size)
+        self.facts = facts or namespace(num_parts=world_size, weights_id=secrets.token_hex(4))
         self.tenant = tenant
         self.sessions: list[RawSession] = []
         self.workers: dict[int, RawSession] = {}
         self.scheduler: RawSession | None = None
-        self._pool_directory = daemon.pool_directory
-        self.channel = grpc.insecure_channel(daemon.address, options=CHANNEL_OPTIONS)
+        self.address = address
+        self.channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.stub = offload_pb2_grpc.OffloadServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
         self._lease_ids = itertools.count(1)
@@ -215,6 +232,10 @@ class RawEngine:
         for session in self.sessions:
             session.close()
         self.channel.close()
+
+    def describe(self) -> pb.DescribeResponse:
+        """Ask where the pool is."""
+        return self.stub.Describe(pb.DescribeRequest(), timeout=WAIT_S, wait_for_ready=True)
 
     def attach_request(self, role: pb.SessionRole.ValueType, rank: int = 0) -> pb.AttachRequest:
         """What this engine says in Attach, without a lock file."""
@@ -235,11 +256,11 @@ class RawEngine:
 
     def open_session(self, request: pb.AttachRequest, *, lock: OwnerLock | None = None) -> RawSession:
         """Attach with a lock (a new one if none is given). Raises grpc.RpcError when refused."""
-        lock = lock or OwnerLock.acquire(Path(self._pool_directory))
+        if lock is None:
+            lock = OwnerLock.acquire(Path(self.describe().pool.directory))
         request.lock_file = lock.name
-        call = self.stub.Attach(request, wait_for_ready=True)
         try:
-            session = RawSession(call, lock)
+            session = RawSession(self.stub, request, lock)
         except BaseException:
             lock.release()
             raise

@@ -11,8 +11,6 @@ from ipaddress import ip_address
 
 import grpc
 
-from kvtier_client.options import ClientOptions
-
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_SOCKET_PATH_BYTES = 107
 """What sockaddr_un has room for."""
@@ -64,17 +62,17 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def open_channel(target: str, options: ClientOptions) -> grpc.Channel:
-    """Return a channel that connects when it is first used."""
+def open_channel(target: str) -> grpc.Channel:
+    """Return a channel that connects when it is first used, once.
+
+    It is made for one attempt to attach: a channel that has failed to connect imposes its own pauses, and
+    makes no progress while no call waits in it. A daemon that came back was found only after seconds.
+    """
     return grpc.insecure_channel(
         target,
         options=[
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.initial_reconnect_backoff_ms", int(options.reconnect_min_ms)),
-            # Also how long one attempt may take: a socket that accepts and says nothing would hold 20 s.
-            ("grpc.min_reconnect_backoff_ms", int(options.reconnect_max_ms)),
-            ("grpc.max_reconnect_backoff_ms", int(options.reconnect_max_ms)),
             # The environment of an engine often has a proxy, and none leads to a unix socket.
             ("grpc.enable_http_proxy", 0),
             # A repeat is the client's decision: it knows which calls are still wanted.
@@ -106,9 +104,9 @@ class RpcFailure:
 
 
 def read_failure(error: Exception) -> RpcFailure:
-    """Read what a failed call raised: RpcError, or ValueError of a channel that was closed meanwhile."""
+    """Read what a failed call raised: RpcError, or ValueError of a channel closed with its session."""
     if not isinstance(error, grpc.Call):
-        return RpcFailure("closed", str(error), "")
+        return RpcFailure("session_changed", str(error), "")
     trailers = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}
     code = error.code()
     reason = trailers.get("kvtier-reason", "").lower()

@@ -14,10 +14,10 @@ from itertools import count
 
 import grpc
 
-from kvtier.v1 import offload_pb2, offload_pb2_grpc
+from kvtier.v1 import offload_pb2
 from kvtier_client.answers import LoadGrant, LookupAnswer, SessionInfo, StoreGrant
 from kvtier_client.attach import attach_request, check_geometry
-from kvtier_client.channel import open_channel, parse_address
+from kvtier_client.channel import parse_address
 from kvtier_client.context import ReqContext, wire_request_id
 from kvtier_client.gate import Gate, lease_time
 from kvtier_client.grants import GrantCalls
@@ -68,7 +68,6 @@ class OffloadClient:
         # Half a lease id, so that two clients of one instance do not choose the same.
         self._lease_prefix = (secrets.randbits(32) or 1) << 32
         self._lease_numbers = count(1)
-        self._channel: grpc.Channel | None = None
         self._keeper: SessionKeeper | None = None
 
     def start(self) -> None:
@@ -77,12 +76,10 @@ class OffloadClient:
             return
         self._gate.adopt_process()
         self._gate.away_reason = "attaching"
-        self._channel = open_channel(self._target, self._options)
         self._keeper = SessionKeeper(
             self._gate,
-            offload_pb2_grpc.OffloadServiceStub(self._channel),
+            self._target,
             self._request,
-            address=self._target,
             maps_pool=self.identity.role is Role.WORKER,
             options=self._options,
             sender=self._sender,
@@ -115,8 +112,6 @@ class OffloadClient:
             gate.changed.notify_all()
         if self._keeper is not None:
             self._keeper.stop(drained=drained)
-        if self._channel is not None:
-            self._channel.close()
 
     @property
     def options(self) -> ClientOptions:

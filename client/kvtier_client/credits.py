@@ -42,6 +42,10 @@ class _Group:
     held: deque[Credit]
     asked: int = 0
     asked_at: float = 0.0
+    unanswered: int = 0
+    """Requests on their way."""
+    outdated: int = 0
+    """How many of them were sent before the last reset."""
     ask_after: float = 0.0
     foreseen: int = 0
     largest: int = 0
@@ -82,19 +86,30 @@ class CreditBook:
         with self._lock:
             return len(self._groups[group].held) if group < len(self._groups) else 0
 
-    def grant(self, group: int, slot_ids: Sequence[int], generations: Sequence[int], now: float) -> None:
-        """Add what the daemon granted; fewer than asked means that it had no more."""
+    def grant(
+        self, group: int, slot_ids: Sequence[int], generations: Sequence[int], now: float
+    ) -> list[Credit]:
+        """Add the answer to one request; fewer than asked means that the daemon had no more.
+
+        Returns what must go back at once: the answer to a request from before a reset.
+        """
+        granted = [
+            Credit(slot_id, generation, now)
+            for slot_id, generation in zip(slot_ids, generations, strict=True)
+        ]
         with self._lock:
             if group >= len(self._groups):
-                return
+                return []
             entry = self._groups[group]
-            if len(slot_ids) < entry.asked:
+            entry.unanswered = max(0, entry.unanswered - 1)
+            if entry.outdated:
+                entry.outdated -= 1
+                return granted
+            if len(granted) < entry.asked:
                 entry.ask_after = now + RETRY_S
             entry.asked = 0
-            entry.held.extend(
-                Credit(slot_id, generation, now)
-                for slot_id, generation in zip(slot_ids, generations, strict=True)
-            )
+            entry.held.extend(granted)
+            return []
 
     def take(self, group: int, count: int, now: float) -> list[Credit]:
         """Use up to `count` credits, and note that `count` were wanted in this step."""
@@ -136,6 +151,7 @@ class CreditBook:
                 # A quarter of slack: topping up after every step would cost an RPC a step.
                 if missing * 4 >= target > 0 and missing > 0 and now >= entry.ask_after:
                     entry.asked, entry.asked_at = missing, now
+                    entry.unanswered += 1
                     asks.append((group, missing))
             return asks
 
@@ -154,12 +170,19 @@ class CreditBook:
                     back.append(entry.held.popleft())
             return back
 
-    def give_back(self, count: int, now: float, pause_s: float = IDLE_RETURN_S) -> list[Credit]:
-        """Take out up to `count` credits because the daemon wants them, and ask for no more for `pause_s`."""
+    def give_back(self, count: int, now: float) -> list[Credit]:
+        """Take out up to `count` credits because the daemon wants them, and ask for no more for a while."""
         with self._lock:
             for entry in self._groups:
-                entry.ask_after = now + pause_s
+                entry.ask_after = now + IDLE_RETURN_S
             return self._take_newest(count)
+
+    def reset(self) -> list[Credit]:
+        """Take out every credit, those still on their way too: no slot of the old epoch can be published."""
+        with self._lock:
+            for entry in self._groups:
+                entry.asked, entry.outdated = 0, entry.unanswered
+            return self._take_newest(sum(len(entry.held) for entry in self._groups))
 
     def _measure(self) -> None:
         for group, entry in enumerate(self._groups):

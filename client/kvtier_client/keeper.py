@@ -15,7 +15,7 @@ import grpc
 
 from kvtier.v1 import offload_pb2, offload_pb2_grpc
 from kvtier_client.attach import EventStream, session_info
-from kvtier_client.channel import read_failure
+from kvtier_client.channel import open_channel, read_failure
 from kvtier_client.chores import Chores, pauses_s
 from kvtier_client.gate import Gate
 from kvtier_client.link import Link
@@ -39,10 +39,9 @@ class SessionKeeper:
     def __init__(
         self,
         gate: Gate,
-        stub: offload_pb2_grpc.OffloadServiceStub,
+        address: str,
         request: offload_pb2.AttachRequest,
         *,
-        address: str,
         maps_pool: bool,
         options: ClientOptions,
         sender: CompletionSender,
@@ -50,7 +49,6 @@ class SessionKeeper:
         weights: Weights,
     ) -> None:
         self._gate = gate
-        self._stub = stub
         self._request = request
         self._address = address
         self._maps_pool = maps_pool
@@ -92,7 +90,17 @@ class SessionKeeper:
             self._pause(next(pauses))
 
     def _live(self) -> None:
-        """Open a session and keep it until it ends. Raises CannotAttach."""
+        """Open a session and keep it until it ends. Raises CannotAttach.
+
+        Over a channel of its own, whose end is also the end of all calls of the session.
+        """
+        channel = open_channel(self._address)
+        try:
+            self._live_over(offload_pb2_grpc.OffloadServiceStub(channel))
+        finally:
+            channel.close()
+
+    def _live_over(self, stub: offload_pb2_grpc.OffloadServiceStub) -> None:
         gate = self._gate
         first: list[offload_pb2.Attached] = []
         links: list[Link] = []
@@ -113,10 +121,10 @@ class SessionKeeper:
             for link in links:
                 gate.lose(link, reason)
 
-        request = self._describe()
+        request = self._describe(stub)
         self._stats.add("rpc_attach")
         stream = EventStream(
-            self._stub.Attach,
+            stub.Attach,
             request,
             on_first=on_first,
             on_event=lambda message: self._event(links[0], message),
@@ -130,7 +138,7 @@ class SessionKeeper:
                 )
             if not first:
                 raise CannotAttach(ended[0] if ended else "the daemon did not answer Attach in time")
-            link = self._open_link(first[0])
+            link = self._open_link(stub, first[0])
             links.append(link)
             self._announce(link)
             stream.release()
@@ -142,11 +150,11 @@ class SessionKeeper:
             for link in links:
                 self._detached(link)
 
-    def _describe(self) -> offload_pb2.AttachRequest:
+    def _describe(self, stub: offload_pb2_grpc.OffloadServiceStub) -> offload_pb2.AttachRequest:
         """Ask where the pool is, take a lock file there and return the request to attach with."""
         self._stats.add("rpc_describe")
         try:
-            described = self._stub.Describe(
+            described = stub.Describe(
                 offload_pb2.DescribeRequest(), timeout=self._options.prepare_deadline_ms / 1000
             )
         except (grpc.RpcError, ValueError) as error:
@@ -173,7 +181,7 @@ class SessionKeeper:
         request.mapped_pool_id = self._place.mapped_pool_id
         return request
 
-    def _open_link(self, attached: offload_pb2.Attached) -> Link:
+    def _open_link(self, stub: offload_pb2_grpc.OffloadServiceStub, attached: offload_pb2.Attached) -> Link:
         """Map the pool and bring the epoch up to date; the session is usable then. Raises CannotAttach."""
         self._previous_session = attached.session_id
         pool = None
@@ -186,7 +194,7 @@ class SessionKeeper:
                     f"the pool {path} cannot be mapped ({error}); engine and daemon need the same user and, "
                     "in containers, the same mount"
                 ) from None
-        link = Link(session_info(attached, pool), self._stub, self._options, self._stats)
+        link = Link(session_info(attached, pool), stub, self._options, self._stats)
         if not self._weights.restore(link, self._options.attach_deadline_ms / 1000):
             raise CannotAttach("the epoch of the engine's new weights could not be set")
         return link

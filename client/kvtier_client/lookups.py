@@ -188,7 +188,7 @@ class PendingLookup:
         try:
             self._future = link.stub.Lookup.future(call.request, timeout=timeout_s)
         except ValueError:  # the channel was closed meanwhile
-            self._settle("closed")
+            self._settle("session_changed")
             return
         self._future.add_done_callback(self._replied)
 

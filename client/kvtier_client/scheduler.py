@@ -312,7 +312,7 @@ class SchedulerShim(ClientListener):
             self._pins.release(state)
             state.forget()
         self._recent.clear()
-        self._return(self._credits.give_back(sys.maxsize, self._clock(), pause_s=0))
+        self._return(self._credits.reset())
         return self._client.reset(weights_id)
 
     def _ask_for_credits(self, now: float) -> None:
@@ -348,7 +348,7 @@ class SchedulerShim(ClientListener):
         self, group: int, slot_ids: Sequence[int], generations: Sequence[int], lease_id: int
     ) -> None:
         """Take the slots."""
-        self._credits.grant(group, slot_ids, generations, self._clock())
+        self._return(self._credits.grant(group, slot_ids, generations, self._clock()))
 
     def on_credits_wanted(self, count: int) -> None:
         """Give back what is unused, at once: an idle engine takes no step that could do it."""

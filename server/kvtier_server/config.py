@@ -113,8 +113,9 @@ class LimitsConfig(_Section):
     """Credits that one instance may hold even where its share of a small pool is less."""
     events: Count = 65_536
     """Events kept for watchers that come back."""
-    session_events: Count = 4096
-    """Unread events of one session; a session that reads slower is ended (SLOW_READER)."""
+    session_events: Count = 65_536
+    """Unread events of one session; a session that reads slower is ended (SLOW_READER). A writer's death
+    resolves all keys of a call (max_keys) at once, and sending takes 65 us an event: room for eight calls."""
 
 
 class LeasesConfig(_Section):

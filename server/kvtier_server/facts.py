@@ -98,6 +98,10 @@ def facts_of(request: pb.AttachRequest) -> NamespaceFacts:
 
 
 def _geometry_of(request: pb.AttachRequest) -> Geometry:
+    for index, group in enumerate(request.geometry):
+        for position, tensor in enumerate(group.tensors):
+            if not tensor.page_bytes:
+                raise BadRequest(f"geometry[{index}].tensors[{position}].page_bytes", "0; it is at least 1")
     return tuple(
         tuple(TensorLayout(tensor.name, tensor.page_bytes) for tensor in group.tensors)
         for group in request.geometry

@@ -24,6 +24,9 @@ from kvtier_server.rpc import CallScope
 
 SERVICE = "kvtier.v1.OffloadService"
 
+MAX_COPY_S = 3600.0
+"""Longest time of one report's copies that is believed: far above what filling the largest pool takes."""
+
 
 def boottime_ns() -> int:
     """Return the core's clock: never set back, and goes on during suspend."""
@@ -186,17 +189,20 @@ class OffloadService:
             list(report.checksums),
             set(report.failed),
         )
-        if report.seconds > 0:
-            self._metrics.observe_transfer("store", "shm", report.bytes, report.seconds)
+        self._observe_copies("store", report.bytes, report.seconds)
         return statuses
 
     def _take_load_report(self, session: Session, report: pb.LoadReport, now_ns: int) -> ItemStatus:
         mismatches = [MismatchReport(found.slot_id, found.generation) for found in report.mismatches]
         torn = len(report.torn_slot_ids)
         status = self._core.completions.report_load(session, report.lease_id, torn, mismatches, now_ns)
-        if report.seconds > 0:
-            self._metrics.observe_transfer("load", "shm", report.bytes, report.seconds)
+        self._observe_copies("load", report.bytes, report.seconds)
         return status
+
+    def _observe_copies(self, direction: str, num_bytes: int, seconds: float) -> None:
+        # Figures from outside: one infinity would stay in the metrics' sums for good.
+        if 0 < seconds <= MAX_COPY_S and num_bytes <= self._core.books.primary.slabs.pool_bytes:
+            self._metrics.observe_transfer(direction, "shm", num_bytes, seconds)
 
     def renew_leases(self, message: pb.RenewLeasesRequest) -> pb.RenewLeasesResponse:
         """Extend lookup leases."""

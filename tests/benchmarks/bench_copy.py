@@ -1,6 +1,6 @@
 """Store and load through a real pool, against numpy copying the same bytes with the same strides.
 
-    python tests/benchmarks/bench_copy.py [--json]
+    python -m tests.benchmarks.bench_copy [--json FILE]
 
 32 layers in one allocation of shape (layers, blocks, page), 2 MiB chunks, 1 GiB a pass, scattered device
 blocks. Plain and pool passes take turns, so that both meet the same machine; the ratio is plain time / pool
@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--rounds", type=int, default=5, help="measured passes of each kind (default 5)")
     options = parser.parse_args()
     pool = Pool.create(default_pool_directory(f"bench-{os.getpid()}"), TOTAL_BYTES, fresh=True)
@@ -190,10 +190,10 @@ def main() -> None:
         rows = run(pool, options.rounds)
     finally:
         pool.remove()
+    print_table(rows)
     if options.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
-    else:
-        print_table(rows)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,19 @@ def test_without_a_daemon_every_call_misses(directory: Path) -> None:
     client.close()
 
 
+def test_a_daemon_that_comes_later_is_found_at_the_next_attempt(directory: Path) -> None:
+    options = ClientOptions(prepare_deadline_ms=5000, reconnect_min_ms=10, reconnect_max_ms=20)
+    client = make_client(f"unix://{directory}/s", options=options)
+    client.start()
+    wait_until(lambda: client.stats.snapshot()["rpc_describe"] >= 20, "the client asks again and again")
+    with Peer(directory / "s", directory / "pool"):
+        asked = client.stats.snapshot()["rpc_describe"]
+        assert client.wait_attached(LONG_S)
+        # One may have been on its way before the socket was there.
+        assert client.stats.snapshot()["rpc_describe"] <= asked + 2
+        client.close()
+
+
 def test_a_socket_that_accepts_and_says_nothing_costs_the_engine_nothing(mute_socket: str) -> None:
     client = make_client(mute_socket)
     client.start()

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvtier_client.credits import IDLE_RETURN_S, WINDOW_STEPS, CreditBook
+from kvtier_client.credits import IDLE_RETURN_S, WINDOW_STEPS, Credit, CreditBook
 
 SLOT = 4096
 
@@ -139,6 +139,20 @@ def test_what_the_daemon_wants_back_is_not_asked_for_again_at_once() -> None:
     assert made.held(0) == 6
 
 
+def test_after_a_reset_credits_that_were_on_their_way_go_back() -> None:
+    made = book()
+    step(made, 4)
+    made.shortfall(now=0.0)
+    made.grant(0, [1, 2], [1, 1], now=0.0)
+    made.shortfall(now=1.0)
+
+    assert [credit.slot_id for credit in made.reset()] == [2, 1]
+    assert made.shortfall(now=1.0) == [(0, 8)]
+    assert [credit.slot_id for credit in made.grant(0, [3], [1], now=1.0)] == [3]
+    assert made.grant(0, [4], [1], now=1.0) == []
+    assert made.held(0) == 1
+
+
 def test_a_voided_book_has_nothing_and_takes_nothing() -> None:
     made = book()
     step(made, 8)
@@ -185,7 +199,7 @@ class CreditBooks(RuleBasedStateMachine):
     def take(self, group: int, count: int) -> None:
         taken = self.book.take(group, count, self.now)
         assert len(taken) <= count
-        self._leave([credit.slot_id for credit in taken])
+        self._leave(taken)
 
     @rule(group=st.integers(0, 1), count=st.integers(0, 40))
     def foresee(self, group: int, count: int) -> None:
@@ -208,24 +222,30 @@ class CreditBooks(RuleBasedStateMachine):
             slots = list(range(self.next_slot, self.next_slot + int(count * share)))
             self.next_slot += len(slots)
             self.inside.update(slots)
-            self.book.grant(group, slots, [1] * len(slots), self.now)
+            self._leave(self.book.grant(group, slots, [1] * len(slots), self.now))
         self.asked.clear()
 
     @rule()
+    def reset(self) -> None:
+        self._leave(self.book.reset())
+        assert not self.inside
+
+    @rule()
     def give_surplus_back(self) -> None:
-        self._leave([credit.slot_id for credit in self.book.surplus(self.now)])
+        self._leave(self.book.surplus(self.now))
 
     @rule(count=st.integers(0, 20))
     def give_back(self, count: int) -> None:
         back = self.book.give_back(count, self.now)
         assert len(back) <= count
-        self._leave([credit.slot_id for credit in back])
+        self._leave(back)
 
     @invariant()
     def every_credit_is_accounted_for(self) -> None:
         assert self.book.held(0) + self.book.held(1) == len(self.inside)
 
-    def _leave(self, slots: list[int]) -> None:
+    def _leave(self, gone: list[Credit]) -> None:
+        slots = [credit.slot_id for credit in gone]
         assert set(slots) <= self.inside
         assert len(set(slots)) == len(slots)
         self.inside -= set(slots)

@@ -1,7 +1,7 @@
 """A multi-turn chat over real text: the workload of the demo, the same bytes for the same text and seed.
 
 Owns what is asked. Does not own how it is run: a driver takes prompts from conversations, has any engine
-answer them, and gives the answers back (`run_chat` does so on one engine).
+answer them, and gives the answers back (`run_turn` and `run_chat` do so on one engine).
 
 All conversations begin with the same system prefix. Every turn sends the whole conversation so far, so an
 engine whose device cache has evicted it meanwhile must compute it again, or load it.
@@ -10,6 +10,7 @@ engine whose device cache has evicted it meanwhile must compute it again, or loa
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvtier_client.demo.engine import Engine, RequestResult
@@ -65,18 +66,25 @@ class Conversation:
         self._history += [*answer, END]
 
 
+def run_turn(engine: Engine, conversations: Sequence[Conversation]) -> Iterator[RequestResult]:
+    """Have every conversation ask once and hear its answer; yield results as they finish."""
+    asking: dict[str, Conversation] = {}
+    for conversation in conversations:
+        request_id = f"chat-{conversation.number}-turn-{conversation.turn}"
+        prompt, answer_tokens = conversation.ask()
+        engine.add_request(request_id, prompt, answer_tokens)
+        asking[request_id] = conversation
+    for result in engine.results():
+        asking[result.request_id].hear(result.output)
+        yield result
+
+
 def run_chat(engine: Engine, text: bytes, config: ChatConfig | None = None) -> list[RequestResult]:
     """Run all conversations turn by turn on one engine; return the results by turn, then by conversation."""
     config = config or ChatConfig()
     conversations = [Conversation(text, config, number) for number in range(config.conversations)]
     results: list[RequestResult] = []
     for turn in range(config.turns):
-        for conversation in conversations:
-            prompt, answer_tokens = conversation.ask()
-            engine.add_request(f"chat-{conversation.number}-turn-{turn}", prompt, answer_tokens)
-        finished: dict[str, RequestResult] = {result.request_id: result for result in engine.run()}
-        for conversation in conversations:
-            result = finished[f"chat-{conversation.number}-turn-{turn}"]
-            conversation.hear(result.output)
-            results.append(result)
+        finished: dict[str, RequestResult] = {r.request_id: r for r in run_turn(engine, conversations)}
+        results += [finished[f"chat-{number}-turn-{turn}"] for number in range(config.conversations)]
     return results

@@ -13,7 +13,7 @@ or the offload.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -134,7 +134,8 @@ class Engine:
         self._ids.add(request.request_id)
         self._waiting.append(request)
         keys = [[offload_key(key, group) for key in hashes] for group in range(len(self._cache.groups))]
-        self._offload.on_new_request(request.request_id, keys, params or {})
+        loadable_tokens = len(self._loadable(request)) * size
+        self._offload.on_new_request(request.request_id, keys, loadable_tokens, params or {})
 
     def has_unfinished(self) -> bool:
         return bool(self._ids)
@@ -154,13 +155,15 @@ class Engine:
 
     def run(self) -> list[RequestResult]:
         """Step until all requests have finished and all stores ended; return results as they finished."""
-        results: list[RequestResult] = []
+        return list(self.results())
+
+    def results(self) -> Iterator[RequestResult]:
+        """Do as `run`, and yield each result in the step in which it is there."""
         while self.has_unfinished():
-            results += self.step()
+            yield from self.step()
             if not self._running:
                 time.sleep(IDLE_SLEEP_S)
         self._wait_for_stores()
-        return results
 
     def check_integrity(self) -> None:
         """Assert that the blocks' references are exactly those of the requests and the store jobs."""

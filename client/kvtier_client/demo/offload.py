@@ -26,12 +26,17 @@ class OffloadAdapter:
     """What an engine asks of an offload. The defaults find nothing and store nothing."""
 
     def on_new_request(
-        self, request_id: RequestId, keys: Sequence[Sequence[OffloadKey]], params: Mapping[str, object]
+        self,
+        request_id: RequestId,
+        keys: Sequence[Sequence[OffloadKey]],
+        loadable_tokens: int,
+        params: Mapping[str, object],
     ) -> None:
         """Learn a request, once, before any other call names it.
 
         `keys[group][i]` names the full prompt block i. A chunk of n blocks is named by the key of its last
-        block, which covers the others because hashes are chained. `params` are the request's
+        block, which covers the others because hashes are chained. At most the first `loadable_tokens` will
+        ever be loaded (the last prompt token is always computed). `params` are the request's
         `kv_transfer_params`, unchecked.
         """
 
@@ -39,7 +44,7 @@ class OffloadAdapter:
         """Return how many tokens after `num_computed_tokens` can be loaded; None = not known yet, ask again.
 
         `num_computed_tokens` are in the device cache already, a multiple of the block size. The answer is one
-        too, and at most `max_load_tokens` (the last prompt token is always computed). Sliding-window groups
+        too, and at most `max_load_tokens` (the rest of the loadable tokens). Sliding-window groups
         need only the blocks that the first token after the load can see, full-attention groups all of them.
         Called in every step in which the request waits: the second call must be cheap, and None must end. A
         positive answer holds until `begin_load`, the next `lookup` or `finish` of this request; it does not

@@ -82,7 +82,11 @@ class DictOffload(OffloadAdapter):
         self._num_jobs = 0
 
     def on_new_request(
-        self, request_id: RequestId, keys: Sequence[Sequence[OffloadKey]], params: Mapping[str, object]
+        self,
+        request_id: RequestId,
+        keys: Sequence[Sequence[OffloadKey]],
+        loadable_tokens: int,
+        params: Mapping[str, object],
     ) -> None:
         assert request_id not in self._keys
         self._keys[request_id] = keys

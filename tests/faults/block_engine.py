@@ -1,0 +1,610 @@
+"""An engine without a model: a process whose device blocks are numpy arrays and whose bytes tell their key.
+
+It uses the real client and the real shims, all on one process: scheduler and the only worker. What it computes
+for a chunk follows from the chunk's key (and the engine's weights), so every loaded byte can be checked. It is
+driven by JSON lines on stdin and answers each with one on stdout; `engine_process.py` is the other end.
+
+Chunks are named "prompt/index". Run as `python -m tests.faults.block_engine`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import logging
+import mmap
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from kvtier_client import ClientOptions, EngineIdentity, OffloadClient, Role, StoreVerdict
+from kvtier_client.context import ReqContext
+from kvtier_client.jobs import JobId, JobResult, LoadJob, StoreJob
+from kvtier_client.scheduler import SchedulerShim
+from kvtier_client.worker import WorkerShim
+from kvtier_ops import faults
+from kvtier_ops.host import Bytes, HostTensors
+from kvtier_ops.layout import GroupLayout, TensorLayout
+from kvtier_ops.namespace import GroupFacts, NamespaceFacts
+from kvtier_ops.pool import MappedPool
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LAYERS = 3
+PAGE_BYTES = 4096
+BLOCKS_PER_CHUNK = 2
+TOKENS_PER_BLOCK = 4
+CHUNK_TOKENS = BLOCKS_PER_CHUNK * TOKENS_PER_BLOCK
+PART_BYTES = LAYERS * BLOCKS_PER_CHUNK * PAGE_BYTES
+NUM_BLOCKS = 2 * 512
+STEP_CHUNKS = 4
+"""Chunks that one step computes, as a chunked prefill does."""
+PATIENCE_S = 10.0
+"""Longest wait of a command for what must come; far above what anything here takes."""
+
+LAYOUT = GroupLayout(tuple(TensorLayout(f"layer.{n}", PAGE_BYTES) for n in range(LAYERS)), BLOCKS_PER_CHUNK)
+
+SCHEDULER_POINTS = (
+    "lookup_async", "lookup", "prepare_load", "prepare_store", "request_credits", "announce", "start_load",
+    "release", "finish", "flush", "flush_and_wait",
+)  # fmt: skip
+WORKER_POINTS = ("report_store", "report_load", "flush", "flush_and_wait")
+
+
+def facts(weights_id: str = "w0") -> NamespaceFacts:
+    """The namespace of all block engines."""
+    return NamespaceFacts(
+        model="blocks",
+        weights_id=weights_id,
+        kv_dtype="uint8",
+        hash_algorithm="sha256",
+        tokens_per_hash=TOKENS_PER_BLOCK,
+        blocks_per_chunk=BLOCKS_PER_CHUNK,
+        kv_cache_layout="NHD",
+        groups=(GroupFacts(TOKENS_PER_BLOCK, PART_BYTES),),
+    )
+
+
+def key_of(name: str) -> bytes:
+    """Key of a chunk: a hash of its name, and group 0."""
+    return hashlib.sha256(name.encode()).digest()[:16] + bytes(4)
+
+
+def content_of(key: bytes, weights: str = "") -> Bytes:
+    """What an engine with these weights computes for a chunk, shape (part_bytes,)."""
+    digest = hashlib.shake_128(weights.encode() + b"|" + key).digest(PART_BYTES)
+    return np.frombuffer(digest, np.uint8)
+
+
+class Device:
+    """Device memory: shape (layers, blocks, page), in a mapping of its own so that it can be taken away."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, LAYERS * NUM_BLOCKS * PAGE_BYTES)
+        self.pages: Bytes = np.frombuffer(self._memory, np.uint8).reshape(LAYERS, NUM_BLOCKS, PAGE_BYTES)
+        self._free = list(range(NUM_BLOCKS - 1, 0, -1))  # 0 is the null block
+
+    def allocate(self, num_chunks: int) -> list[int]:
+        """Take blocks; what was in them is gone."""
+        blocks = [self._free.pop() for _ in range(num_chunks * BLOCKS_PER_CHUNK)]
+        self.pages[:, blocks] = 0xEE
+        return blocks
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Give blocks back."""
+        self._free.extend(blocks)
+
+    def write(self, blocks: Sequence[int], content: Bytes) -> None:
+        """Compute a chunk."""
+        self.pages[:, blocks] = content.reshape(LAYERS, BLOCKS_PER_CHUNK, PAGE_BYTES)
+
+    def holds(self, blocks: Sequence[int], content: Bytes) -> bool:
+        """Tell whether these blocks hold exactly this chunk."""
+        return bool(np.array_equal(self.pages[:, blocks].reshape(-1), content))
+
+    def forbid_last_layer(self) -> None:
+        """Let every copy die in its middle: the last layer's pages can be touched no more."""
+        layer = self.pages[-1]
+        libc = ctypes.CDLL(None, use_errno=True)
+        address = ctypes.c_void_p(layer.ctypes.data)
+        if libc.mprotect(address, ctypes.c_size_t(layer.nbytes), 0):  # PROT_NONE
+            raise OSError(ctypes.get_errno(), "mprotect")
+
+
+class ErrorRecords(logging.Handler):
+    """Keeps what was logged as an error: nothing should be."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(self.format(record))
+
+
+class Engine:
+    """The engine's parts and its commands: each public method is one."""
+
+    def __init__(self) -> None:
+        self._device = Device()
+        self._weights = ""
+        self._started = False
+        self._tables: dict[str, tuple[list[str], list[int]]] = {}
+        self._results: dict[JobId, JobResult] = {}
+        self._direct_jobs = iter(range(1 << 40, 1 << 41))
+        self._traffic: Traffic | None = None
+        self._kept_pool: MappedPool | None = None
+        self._errors = ErrorRecords()
+        self.slowest_s: Counter[str] = Counter()
+        logging.getLogger().addHandler(self._errors)
+
+    # Life
+
+    def start(
+        self,
+        address: str,
+        engine_id: str,
+        tenant: str = "",
+        weights: str = "",
+        weights_id: str = "w0",
+        verify_loads: str = "always",
+        num_threads: int = 2,
+        options: dict[str, float] | None = None,
+    ) -> None:
+        """Begin to attach."""
+        self._weights = weights
+        nonce = random.SystemRandom().getrandbits(63) + 1
+        given = {"reconnect_min_ms": 20, "reconnect_max_ms": 100, **(options or {})}
+        chosen = ClientOptions(**given)  # type: ignore[arg-type]
+        namespace = facts(weights_id)
+
+        def client(role: Role) -> OffloadClient:
+            return OffloadClient(
+                address,
+                EngineIdentity(engine_id, nonce, role, tenant=tenant),
+                namespace,
+                geometry=[LAYOUT.tensors] if role is Role.WORKER else None,
+                options=chosen,
+            )
+
+        self._ask = client(Role.SCHEDULER)
+        self._copy = client(Role.WORKER)
+        _add_points(self._ask, SCHEDULER_POINTS)
+        _add_points(self._copy, WORKER_POINTS)
+        self._scheduler = SchedulerShim(self._ask)
+        on_credits = self._scheduler.on_credits
+        setattr(self._scheduler, "on_credits", _between_points("on_credits", on_credits))  # noqa: B010
+        self._worker = WorkerShim(
+            self._copy,
+            HostTensors([list(self._device.pages)]),
+            [LAYOUT],
+            BLOCKS_PER_CHUNK,
+            part=0,
+            verify_loads=verify_loads,  # type: ignore[arg-type]
+            num_threads=num_threads,
+        )
+        self._ask.start()
+        self._copy.start()
+        self._started = True
+
+    def wait_ready(self, not_boot: str = "") -> dict[str, str]:
+        """Wait until leases would be granted, by a daemon with another boot id than `not_boot`."""
+
+        def is_ready() -> bool:
+            sessions = (self._ask.session, self._copy.session)
+            others = all(session is not None and session.boot_id != not_boot for session in sessions)
+            return others and self._ask.ready and self._copy.wait_attached(0)
+
+        _wait_for(is_ready, f"attached and ready; away: {self._ask.away_reason!r}")
+        return self.session()
+
+    def session(self) -> dict[str, str]:
+        """The scheduler's session; empty when away."""
+        session = self._ask.session
+        if session is None:
+            return {"session_id": "", "boot_id": "", "epoch": ""}
+        return {"session_id": session.session_id, "boot_id": session.boot_id, "epoch": str(session.epoch)}
+
+    def report(self) -> dict[str, Any]:
+        """Counters of both clients, logged errors, and the longest time of each call."""
+        return {
+            "scheduler": self._ask.stats.snapshot(),
+            "worker": self._copy.stats.snapshot(),
+            "errors": self._errors.texts,
+            "slowest_s": dict(self.slowest_s),
+        }
+
+    def close(self) -> None:
+        """Leave as an engine does that ends well."""
+        if self._started:
+            self._worker.close()
+            self._copy.close()
+            self._ask.close()
+
+    def arm(self, point: str, action: str, nth: int = 1, signal_to: int = 0) -> None:
+        """Do `action` (kill, stop, die_in_copy) when the point is passed for the nth time."""
+        passes = 0
+
+        def act() -> None:
+            nonlocal passes
+            passes += 1
+            if passes == nth:
+                if action == "die_in_copy":
+                    self._device.forbid_last_layer()
+                else:
+                    os.kill(signal_to or os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
+
+        faults.arm(point, act)
+
+    # Requests as an engine runs them
+
+    def run(self, req: str, names: list[str]) -> dict[str, Any]:
+        """Run a request to its end: look up, load what is there, compute and store the rest."""
+        loaded = self.begin(req, names)
+        answer = self.load(req, loaded["num_hits"])
+        answer |= self.compute(req)
+        self.finish(req)
+        self._flush()
+        return answer
+
+    def begin(self, req: str, names: list[str]) -> dict[str, Any]:
+        """Add a request and look it up; what was found stays pinned."""
+        self._tables[req] = (names, self._device.allocate(len(names)))
+        self._timed("add_request", self._scheduler.add_request, req, [[key_of(name) for name in names]])
+        tokens: list[int] = []
+
+        def has_answer() -> bool:
+            found = self._timed("lookup", self._scheduler.lookup, req, 0)
+            self._timed("end_step", self._scheduler.end_step)
+            if found is not None:
+                tokens.append(found)
+            return found is not None
+
+        _wait_for(has_answer, f"an answer to the lookup of {req}")
+        return {"num_hits": tokens[0] // CHUNK_TOKENS}
+
+    def load(self, req: str, num_chunks: int) -> dict[str, Any]:
+        """Load the first chunks of a request that was looked up."""
+        names, blocks = self._tables[req]
+        if not num_chunks:
+            return {"loaded": [], "failed": [], "wrong": []}
+        job = self._timed(
+            "prepare_load",
+            self._scheduler.prepare_load,
+            req,
+            0,
+            num_chunks * CHUNK_TOKENS,
+            [blocks[: num_chunks * BLOCKS_PER_CHUNK]],
+        )
+        self._worker.submit_load(job)
+        self._timed("end_step", self._scheduler.end_step)
+        result = self._result_of(job.job_id)
+        self._scheduler.load_finished(job.job_id, result.ok, result.failed_keys)
+        return self._judge(names[:num_chunks], blocks, result)
+
+    def compute(self, req: str) -> dict[str, Any]:
+        """Compute a request's chunks and store them, a few in each step. Every chunk has one fate."""
+        names, blocks = self._tables[req]
+        stats = self._scheduler.stats
+        before = stats.stored_chunks, stats.skipped.copy()
+        for index, name in enumerate(names):
+            self._device.write(_chunk(blocks, index), content_of(key_of(name), self._weights))
+        stored: list[str] = []
+        lost: list[str] = []
+        end = 0
+        while end < len(names):
+            end = min(end + STEP_CHUNKS, len(names))
+            self._await_credits(STEP_CHUNKS)
+            job = self._timed("prepare_store", self._scheduler.prepare_store, req, end * CHUNK_TOKENS, [blocks])
+            if job is not None:
+                self._worker.submit_store(job)
+            self._timed("end_step", self._scheduler.end_step)
+            if job is not None:
+                result = self._result_of(job.job_id)
+                self._scheduler.store_finished(job.job_id)
+                for key, name in ((key_of(name), name) for name in names):
+                    if key in job.keys:
+                        (lost if key in result.failed_keys else stored).append(name)
+        skipped = stats.skipped - before[1]
+        return {
+            "stored": stored,
+            "lost": lost,
+            "num_stored": stats.stored_chunks - before[0],
+            "skipped": {reason.name: count for reason, count in skipped.items()},
+        }
+
+    def finish(self, req: str) -> None:
+        """End a request, and its step."""
+        _, blocks = self._tables.pop(req)
+        self._timed("finish", self._scheduler.finish, req)
+        self._timed("end_step", self._scheduler.end_step)
+        self._device.free(blocks)
+
+    def reset(self, weights_id: str = "", weights: str = "") -> bool:
+        """Update the weights: other bytes from now on. True = the daemon has confirmed the new epoch."""
+        self._weights = weights
+        return self._scheduler.reset(weights_id)
+
+    # Calls that say what became of every key
+
+    def store(self, req: str, names: list[str], wait: bool = True) -> dict[str, Any]:
+        """Store chunks with PrepareStore. With `wait=False` the copies go on; see `join`."""
+        blocks = self._device.allocate(len(names))
+        for index, name in enumerate(names):
+            self._device.write(_chunk(blocks, index), content_of(key_of(name), self._weights))
+        keys = [key_of(name) for name in names]
+        grant = self._timed("client.prepare_store", self._ask.prepare_store, ReqContext(req), keys)
+        granted = [i for i, verdict in enumerate(grant.verdicts) if verdict == StoreVerdict.GRANTED]
+        if granted:
+            job = StoreJob(
+                job_id=JobId(next(self._direct_jobs)),
+                slot_ids=tuple(grant.slot_ids),
+                generations=tuple(grant.generations),
+                keys=tuple(keys[i] for i in granted),
+                block_ids=tuple(block for i in granted for block in _chunk(blocks, i)),
+                group_sizes=(len(granted) * BLOCKS_PER_CHUNK,),
+                block_indices=(0,),
+            )
+            self._worker.submit_store(job)
+        answer: dict[str, Any] = {
+            "verdicts": {
+                name: StoreVerdict(verdict).name for name, verdict in zip(names, grant.verdicts, strict=True)
+            },
+            "evicted": [key.hex() for key in grant.evicted_keys],
+            "reason": grant.reason,
+            "slot_ids": list(grant.slot_ids),
+        }
+        if wait:
+            if granted:
+                result = self._result_of(job.job_id)
+                answer["lost"] = [names[i] for i in granted if keys[i] in result.failed_keys]
+            self._device.free(blocks)
+            self._ask.finish(req)
+            self._flush()
+        elif granted:
+            self._tables[req] = ([str(job.job_id)], blocks)
+        return answer
+
+    def join(self, reqs: list[str]) -> dict[str, Any]:
+        """Wait for the copies of stores that were not waited for; `lost` were not wholly written."""
+        lost: list[str] = []
+        for req in reqs:
+            if req in self._tables:
+                (job_id,), blocks = self._tables.pop(req)
+                lost += [key.hex() for key in self._result_of(JobId(int(job_id))).failed_keys]
+                self._device.free(blocks)
+            self._ask.finish(req)
+        self._flush()
+        return {"lost": lost}
+
+    def reserve(self, req: str, names: list[str]) -> dict[str, Any]:
+        """Take slots and neither write nor report."""
+        grant = self._ask.prepare_store(ReqContext(req), [key_of(name) for name in names])
+        return {"slot_ids": list(grant.slot_ids), "reason": grant.reason}
+
+    def hits(self, names: list[str]) -> list[str]:
+        """Names of the chunks that the daemon has now."""
+        answer = self._ask.lookup(ReqContext("look"), [key_of(name) for name in names], lease=False)
+        if answer.reason:
+            raise RuntimeError(f"the lookup was not answered: {answer.reason}")
+        return [name for name, status in zip(names, answer.statuses, strict=True) if status == 1]
+
+    def read(self, names: list[str], req: str = "read") -> dict[str, Any]:
+        """Load with PrepareLoad every chunk that the daemon has, and check its bytes."""
+        found = self.hits(names)
+        answer: dict[str, Any] = {"loaded": [], "failed": [], "wrong": [], "right_in_memory": []}
+        for first in range(0, len(found), 32):
+            some = found[first : first + 32]
+            for field, values in self._read_some(req, some).items():
+                answer[field] += values
+        self._ask.finish(req)
+        self._flush()
+        return answer
+
+    def _read_some(self, req: str, names: list[str]) -> dict[str, Any]:
+        keys = [key_of(name) for name in names]
+        grant = self._timed("client.prepare_load", self._ask.prepare_load, ReqContext(req), keys)
+        if grant is None:
+            return {"failed": names}
+        blocks = self._device.allocate(len(names))
+        job = LoadJob(
+            job_id=JobId(next(self._direct_jobs)),
+            slot_ids=tuple(grant.slot_ids),
+            generations=tuple(grant.generations),
+            keys=tuple(keys),
+            block_ids=tuple(blocks),
+            group_sizes=(len(blocks),),
+            block_indices=(0,),
+            load_lease_id=grant.lease_id,
+        )
+        self._worker.submit_load(job)
+        answer = self._judge(names, blocks, self._result_of(job.job_id))
+        self._device.free(blocks)
+        return answer
+
+    # Traffic
+
+    def traffic_start(self, seed: int, num_prompts: int, max_chunks: int) -> None:
+        """Run requests without end on a thread of their own; no other command may use the engine then."""
+        assert self._traffic is None, "there is traffic already"
+        self._traffic = Traffic(self, seed, num_prompts, max_chunks)
+        self._traffic.start()
+
+    def traffic_count(self) -> dict[str, int]:
+        """How much has been done so far."""
+        assert self._traffic is not None, "there is no traffic"
+        return {name: len(names) for name, names in self._traffic.names.items()} | {
+            "requests": self._traffic.requests
+        }
+
+    def traffic_stop(self) -> dict[str, Any]:
+        """End it, and say what became of it."""
+        traffic, self._traffic = self._traffic, None
+        assert traffic is not None, "there is no traffic"
+        return traffic.stop()
+
+    # The mapping
+
+    def keep_pool(self) -> None:
+        """Hold on to the mapping of today."""
+        session = self._copy.session
+        assert session is not None, "away"
+        self._kept_pool = session.pool
+
+    def touch_pool(self) -> int:
+        """Read and write every byte of the mapping that was kept, changing none. Returns how many."""
+        assert self._kept_pool is not None, "no mapping was kept"
+        data = self._kept_pool.data
+        np.bitwise_xor(data, 0, out=data)
+        return len(data)
+
+    # Inside
+
+    def _judge(self, names: Sequence[str], blocks: Sequence[int], result: JobResult) -> dict[str, Any]:
+        right = {
+            name
+            for index, name in enumerate(names)
+            if self._device.holds(_chunk(blocks, index), content_of(key_of(name), self._weights))
+        }
+        failed = [name for name in names if key_of(name) in result.failed_keys]
+        loaded = [name for name in names if name not in failed]
+        return {
+            "loaded": loaded,
+            "failed": failed,
+            "wrong": [name for name in loaded if name not in right],
+            "right_in_memory": sorted(right),
+        }
+
+    def _result_of(self, job_id: JobId) -> JobResult:
+        self._timed("wait", self._worker.wait, [job_id])
+        for result in self._worker.get_finished():
+            assert result.job_id not in self._results, f"job {result.job_id} ended twice"
+            self._results[result.job_id] = result
+        return self._results.pop(job_id)
+
+    def _await_credits(self, count: int) -> None:
+        """Wait until there are credits, or nobody is asked for any: the forward pass of this engine."""
+        book = self._scheduler._credits
+
+        def is_decided() -> bool:
+            self._scheduler.end_step()
+            is_asked = any(group.unanswered for group in book._groups)
+            return book.held(0) >= count or not self._ask.ready or not is_asked
+
+        _wait_for(is_decided, "an answer to the request for credits")
+
+    def _flush(self) -> None:
+        for client in (self._copy, self._ask):
+            client.flush_and_wait(PATIENCE_S)
+
+    def _timed(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        started = time.monotonic()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.slowest_s[name] = max(self.slowest_s[name], time.monotonic() - started)  # type: ignore[assignment]
+
+
+class Traffic:
+    """Requests over a few prompts, so that some hit and some are new."""
+
+    def __init__(self, engine: Engine, seed: int, num_prompts: int, max_chunks: int) -> None:
+        self._engine = engine
+        self._random = random.Random(seed)
+        self._num_prompts = num_prompts
+        self._max_chunks = max_chunks
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
+        self._exceptions: list[str] = []
+        self.requests = 0
+        self.names: dict[str, list[str]] = {"loaded": [], "failed": [], "wrong": [], "stored": [], "lost": []}
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> dict[str, Any]:
+        """End after the request that runs."""
+        self._ending.set()
+        self._thread.join()
+        counts = {name: len(names) for name, names in self.names.items()}
+        return counts | {
+            "requests": self.requests,
+            "exceptions": self._exceptions,
+            "wrong": self.names["wrong"],
+        }
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            prompt = self._random.randrange(self._num_prompts)
+            names = chunk_names(f"traffic{prompt}", self._random.randint(1, self._max_chunks))
+            try:
+                answer = self._engine.run(f"traffic-{self.requests}", names)
+            except Exception:
+                self._exceptions.append(traceback.format_exc())
+                return
+            self.requests += 1
+            for name, found in self.names.items():
+                found += answer[name]
+
+
+def chunk_names(prompt: str, count: int) -> list[str]:
+    """Names of a prompt's chunks."""
+    return [f"{prompt}/{index}" for index in range(count)]
+
+
+def _chunk(blocks: Sequence[int], index: int) -> Sequence[int]:
+    return blocks[index * BLOCKS_PER_CHUNK : (index + 1) * BLOCKS_PER_CHUNK]
+
+
+def _between_points(name: str, call: Callable[P, T]) -> Callable[P, T]:
+    def pointed(*args: P.args, **kwargs: P.kwargs) -> T:
+        faults.fault_point(f"{name}.before")
+        result = call(*args, **kwargs)
+        faults.fault_point(f"{name}.after")
+        return result
+
+    return pointed
+
+
+def _add_points(client: OffloadClient, names: Sequence[str]) -> None:
+    """Put a fault point before and after these calls; the calls stay what they are."""
+    for name in names:
+        setattr(client, name, _between_points(f"{client.identity.role.value}.{name}", getattr(client, name)))
+
+
+def _wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"this did not come within {PATIENCE_S:.0f} s: {what}")
+        time.sleep(0.001)
+
+
+def main() -> None:
+    """Answer commands until stdin ends."""
+    engine = Engine()
+    for line in sys.stdin:
+        command = json.loads(line)
+        method = getattr(engine, command.pop("op"))
+        try:
+            answer = {"answer": method(**command)}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), flush=True)  # noqa: T201 the other end reads it
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

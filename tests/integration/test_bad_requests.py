@@ -1,0 +1,386 @@
+"""What a client must not send: the daemon says which field, and goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from tests.daemon_process import WAIT_S, DaemonProcess
+from tests.integration.conftest import MakeEngine
+from tests.raw_engine import Failure, RawEngine, failure, refusal, to_key, to_keys
+
+from kvtier.v1 import offload_pb2 as pb
+
+SERVICE = "/kvtier.v1.OffloadService"
+UNARY = ("Describe", "Lookup", "PrepareLoad", "PrepareStore", "Complete", "RenewLeases", "Touch",
+         "FinishRequest", "Reset")  # fmt: skip
+NO_MESSAGE = b"\x0a\xff"
+"""Field 1 is longer than the bytes that follow: no message of any kind."""
+
+
+def send_bytes(engine: RawEngine, path: str, raw: bytes) -> bytes:
+    """Call a unary method with bytes as they are."""
+    reply: bytes = engine.channel.unary_unary(path)(raw, timeout=WAIT_S)
+    return reply
+
+
+def context(request_id: str = "request") -> pb.RequestContext:
+    return pb.RequestContext(request_id=request_id)
+
+
+def assert_bad_request(failed: Failure, field: str) -> None:
+    assert failed.code is grpc.StatusCode.INVALID_ARGUMENT, failed
+    assert failed.reason == "BAD_REQUEST"
+    assert failed.metadata["field"] == field
+    assert failed.message.startswith(f"{field}: "), failed.message
+
+
+@pytest.mark.parametrize("method", UNARY)
+def test_bytes_that_are_no_message_are_a_bad_request(engine: RawEngine, method: str) -> None:
+    assert_bad_request(refusal(lambda: send_bytes(engine, f"{SERVICE}/{method}", NO_MESSAGE)), "request")
+
+
+def test_bytes_that_are_no_message_are_a_bad_request_to_admin_too(engine: RawEngine) -> None:
+    path = "/kvtier.v1.AdminService/GetStatus"
+    assert_bad_request(refusal(lambda: send_bytes(engine, path, NO_MESSAGE)), "request")
+
+
+def test_bytes_that_are_no_message_open_no_session(daemon: DaemonProcess, engine: RawEngine) -> None:
+    attach = engine.channel.unary_stream(f"{SERVICE}/Attach")
+    sessions = len(daemon.status().sessions)
+    assert_bad_request(refusal(lambda: list(attach(NO_MESSAGE, timeout=WAIT_S))), "request")
+    assert len(daemon.status().sessions) == sessions
+
+
+# Methods with keys, each made with the keys in question.
+KEYED: dict[str, Callable[[RawEngine, list[bytes]], object]] = {
+    "Lookup": lambda engine, keys: engine.lookup(keys),
+    "PrepareLoad": lambda engine, keys: engine.prepare_load(keys),
+    "PrepareStore": lambda engine, keys: engine.prepare_store(keys),
+    "Touch": lambda engine, keys: engine.stub.Touch(
+        pb.TouchRequest(session_id=engine.session_id, context=context(), keys=keys), timeout=WAIT_S
+    ),
+}
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 129])
+@pytest.mark.parametrize("method", KEYED)
+def test_a_key_of_a_wrong_length_is_named_by_its_index(
+    engine: RawEngine, method: str, num_bytes: int
+) -> None:
+    keys = [to_key(0), to_key(1), b"k" * num_bytes]
+    assert_bad_request(refusal(lambda: KEYED[method](engine, keys)), "keys[2]")
+
+
+@pytest.mark.parametrize("num_bytes", [5, 128])
+def test_the_shortest_and_the_longest_key_are_stored_and_hit(engine: RawEngine, num_bytes: int) -> None:
+    key = b"k" * num_bytes
+    engine.store([key])
+    assert list(engine.lookup([key]).statuses) == [pb.LOOKUP_STATUS_HIT]
+
+
+@pytest.mark.parametrize("method", KEYED)
+def test_one_key_more_than_8192_is_refused(engine: RawEngine, method: str) -> None:
+    assert_bad_request(refusal(lambda: KEYED[method](engine, to_keys(range(8193)))), "keys")
+
+
+def test_8192_keys_are_answered(engine: RawEngine) -> None:
+    assert len(engine.lookup(to_keys(range(8192))).statuses) == 8192
+
+
+@pytest.mark.parametrize("method", ["Lookup", "PrepareLoad", "Touch"])
+def test_no_keys_at_all_are_refused(engine: RawEngine, method: str) -> None:
+    assert_bad_request(refusal(lambda: KEYED[method](engine, [])), "keys")
+
+
+@pytest.mark.parametrize("request_id", ["", "r" * 257])
+def test_a_request_id_must_have_1_to_256_characters(engine: RawEngine, request_id: str) -> None:
+    assert_bad_request(
+        refusal(lambda: engine.lookup([to_key(1)], request_id=request_id)), "context.request_id"
+    )
+
+
+def test_parameters_of_64_kib_are_taken_and_a_byte_more_is_refused(engine: RawEngine) -> None:
+    def look(num_bytes: int) -> object:
+        asked = pb.LookupRequest(session_id=engine.session_id, context=context(), keys=[to_key(1)])
+        asked.context.params_json = b" " * num_bytes
+        return engine.stub.Lookup(asked, timeout=WAIT_S)
+
+    look(65_536)
+    assert_bad_request(refusal(lambda: look(65_537)), "context.params_json")
+
+
+def test_a_lease_without_an_id_is_refused(engine: RawEngine) -> None:
+    assert_bad_request(refusal(lambda: engine.prepare_store([to_key(1)], lease_id=0)), "lease_id")
+    assert_bad_request(refusal(lambda: engine.prepare_load([to_key(1)], lease_id=0)), "lease_id")
+
+
+COLUMNS: dict[str, dict[str, object]] = {
+    "announcements[0].generations": {
+        "announcements": [pb.Announcement(slot_ids=[1], generations=[], keys=[to_key(1)])]
+    },
+    "announcements[0].keys": {"announcements": [pb.Announcement(slot_ids=[1], generations=[1], keys=[])]},
+    "credit_returns[0].generations": {"credit_returns": [pb.CreditReturn(slot_ids=[1, 2], generations=[1])]},
+    "store_reports[0].generations": {
+        "store_reports": [pb.StoreReport(slot_ids=[1], generations=[1, 2], keys=[to_key(1)], checksums=[0])]
+    },
+    "store_reports[0].keys": {
+        "store_reports": [pb.StoreReport(slot_ids=[1], generations=[1], checksums=[0])]
+    },
+    "store_reports[0].checksums": {
+        "store_reports": [pb.StoreReport(slot_ids=[1], generations=[1], keys=[to_key(1)])]
+    },
+    "store_reports[0].failed": {
+        "store_reports": [
+            pb.StoreReport(slot_ids=[1], generations=[1], keys=[to_key(1)], checksums=[0], failed=[1])
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("field", COLUMNS)
+def test_columns_of_unequal_length_are_refused(engine: RawEngine, field: str) -> None:
+    assert_bad_request(refusal(lambda: engine.complete(engine.workers[0], **COLUMNS[field])), field)
+
+
+def test_a_refused_complete_has_done_nothing(engine: RawEngine) -> None:
+    granted = engine.prepare_store([to_key(1)])
+    good = pb.StoreReport(
+        slot_ids=granted.slot_ids, generations=granted.generations, keys=[to_key(1)], checksums=[0]
+    )
+    bad = pb.StoreReport(slot_ids=[1], generations=[], keys=[to_key(2)], checksums=[0])
+    refusal(lambda: engine.complete(engine.workers[0], store_reports=[good, bad]))
+    assert list(engine.lookup([to_key(1)]).statuses) == [pb.LOOKUP_STATUS_PENDING]
+
+
+def test_a_complete_names_at_most_8192_slots(engine: RawEngine) -> None:
+    items = {"credit_returns": [pb.CreditReturn(slot_ids=range(8193), generations=[1] * 8193)]}
+    assert_bad_request(refusal(lambda: engine.complete(**items)), "slot_ids")
+
+
+def test_a_message_over_8_mib_is_refused_by_grpc_itself(daemon: DaemonProcess, engine: RawEngine) -> None:
+    def send(num_bytes: int) -> bytes:
+        padding = b"\x7a" + _varint(num_bytes) + bytes(num_bytes)  # field 15, unknown to the daemon
+        return send_bytes(engine, f"{SERVICE}/Describe", padding)
+
+    send((8 << 20) - 16)
+    failed = failure(lambda: send(8 << 20))
+    assert failed.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert failed.reason == ""
+    assert daemon.health() == "SERVING"
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*out, number])
+
+
+@pytest.mark.parametrize("method", ["OffloadService/NoSuchCall", "NoSuchService/Lookup"])
+def test_an_unknown_method_is_unimplemented(engine: RawEngine, method: str) -> None:
+    failed = failure(lambda: send_bytes(engine, f"/kvtier.v1.{method}", b""))
+    assert failed.code is grpc.StatusCode.UNIMPLEMENTED
+
+
+UNIMPLEMENTED = [
+    *(f"AdminService/{name}" for name in ("ListSessions", "ListNamespaces", "ListTenants", "Evict", "Clear",
+                                         "SetQuota", "Drain", "Explain")),
+    "TransferService/RegisterMemory",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", UNIMPLEMENTED)
+def test_a_call_that_is_not_built_yet_says_so(engine: RawEngine, method: str) -> None:
+    failed = refusal(lambda: send_bytes(engine, f"/kvtier.v1.{method}", b""))
+    assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
+    assert "is not part of this version of kvtier" in failed.message
+
+
+@pytest.mark.parametrize("method", ["Watch", "Snapshot"])
+def test_a_stream_that_is_not_built_yet_says_so(engine: RawEngine, method: str) -> None:
+    call = engine.channel.unary_stream(f"/kvtier.v1.EventsService/{method}")
+    failed = refusal(lambda: list(call(b"", timeout=WAIT_S)))
+    assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
+
+
+def test_the_stream_of_transfers_is_not_built_yet_and_says_so(engine: RawEngine) -> None:
+    call = engine.channel.stream_stream("/kvtier.v1.TransferService/Transfer")
+    failed = refusal(lambda: list(call(iter([b""]), timeout=WAIT_S)))
+    assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
+
+
+# -- Every number in every message, as large as it goes --
+
+_EXTREMES: dict[int, tuple[float, ...]] = {
+    FieldDescriptor.TYPE_UINT32: (0, 1 << 31, (1 << 32) - 1),
+    FieldDescriptor.TYPE_UINT64: (0, 1 << 31, 1 << 63, (1 << 64) - 1),
+    FieldDescriptor.TYPE_FIXED64: (0, 1 << 63, (1 << 64) - 1),
+    FieldDescriptor.TYPE_ENUM: (0, 99, (1 << 31) - 1, -1),
+    FieldDescriptor.TYPE_DOUBLE: (-1.0, 1e308, float("inf"), float("nan")),
+}
+EXPECTED_CODES = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+def with_extremes(message: Message) -> Iterator[tuple[str, Message]]:
+    """Copies of `message`, one for each number in it at each of its extremes, and what was set."""
+    original = message.SerializeToString()
+    for path, field in _number_fields(message):
+        for number in _EXTREMES[field.type]:
+            copy = type(message).FromString(original)
+            parent: Message = copy
+            for name, index in path[:-1]:
+                parent = getattr(parent, name) if index is None else getattr(parent, name)[index]
+            name, index = path[-1]
+            if index is None:
+                setattr(parent, name, number)
+            else:
+                getattr(parent, name)[index] = number
+            yield f"{'.'.join(step for step, _ in path)} = {number}", copy
+
+
+Path = tuple[tuple[str, int | None], ...]
+
+
+def _number_fields(message: Message, at: Path = ()) -> Iterator[tuple[Path, FieldDescriptor]]:
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        places: list[tuple[int | None, object]] = [(None, value)]
+        if field.is_repeated:
+            if field.message_type is not None and field.message_type.GetOptions().map_entry:
+                continue
+            places = list(enumerate(value))
+        for index, element in places:
+            here = (*at, (field.name, index))
+            if field.type in _EXTREMES:
+                yield here, field
+            elif isinstance(element, Message):
+                yield from _number_fields(element, here)
+
+
+def ordinary_requests(engine: RawEngine) -> list[tuple[str, Message]]:
+    """One request per unary call, with something in every field."""
+    scheduler, worker = engine.session_id, engine.workers[0].id
+    keys, named = to_keys([1, 2]), context()
+    return [
+        (
+            "Lookup",
+            pb.LookupRequest(
+                session_id=scheduler, context=context(), keys=keys, lease_id=77, first_chunks=[0]
+            ),
+        ),
+        ("PrepareLoad", pb.PrepareLoadRequest(session_id=scheduler, context=named, keys=keys, lease_id=78)),
+        ("PrepareStore", pb.PrepareStoreRequest(session_id=scheduler, context=named, keys=keys, lease_id=79)),
+        (
+            "PrepareStore",
+            pb.PrepareStoreRequest(session_id=scheduler, lease_id=80, credits=[pb.CreditRequest(count=1)]),
+        ),
+        (
+            "Complete",
+            pb.CompleteRequest(
+                session_id=scheduler,
+                announcements=[pb.Announcement(slot_ids=[1], generations=[1], keys=[to_key(1)])],
+                load_starts=[pb.LoadStart(lookup_lease_id=77, load_lease_id=81, slot_ids=[1])],
+                credit_returns=[pb.CreditReturn(slot_ids=[1], generations=[1])],
+                released_lease_ids=[82],
+            ),
+        ),
+        (
+            "Complete",
+            pb.CompleteRequest(
+                session_id=worker,
+                store_reports=[
+                    pb.StoreReport(
+                        slot_ids=[1], generations=[1], keys=[to_key(1)], checksums=[1], failed=[0]
+                    )
+                ],
+                load_reports=[
+                    pb.LoadReport(
+                        lease_id=81,
+                        torn_slot_ids=[1],
+                        mismatches=[pb.Mismatch(slot_id=1, generation=1, checksum=1)],
+                    )
+                ],
+            ),
+        ),
+        ("RenewLeases", pb.RenewLeasesRequest(session_id=scheduler, lease_ids=[77])),
+        ("Touch", pb.TouchRequest(session_id=scheduler, context=context(), keys=keys)),
+    ]  # fmt: skip
+
+
+def code_of(call: Callable[[], object]) -> grpc.StatusCode:
+    try:
+        call()
+    except grpc.RpcError as error:
+        return failure_code(error)
+    return grpc.StatusCode.OK
+
+
+def failure_code(error: Exception) -> grpc.StatusCode:
+    assert isinstance(error, grpc.Call), error
+    return error.code()
+
+
+def test_no_number_in_any_call_is_too_large_for_an_answer(daemon: DaemonProcess, engine: RawEngine) -> None:
+    unexpected = []
+    for method, ordinary in ordinary_requests(engine):
+        for what, request in with_extremes(ordinary):
+            call = getattr(engine.stub, method)
+            code = code_of(lambda call=call, request=request: call(request, timeout=WAIT_S))
+            if code not in EXPECTED_CODES:
+                unexpected.append(f"{method}: {what}: {code.name}")
+    assert unexpected == []
+    assert "call_failed" not in daemon.log_text()
+    engine.store(to_keys(range(100, 104)))
+
+
+def test_no_number_in_attach_is_too_large_for_an_answer(daemon: DaemonProcess, engine: RawEngine) -> None:
+    unexpected = []
+    for role in (pb.SESSION_ROLE_SCHEDULER, pb.SESSION_ROLE_WORKER):
+        ordinary = RawEngine(daemon.address, facts=engine.facts).attach_request(role)
+        for serial, (what, request) in enumerate(with_extremes(ordinary)):
+            assert isinstance(request, pb.AttachRequest)
+            request.engine_id = f"{engine.engine_id}-{role}-{serial}"
+            stream = engine.stub.Attach(request, timeout=WAIT_S)
+            code = code_of(lambda stream=stream: next(stream))
+            stream.cancel()
+            if code not in EXPECTED_CODES:
+                unexpected.append(f"{what}: {code.name}")
+    assert unexpected == []
+    assert "call_failed" not in daemon.log_text()
+    engine.store(to_keys(range(100, 104)))
+
+
+def test_a_tensor_without_bytes_is_a_bad_request(daemon: DaemonProcess, make_engine: MakeEngine) -> None:
+    engine = make_engine(daemon)
+    request = engine.attach_request(pb.SESSION_ROLE_WORKER)
+    request.geometry[0].tensors[1].page_bytes = 0
+    assert_bad_request(refusal(lambda: engine.open_session(request)), "geometry[0].tensors[1].page_bytes")
+
+
+IMPOSSIBLE = [
+    {"store_reports": [pb.StoreReport(bytes=(1 << 64) - 1, seconds=seconds)]}
+    for seconds in (float("inf"), float("nan"), -1.0)
+]
+
+
+@pytest.mark.parametrize("report", IMPOSSIBLE)
+def test_a_report_with_impossible_figures_leaves_the_metrics_finite(
+    daemon: DaemonProcess, engine: RawEngine, report: dict[str, object]
+) -> None:
+    engine.complete(engine.workers[0], **report)
+    page = daemon.page("/metrics")[1]
+    sums = [line for line in page.splitlines() if line.startswith("kvtier_transfer_duration_seconds_sum")]
+    assert sums
+    assert all(math.isfinite(float(line.split()[-1])) for line in sums), sums

@@ -1,0 +1,541 @@
+"""FAULTS M1: any order of calls, copies, crashes and time, against what may be read at all.
+
+The model is the rig's ledger: for each space and key, the bytes that were ever completely stored under it.
+Four engines share a pool of 64 units in three size classes, so that slabs move: two share a namespace and a
+tenant, one has two ranks, one a sliding-window group. Copies are steps of their own: a writer that has begun
+goes on whatever the daemon says, until its lock is free; a reader looks at the generation before and after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvtier_server.core.completions import MismatchReport
+from kvtier_server.core.grants import StoreVerdict
+from kvtier_server.core.instances import Instance, RankTaken, Role
+from kvtier_server.core.refused import Inflight, Refused
+from kvtier_server.core.stores import ItemStatus
+from kvtier_server.core.tiering import SpaceName
+
+from .rig import HIT, HIT_UNLEASED, MISS, Engine, Process, Rig, Slot, facts, to_keys
+from .slots_in_memory import CELL_BYTES, State, checksum
+
+REQUESTS = st.sampled_from(["r1", "r2", "r3"])
+WHICH = st.integers(0, 7)
+"""Picks one of whatever there is, modulo how many."""
+STARTS = st.integers(0, 10)
+COUNTS = st.sampled_from([1, 2, 3, 5, 8, 20])
+STEPS_S = st.sampled_from([0, 0.5, 5, 31, 61, 301, 7 * 86_400])
+
+
+@dataclass(eq=False, slots=True)
+class StoreJob:
+    """One rank's copy into one slot. `step`: 0 = not begun, 1 = half written, 2 = written."""
+
+    user: User
+    process: Process
+    slot: Slot
+    part: int
+    cells: bytes
+    step: int = 0
+    is_stale: bool = False
+    """The worker saw another generation before it began, and wrote nothing."""
+
+
+@dataclass(eq=False, slots=True)
+class LoadJob:
+    """One rank's copy out of one slot. `cells` are what has been read, None once it has failed."""
+
+    lease: int
+    rank: int
+    slot: Slot
+    space: SpaceName
+    cells: bytes | None = b""
+
+
+@dataclass(eq=False)
+class User:
+    """An engine, and what it believes to hold. Forgotten when its instance ends."""
+
+    engine: Engine
+    instance: Instance | None = None
+    lookups: dict[int, list[Slot]] = field(default_factory=dict)
+    loads: dict[int, set[int]] = field(default_factory=dict)
+    """Ranks that have not reported yet, by load lease."""
+    grants: dict[int, list[Slot]] = field(default_factory=dict)
+    """Granted slots that were not handed to workers, by lease."""
+
+    def forget(self) -> None:
+        self.instance = None
+        self.lookups.clear()
+        self.loads.clear()
+        self.grants.clear()
+
+
+class CoreMachine(RuleBasedStateMachine):
+    """The rules, and what must hold after each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rig = Rig(16)
+        self.users: list[User] = []
+        self.store_jobs: list[StoreJob] = []
+        self.load_jobs: list[LoadJob] = []
+        self.zombies: list[Process] = []
+        """Dead processes of which something still maps the pool: their locks are held."""
+
+    @initialize(
+        policy=st.sampled_from(["lru", "arc"]),
+        num_units=st.sampled_from([40, 64, 100]),
+        backed=st.sampled_from([1.0, 0.5, 0.0]),
+        reuse_threshold=st.sampled_from([0, 0, 0, 2]),
+    )
+    def start(self, policy: str, num_units: int, backed: float, reuse_threshold: int) -> None:
+        self.num_units = num_units
+        backed_units = int(num_units * backed)
+        self.rig = Rig(num_units, policy=policy, reuse_threshold=reuse_threshold, backed_units=backed_units)
+        engines = [
+            Engine(self.rig, "one", facts("a")),
+            Engine(self.rig, "two", facts("a")),
+            Engine(self.rig, "wide", facts("b", (1,), num_parts=2), tenant="t", world_size=2),
+            Engine(self.rig, "hybrid", facts("c", (3, 1), windows=(0, 32)), tenant="t"),
+        ]
+        self.users = [User(engine) for engine in engines]
+        for user in self.users:
+            user.engine.attach()
+
+    # ----- what the rules pick from
+
+    def user(self, which: int) -> User | None:
+        """An attached engine, if there is one."""
+        for user in self.users:
+            if user.instance is not None and not user.engine.is_attached:
+                user.forget()
+            elif user.instance is not (user.engine.scheduler.instance if user.engine.is_attached else None):
+                user.forget()
+                user.instance = user.engine.scheduler.instance
+        attached = [user for user in self.users if user.engine.is_attached]
+        return attached[which % len(attached)] if attached else None
+
+    def keys(self, user: User, start: int, count: int) -> list[bytes]:
+        groups = len(user.engine.namespace.groups)
+        return [key for group in range(groups) for key in to_keys(range(start, start + count), group)]
+
+    # ----- lookups and loads
+
+    @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS, leased=st.booleans(), wait=st.booleans())
+    def look_up(
+        self, which: int, request: str, start: int, count: int, leased: bool, wait: bool
+    ) -> None:
+        if (user := self.user(which)) is None:
+            return
+        engine, keys = user.engine, self.keys(user, start, count)
+        lease = engine.new_lease_id() if leased else 0
+        answer = engine.lookup(
+            keys, request, lease=lease, wait_s=wait, first_chunks=[start] * len(engine.namespace.groups)
+        )
+        resident = self.rig.resident()
+        for key, status in zip(keys, answer.statuses, strict=True):
+            is_there = (engine.space, key) in resident
+            assert is_there == (status in (HIT, HIT_UNLEASED)), f"{key!r}: {status}, resident: {is_there}"
+            assert not is_there or engine.may_read(key), f"{key!r} was never wholly stored"
+        assert all(answer.statuses[index] == MISS for index in answer.unwanted)
+        slots = engine.leased(keys, answer)
+        assert all(resident[engine.space, slot.key] == slot.slot_id for slot in slots)
+        if slots:
+            user.lookups[lease] = slots
+
+    @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
+    def prepare_load(self, which: int, request: str, start: int, count: int) -> None:
+        if (user := self.user(which)) is None:
+            return
+        engine = user.engine
+        resident = self.rig.resident()
+        keys = [key for key in self.keys(user, start, count) if (engine.space, key) in resident]
+        if not keys:
+            return
+        lease = engine.new_lease_id()
+        try:
+            slots = engine.prepare_load(keys, lease, request)
+        except Inflight:
+            return
+        self.begin_load(user, lease, slots)
+
+    @rule(which=WHICH, take_all=st.booleans(), is_known=st.booleans(), early=st.booleans())
+    def start_load(self, which: int, take_all: bool, is_known: bool, early: bool) -> None:
+        """Turn a lookup into a load; `early`: a rank's report overtakes the scheduler's word."""
+        user = self.user(which)
+        if user is None or not user.lookups:
+            return
+        engine = user.engine
+        lookup = next(iter(user.lookups))
+        slots = user.lookups.pop(lookup)
+        lease = engine.new_lease_id()
+        wanted = slots if take_all else slots[:1]
+        if early:
+            engine.report_load(0, lease)
+        status = engine.start_load(lookup if is_known else 0, lease, wanted)
+        assert is_known or status == ItemStatus.UNKNOWN
+        self.begin_load(user, lease, wanted, reported={0} if early else set())
+
+    def begin_load(self, user: User, lease: int, slots: list[Slot], reported: set[int] | None = None) -> None:
+        engine = user.engine
+        user.loads[lease] = set(range(engine.world_size)) - (reported or set())
+        for rank in user.loads[lease]:
+            self.load_jobs.extend(LoadJob(lease, rank, slot, engine.space) for slot in slots)
+
+    @precondition(lambda self: self.load_jobs)
+    @rule(which=WHICH, verify=st.booleans())
+    def copy_out(self, which: int, verify: bool) -> None:
+        """Take the next step of a load: the first half, or the rest and the second look."""
+        job = self.load_jobs[which % len(self.load_jobs)]
+        user = next((u for u in self.users if job.lease in u.loads), None)
+        engine = (user or self.users[0]).engine
+        table, slot = self.rig.slots, job.slot
+        is_torn = table.generation(slot.slot_id) != slot.generation
+        namespace = next(
+            u.engine.namespace for u in self.users if u.engine.namespace.digest() == job.space.namespace
+        )
+        units = self.slot_units(namespace, slot.key)
+        half = units // 2
+        if job.cells == b"" and half:
+            job.cells = None if is_torn else table.read(slot.slot_id, half)
+            if job.cells is not None:
+                return
+        self.load_jobs.remove(job)
+        if job.cells is None or is_torn:
+            return
+        first = len(job.cells) // CELL_BYTES
+        cells = job.cells + table.read(slot.slot_id + first, units - first)
+        if (slot.slot_id, slot.generation) in self.rig.flipped:
+            if user is not None and verify and engine.is_attached and engine.scheduler.instance is user.instance:
+                complaint = MismatchReport(slot.slot_id, slot.generation)
+                engine.report_load(job.rank, job.lease, mismatches=[complaint])
+                user.loads[job.lease].discard(job.rank)
+            return
+        allowed = self.rig.may_read.get((job.space, slot.key), set())
+        assert cells in allowed, f"a fenced load of {slot.key!r} read what was never stored under it"
+
+    @staticmethod
+    def slot_units(namespace: object, key: bytes) -> int:
+        from kvtier_ops.namespace import NamespaceFacts
+
+        assert isinstance(namespace, NamespaceFacts)
+        group = int.from_bytes(key[-4:], "big") if len(namespace.groups) > 1 else 0
+        return namespace.slot_bytes(group) // 4096
+
+    @rule(which=WHICH)
+    def report_load(self, which: int) -> None:
+        user = self.user(which)
+        if user is None or not user.loads:
+            return
+        lease = next(iter(user.loads))
+        left = user.loads[lease]
+        if left:
+            rank = left.pop()
+            self.load_jobs = [job for job in self.load_jobs if (job.lease, job.rank) != (lease, rank)]
+            user.engine.report_load(rank, lease)
+        if not left:
+            del user.loads[lease]
+
+    # ----- stores
+
+    @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
+    def prepare_store(self, which: int, request: str, start: int, count: int) -> None:
+        if (user := self.user(which)) is None:
+            return
+        self.grant(user, request, self.keys(user, start, count))
+
+    def grant(self, user: User, request: str, keys: list[bytes]) -> list[Slot]:
+        engine = user.engine
+        before = self.rig.resident()
+        lease = engine.new_lease_id()
+        answer = engine.prepare_store(keys, request, lease=lease)
+        after = self.rig.resident()
+        for key, verdict in zip(keys, answer.verdicts, strict=True):
+            is_there = (engine.space, key) in after
+            assert is_there == (verdict == StoreVerdict.RESIDENT), f"{key!r}: {verdict!r}"
+        gone = {key for space, key in before.keys() - after.keys() if space == engine.space}
+        assert gone <= set(answer.evicted), "a chunk went and the call did not say so"
+        slots = engine.granted(keys, answer)
+        if slots:
+            user.grants[lease] = slots
+        return slots
+
+    @rule(which=WHICH, group=st.integers(0, 1), count=COUNTS)
+    def ask_for_credits(self, which: int, group: int, count: int) -> None:
+        if (user := self.user(which)) is None:
+            return
+        engine = user.engine
+        lease = engine.new_lease_id()
+        slots = engine.credits(count, group=group % len(engine.namespace.groups), lease=lease)
+        if slots:
+            group %= len(engine.namespace.groups)
+            user.grants[lease] = [
+                Slot(slot.slot_id, slot.generation, to_keys([40 + index], group)[0])
+                for index, slot in enumerate(slots)
+            ]
+
+    @rule(which=WHICH, announce=st.sampled_from(["before", "never", "after"]), offset=STARTS)
+    def hand_out(self, which: int, announce: str, offset: int) -> None:
+        """Give the slots of a lease to the workers. Credits get their keys now."""
+        user = self.user(which)
+        if user is None or not user.grants:
+            return
+        engine = user.engine
+        lease = next(iter(user.grants))
+        slots = user.grants.pop(lease)
+        if int.from_bytes(slots[0].key[4:8]) >= 0 and slots[0].key[4:6] == b"00" and announce != "never":
+            assert set(engine.announce(slots)) <= {ItemStatus.OK, *ItemStatus}
+        for slot in slots:
+            for part in range(engine.num_parts):
+                process = engine.processes[1 + part]
+                self.store_jobs.append(StoreJob(user, process, slot, part, engine.content(slot.key)))
+
+    @precondition(lambda self: self.store_jobs)
+    @rule(which=WHICH, whole=st.booleans())
+    def copy_in(self, which: int, whole: bool) -> None:
+        """Take the next step of a store, dead or alive: half the bytes, or the rest."""
+        job = self.store_jobs[which % len(self.store_jobs)]
+        self.step(job)
+        if whole:
+            self.step(job)
+
+    def step(self, job: StoreJob) -> None:
+        engine = job.user.engine
+        half = len(job.cells) // CELL_BYTES // 2
+        if job.step == 0:
+            job.is_stale = self.rig.slots.generation(job.slot.slot_id) != job.slot.generation
+            if not job.is_stale:
+                engine.write(job.slot, job.part, job.cells, end=half)
+            job.step = 1
+        elif job.step == 1:
+            if not job.is_stale:
+                engine.write(job.slot, job.part, job.cells, first=half)
+            job.step = 2
+
+    @precondition(lambda self: self.store_jobs)
+    @rule(
+        which=WHICH,
+        how=st.sampled_from(["ok", "ok", "ok", "failed", "other key", "other generation"]),
+        twice=st.booleans(),
+    )
+    def report_store(self, which: int, how: str, twice: bool) -> None:
+        job = self.store_jobs[which % len(self.store_jobs)]
+        self.user(0)  # bring the users up to date
+        user = job.user
+        if job.process.session is None or user.instance is not job.process.session.instance:
+            return
+        if job.step == 0:
+            self.step(job)
+        if job.step == 1:
+            self.step(job)
+        self.store_jobs.remove(job)
+        self.report(job, how)
+        if twice:
+            status = user.engine.report_store(job.process.rank, job.slot, job.cells)
+            assert status not in (ItemStatus.OK, ItemStatus.EXPIRED), f"the second report was {status!r}"
+
+    def report(self, job: StoreJob, how: str) -> None:
+        engine, slot = job.user.engine, job.slot
+        if how == "other generation":
+            other = Slot(slot.slot_id, slot.generation - 1, slot.key)
+            assert engine.report_store(job.part, other, job.cells) != ItemStatus.OK
+            how = "ok"
+        is_ok = how == "ok" and not job.is_stale
+        if is_ok:
+            engine.note_written(slot, job.part, job.cells)
+        key = slot.key[:-5] + b"x" + slot.key[-4:] if how == "other key" else None
+        status = engine.report_store(job.part, slot, job.cells, failed=how == "failed" or job.is_stale, key=key)
+        assert not (job.is_stale and status == ItemStatus.OK), "a slot went on while a part was still owed"
+
+    @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
+    def store(self, which: int, request: str, start: int, count: int) -> None:
+        """Store a few chunks from beginning to end: what is granted and reported ok is there."""
+        if (user := self.user(which)) is None:
+            return
+        engine = user.engine
+        slots = self.grant(user, request, self.keys(user, start, count))
+        user.grants = {lease: held for lease, held in user.grants.items() if held is not slots}
+        statuses = engine.write_and_report(slots)
+        assert all(status == ItemStatus.OK for status in statuses)
+        resident = self.rig.resident()
+        assert all((engine.space, slot.key) in resident for slot in slots)
+
+    @rule(which=WHICH)
+    def return_credits(self, which: int) -> None:
+        user = self.user(which)
+        if user is None or not user.grants:
+            return
+        _, slots = user.grants.popitem()
+        assert set(user.engine.return_credits(slots)) == {ItemStatus.OK}
+
+    # ----- ends
+
+    @rule(which=WHICH, kind=st.sampled_from(["lookups", "grants", "loads", "unknown"]))
+    def release(self, which: int, kind: str) -> None:
+        if (user := self.user(which)) is None:
+            return
+        engine = user.engine
+        held: dict[int, object] = {} if kind == "unknown" else getattr(user, kind)
+        if held:
+            lease = next(iter(held))
+            del held[lease]
+            engine.release(lease)
+            return
+        lease = engine.new_lease_id()
+        assert not engine.release(lease), "an unknown lease was released"
+        answer = engine.prepare_store(self.keys(user, 0, 3), lease=lease)
+        assert StoreVerdict.GRANTED not in answer.verdicts, "a grant came after its release"
+
+    @rule(which=WHICH, request=REQUESTS)
+    def finish(self, which: int, request: str) -> None:
+        if (user := self.user(which)) is not None:
+            user.engine.finish(request)
+
+    @rule(which=WHICH)
+    def renew(self, which: int) -> None:
+        if (user := self.user(which)) is not None:
+            user.engine.renew(*user.lookups)
+
+    @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
+    def touch(self, which: int, request: str, start: int, count: int) -> None:
+        if (user := self.user(which)) is not None:
+            user.engine.touch(self.keys(user, start, count), request)
+
+    @rule(which=WHICH, weights_id=st.sampled_from(["", "w1", "w2"]))
+    def reset(self, which: int, weights_id: str) -> None:
+        if (user := self.user(which)) is None:
+            return
+        engine = user.engine
+        engine.reset(weights_id)
+        if not weights_id:
+            assert engine.hits(range(30)) == [], "a fresh epoch has chunks"
+
+    @rule(seconds=STEPS_S)
+    def tick(self, seconds: float) -> None:
+        self.rig.tick(seconds)
+
+    # ----- crashes, and what comes after
+
+    @rule(which=WHICH, rank=st.integers(0, 2), noticed=st.booleans(), freed=st.booleans())
+    def crash_a_process(self, which: int, rank: int, noticed: bool, freed: bool) -> None:
+        """One process dies; the engine puts another in its place, or is lost with it."""
+        user = self.users[which % len(self.users)]
+        engine = user.engine
+        place = rank % len(engine.processes)
+        self.bury(engine.processes[place], engine, noticed, freed)
+        role, seat = engine.processes[place].role, engine.processes[place].rank
+        engine.processes[place] = Process(self.rig, engine.name, role, seat)
+
+    @rule(which=WHICH, noticed=st.booleans(), freed=st.booleans())
+    def restart_an_engine(self, which: int, noticed: bool, freed: bool) -> None:
+        engine = self.users[which % len(self.users)].engine
+        for process in engine.processes:
+            self.bury(process, engine, noticed, freed)
+        engine.start()
+
+    def bury(self, process: Process, engine: Engine, noticed: bool, freed: bool) -> None:
+        self.zombies.append(process)
+        if freed:
+            self.free_the_lock(process)
+        if noticed:
+            engine.cut_stream(process)
+
+    def free_the_lock(self, process: Process) -> None:
+        self.zombies.remove(process)
+        self.store_jobs = [job for job in self.store_jobs if job.process is not process]
+        self.rig.locks.free(process.lock_file)
+
+    @precondition(lambda self: self.zombies)
+    @rule(which=WHICH)
+    def end_a_zombie(self, which: int) -> None:
+        self.free_the_lock(self.zombies[which % len(self.zombies)])
+
+    @rule(which=WHICH, promise=st.booleans())
+    def attach(self, which: int, promise: bool) -> None:
+        """Attach what is not attached. Who promises has let its copies end."""
+        self.attach_user(self.users[which % len(self.users)], promise)
+
+    @rule()
+    def attach_all(self) -> None:
+        for user in self.users:
+            self.attach_user(user, promise=True)
+
+    def attach_user(self, user: User, promise: bool) -> None:
+        sessions = self.rig.core.books.instances.sessions
+        for process in user.engine.processes:
+            if process.session is not None and process.session.id in sessions:
+                continue
+            if promise:
+                for job in [job for job in self.store_jobs if job.process is process]:
+                    while job.step < 2:
+                        self.step(job)
+                    self.store_jobs.remove(job)
+            try:
+                user.engine.attach_process(process, promise=promise)
+            except RankTaken:
+                assert self.zombies, "a seat is taken, and nobody has died"
+
+    @rule(which=WHICH, role=st.sampled_from([0, 1]))
+    def attach_again(self, which: int, role: int) -> None:
+        """A process attaches again although its session lives: it lost the stream before the daemon did."""
+        user = self.users[which % len(self.users)]
+        try:
+            user.engine.attach_process(user.engine.processes[role])
+        except Refused as refusal:
+            assert isinstance(refusal, RankTaken)
+
+    @rule()
+    def crash_the_daemon(self) -> None:
+        before = {(space, key): slot for (space, key), slot in self.rig.resident().items()}
+        self.rig.restart_daemon()
+        for user in self.users:
+            user.forget()
+        assert self.rig.resident() == before, "a published chunk did not survive the daemon"
+
+    @rule(which=WHICH)
+    def flip_a_byte(self, which: int) -> None:
+        chunks = [chunk for space in self.rig.core.books.primary.spaces for chunk in space.chunks.values()]
+        if chunks:
+            chunk = chunks[which % len(chunks)]
+            self.rig.flip(chunk.slot_id, chunk.generation)
+
+    @rule()
+    def hash_what_was_complained_about(self) -> None:
+        self.rig.hash_asked()
+
+    @rule()
+    def back_more(self) -> None:
+        self.rig.back(self.num_units)
+
+    # ----- what always holds
+
+    @invariant()
+    def nothing_is_wrong(self) -> None:
+        self.rig.check()
+
+    @invariant()
+    def no_slot_is_given_to_others_while_it_may_be_written(self) -> None:
+        for job in self.store_jobs:
+            if job.step != 1 or job.is_stale:
+                continue
+            record = self.rig.slots.record(job.slot.slot_id)
+            is_own = record.state is State.RESERVED and record.generation == job.slot.generation
+            assert is_own or record.state is State.QUARANTINED, (
+                f"slot {job.slot.slot_id} is {record.state} while {job.process.lock_file} writes it"
+            )
+
+    def teardown(self) -> None:
+        self.store_jobs.clear()
+        for user in self.users:
+            user.engine.die()
+        for process in list(self.zombies):
+            self.free_the_lock(process)
+        for session_id in list(self.rig.core.books.instances.sessions):
+            self.rig.core.end_session(session_id, "STREAM_ENDED")
+        self.rig.tick(400)
+        self.rig.assert_nothing_is_held()
