@@ -12,7 +12,10 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from .daemon_process import DaemonProcess
+    from tests.daemon_process import DaemonProcess
+    from tests.raw_engine import RawEngine
+
+    from kvtier.v1 import offload_pb2 as pb
 
 TESTS = Path(__file__).parent
 MARK_OF_FOLDER = {"faults": pytest.mark.faults, "gpu": pytest.mark.gpu}
@@ -38,12 +41,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 StartDaemon = Callable[..., "DaemonProcess"]
+MakeEngine = Callable[..., "RawEngine"]
+
+# grpc is imported inside these fixtures: most tests need none.
 
 
 @pytest.fixture
 def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
     """Start daemons (arguments as DaemonProcess); after the test they are gone, and their pools."""
-    from .daemon_process import DaemonProcess  # grpc is not for tests that need no daemon
+    from tests.daemon_process import DaemonProcess
 
     with contextlib.ExitStack() as daemons:
 
@@ -52,3 +58,42 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
             return daemons.enter_context(daemon).start()
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """A daemon with default settings, shared by a module; engines have namespaces of their own."""
+    from tests.daemon_process import DaemonProcess
+
+    with DaemonProcess(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon.start()
+
+
+@pytest.fixture
+def make_engine() -> Iterator[MakeEngine]:
+    """Make raw engines that are not attached yet; after the test their sessions end."""
+    from tests.raw_engine import RawEngine
+
+    with contextlib.ExitStack() as engines:
+
+        def make(
+            daemon: DaemonProcess,
+            engine_id: str = "",
+            *,
+            nonce: int = 0,
+            world_size: int = 1,
+            facts: pb.NamespaceFacts | None = None,
+            tenant: str = "",
+        ) -> RawEngine:
+            engine = RawEngine(
+                daemon.address, engine_id, nonce=nonce, world_size=world_size, facts=facts, tenant=tenant
+            )
+            return engines.enter_context(engine)
+
+        yield make
+
+
+@pytest.fixture
+def engine(daemon: DaemonProcess, make_engine: MakeEngine) -> RawEngine:
+    """A raw engine with one worker, attached to the module's daemon."""
+    return make_engine(daemon).attach()

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -75,7 +75,7 @@ class DaemonProcess:
         pool_bytes: int | str = "4MiB",
         *,
         config: str = "",
-        env: dict[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
         name: str | None = None,
         address: str | None = None,
         **options: str,
@@ -118,7 +118,7 @@ class DaemonProcess:
         return self.pool_directory / "pool"
 
     def start(self, *more: str) -> Self:
-        """Start it, with `more` arguments this once, and return when health says SERVING."""
+        """Start it, with `more` arguments this once; return when it serves and its pool has its memory."""
         self.launch(*more)
         try:
             wait_until(self._serves_or_ended, "the daemon serves")
@@ -127,6 +127,7 @@ class DaemonProcess:
         if self.exit_code() is not None:
             raise AssertionError(f"the daemon ended with {self.exit_code()}:\n{self.log_text()}")
         wait_until(self._has_announced, "the daemon says where its metrics are")
+        wait_until(self._is_backed, "the pool has its memory")
         return self
 
     def launch(self, *more: str) -> Self:
@@ -248,6 +249,10 @@ class DaemonProcess:
 
     def _serves_or_ended(self) -> bool:
         return self.exit_code() is not None or (self.socket.exists() and self.health() == "SERVING")
+
+    def _is_backed(self) -> bool:
+        status = self.status()
+        return status.pool.backed_bytes == status.pool.data_bytes or status.state != "serving"
 
     def _has_announced(self) -> bool:
         found = re.search(r"^  metrics  (off$|http://[^:]+:(\d+)/)", self.out_text(), re.MULTILINE)

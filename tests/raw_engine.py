@@ -233,6 +233,16 @@ class RawEngine:
             session.close()
         self.channel.close()
 
+    def send_bytes(self, path: str, raw: bytes) -> bytes:
+        """Make a unary call with bytes as they are, and return those of the reply."""
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self.channel.unary_unary(path, bytes, bytes)
+        return call(raw, timeout=WAIT_S)
+
+    def stream_bytes(self, path: str, raw: bytes) -> list[bytes]:
+        """Make a call whose reply is a stream, with bytes as they are, and return all it says."""
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self.channel.unary_stream(path, bytes, bytes)
+        return list(call(raw, timeout=WAIT_S))
+
     def describe(self) -> pb.DescribeResponse:
         """Ask where the pool is."""
         return self.stub.Describe(pb.DescribeRequest(), timeout=WAIT_S, wait_for_ready=True)

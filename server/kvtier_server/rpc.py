@@ -83,9 +83,15 @@ class CallScope:
         self._in_progress = 0
 
     def unary(
-        self, method: str, request_type: type[RequestT], handler: Callable[[RequestT], Message]
+        self,
+        method: str,
+        request_type: type[RequestT],
+        handler: Callable[[RequestT], Message | Awaitable[Message]],
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
-        """Make a method handler of a function from message to message, called on the loop's thread."""
+        """Make a method handler of a function from message to message, called on the loop's thread.
+
+        A handler of calls that can be long returns an awaitable, and lets others in between its slices.
+        """
         parse = request_type.FromString
         observe = self._metrics.observe_rpc
         clock = time.perf_counter
@@ -98,7 +104,9 @@ class CallScope:
                     raise TooManyCalls(
                         f"{self._max_unary_calls} calls are in progress, the limit (limits.unary_calls)"
                     )
-                reply = handler(parse(raw)).SerializeToString()
+                answer = handler(parse(raw))
+                message = answer if isinstance(answer, Message) else await answer
+                reply = message.SerializeToString()
             except Exception as error:  # noqa: BLE001 every error becomes a status
                 refused = self.as_refused(method, error)
                 observe(method, CODES[refused.reason].name, clock() - start)

@@ -1,11 +1,12 @@
 """gRPC in, core calls, gRPC out. No logic: what may be done is the core's to say.
 
 Owns the translation of messages. Everything here runs on the loop's thread, which is the one that is in the
-core; nothing waits.
+core; nothing waits, and long calls let others in between their slices.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 
@@ -13,16 +14,22 @@ import grpc
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_server.core.completions import MismatchReport
+from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.core.instances import Session
+from kvtier_server.core.namespaces import check_keys
 from kvtier_server.core.refused import BadRequest
 from kvtier_server.core.requests import Request
 from kvtier_server.core.stores import ItemStatus
 from kvtier_server.core.tiering import Core
 from kvtier_server.facts import PROTOCOL_MINOR
 from kvtier_server.metrics import Metrics
+from kvtier_server.primary.tier import SLICE_ITEMS
 from kvtier_server.rpc import CallScope
 
 SERVICE = "kvtier.v1.OffloadService"
+
+REPORT_SLICE_ITEMS = 512
+"""Slots of store reports taken in one go: publishing costs about 4 us each, so 2 ms."""
 
 MAX_COPY_S = 3600.0
 """Longest time of one report's copies that is believed: far above what filling the largest pool takes."""
@@ -123,35 +130,46 @@ class OffloadService:
             generations=[chunk.generation for chunk in chunks],
         )
 
-    def prepare_store(self, message: pb.PrepareStoreRequest) -> pb.PrepareStoreResponse:
-        """Reserve slots for keys, or credits."""
-        session = self._session(message.session_id)
-        request = self._request(session, message.context) if message.keys else None
-        answer = self._core.grants.prepare_store(
-            session,
-            request,
-            list(message.keys),
-            [(asked.group, asked.count) for asked in message.credits],
-            message.lease_id,
-            self._clock(),
-        )
-        return pb.PrepareStoreResponse(
-            boot_id=self._boot_id,
-            verdicts=answer.verdicts,  # type: ignore[arg-type]
-            slot_ids=answer.slot_ids,
-            generations=answer.generations,
-            evicted_keys=answer.evicted,
-            credits=[
-                pb.CreditGrant(group=group, slot_ids=slot_ids, generations=generations)
-                for group, slot_ids, generations in answer.credits
-            ],
-        )
+    async def prepare_store(self, message: pb.PrepareStoreRequest) -> pb.PrepareStoreResponse:
+        """Reserve slots for keys, or credits; many keys in slices, between which other calls get in."""
+        keys = list(message.keys)
+        check_keys(keys, self._core.books.limits.max_keys, at_least=0)
+        asked_credits = [(asked.group, asked.count) for asked in message.credits]
+        reply = pb.PrepareStoreResponse(boot_id=self._boot_id)
+        full = False
+        for start in range(0, max(len(keys), 1), SLICE_ITEMS):
+            if full:
+                # A leading part is granted: what became free since must not leave a hole.
+                reply.verdicts.extend([pb.STORE_VERDICT_FULL] * len(keys[start:]))
+                break
+            if start:
+                await asyncio.sleep(0)
+            session = self._session(message.session_id)
+            answer = self._core.grants.prepare_store(
+                session,
+                self._request(session, message.context) if keys else None,
+                keys[start : start + SLICE_ITEMS],
+                asked_credits,
+                message.lease_id,
+                self._clock(),
+                extend=start > 0,
+            )
+            full = StoreVerdict.FULL in answer.verdicts
+            reply.verdicts.extend(answer.verdicts)  # type: ignore[arg-type]
+            reply.slot_ids.extend(answer.slot_ids)
+            reply.generations.extend(answer.generations)
+            reply.evicted_keys.extend(answer.evicted)
+            for group, slot_ids, generations in answer.credits:
+                reply.credits.add(group=group, slot_ids=slot_ids, generations=generations)
+        return reply
 
-    def complete(self, message: pb.CompleteRequest) -> pb.CompleteResponse:
-        """Take the items in the order of the fields; malformed columns are refused before that."""
+    async def complete(self, message: pb.CompleteRequest) -> pb.CompleteResponse:
+        """Take the items in the order of the fields; malformed columns are refused before that.
+
+        Many store reports are taken in slices, between which other calls get in.
+        """
         session = self._session(message.session_id)
         _check_columns(message, self._core.books.limits.max_keys)
-        now_ns = self._clock()
         completions = self._core.completions
         reply = pb.CompleteResponse(boot_id=self._boot_id)
         for announced in message.announcements:
@@ -159,50 +177,53 @@ class OffloadService:
             reply.announcements.append(_result(completions.announce(session, announced.request_id, *columns)))
         for start in message.load_starts:
             slot_ids = list(start.slot_ids)
-            status = completions.start_load(
-                session, start.lookup_lease_id, start.load_lease_id, slot_ids, now_ns
-            )
-            reply.load_starts.append(_wire(status))
+            leases = (start.lookup_lease_id, start.load_lease_id)
+            reply.load_starts.append(_wire(completions.start_load(session, *leases, slot_ids, self._clock())))
+        taken = 0
         for stored in message.store_reports:
-            reply.store_reports.append(_result(self._take_store_report(session, stored)))
+            statuses: list[ItemStatus] = []
+            for first in range(0, len(stored.slot_ids), REPORT_SLICE_ITEMS):
+                if taken >= REPORT_SLICE_ITEMS:
+                    taken = 0
+                    await asyncio.sleep(0)
+                    session = self._session(message.session_id)
+                statuses += self._take_store_report(session, stored, first)
+                taken += min(len(stored.slot_ids) - first, REPORT_SLICE_ITEMS)
+            reply.store_reports.append(_result(statuses))
+            if stored.seconds > 0:
+                self._metrics.observe_transfer("store", "shm", stored.bytes, stored.seconds)
         for loaded in message.load_reports:
-            reply.load_reports.append(_wire(self._take_load_report(session, loaded, now_ns)))
+            reply.load_reports.append(_wire(self._take_load_report(session, loaded)))
         for returned in message.credit_returns:
-            statuses = completions.return_credits(
-                session, list(returned.slot_ids), list(returned.generations)
-            )
-            reply.credit_returns.append(_result(statuses))
+            returned_slots = (list(returned.slot_ids), list(returned.generations))
+            reply.credit_returns.append(_result(completions.return_credits(session, *returned_slots)))
         for lease_id in message.released_lease_ids:
-            known = self._core.release(session.instance, lease_id, now_ns)
+            known = self._core.release(session.instance, lease_id, self._clock())
             reply.released_leases.append(_wire(ItemStatus.OK if known else ItemStatus.UNKNOWN))
         for request_id in message.finished_request_ids:
             self._core.finish(session.instance, request_id)
         return reply
 
-    def _take_store_report(self, session: Session, report: pb.StoreReport) -> Sequence[ItemStatus]:
-        statuses = self._core.completions.report_store(
+    def _take_store_report(self, session: Session, report: pb.StoreReport, first: int) -> list[ItemStatus]:
+        end = first + REPORT_SLICE_ITEMS
+        return self._core.completions.report_store(
             session,
             report.part,
-            list(report.slot_ids),
-            list(report.generations),
-            list(report.keys),
-            list(report.checksums),
-            set(report.failed),
+            report.slot_ids[first:end],
+            report.generations[first:end],
+            report.keys[first:end],
+            report.checksums[first:end],
+            {index - first for index in report.failed},
         )
-        self._observe_copies("store", report.bytes, report.seconds)
-        return statuses
 
-    def _take_load_report(self, session: Session, report: pb.LoadReport, now_ns: int) -> ItemStatus:
+    def _take_load_report(self, session: Session, report: pb.LoadReport) -> ItemStatus:
         mismatches = [MismatchReport(found.slot_id, found.generation) for found in report.mismatches]
         torn = len(report.torn_slot_ids)
-        status = self._core.completions.report_load(session, report.lease_id, torn, mismatches, now_ns)
-        self._observe_copies("load", report.bytes, report.seconds)
+        completions = self._core.completions
+        status = completions.report_load(session, report.lease_id, torn, mismatches, self._clock())
+        if report.seconds > 0:
+            self._metrics.observe_transfer("load", "shm", report.bytes, report.seconds)
         return status
-
-    def _observe_copies(self, direction: str, num_bytes: int, seconds: float) -> None:
-        # Figures from outside: one infinity would stay in the metrics' sums for good.
-        if 0 < seconds <= MAX_COPY_S and num_bytes <= self._core.books.primary.slabs.pool_bytes:
-            self._metrics.observe_transfer(direction, "shm", num_bytes, seconds)
 
     def renew_leases(self, message: pb.RenewLeasesRequest) -> pb.RenewLeasesResponse:
         """Extend lookup leases."""

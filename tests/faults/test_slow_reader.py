@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 
 import grpc
+from tests.conftest import MakeEngine, StartDaemon
+from tests.daemon_process import WAIT_S, wait_until
+from tests.raw_engine import RawEngine
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.locks import OwnerLock
-from tests.conftest import StartDaemon
-from tests.daemon_process import WAIT_S, wait_until
-from tests.raw_engine import RawEngine
 
 
 def test_a_session_that_does_not_read_its_events_is_ended_and_one_that_does_goes_on(
@@ -22,7 +22,7 @@ def test_a_session_that_does_not_read_its_events_is_ended_and_one_that_does_goes
     slow = make_engine(daemon, facts=writer.facts)
     slow.attach_worker()
     lock = OwnerLock.acquire(daemon.pool_directory)
-    request = slow.attach_request(SCHEDULER)
+    request = slow.attach_request(pb.SESSION_ROLE_SCHEDULER)
     request.lock_file = lock.name
     stream = slow.stub.Attach(request)
     session_id = next(stream).attached.session_id  # and from here on it reads nothing

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.conftest import StartDaemon
+from tests.conftest import MakeEngine, StartDaemon
 from tests.daemon_process import DaemonProcess, wait_until
-from tests.engine_process import EngineProcess
-from tests.integration.conftest import MakeEngine
 from tests.raw_engine import PART_BYTES, namespace, refusal, to_keys
+from tests.raw_engine_process import RawEngineProcess
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.pool import MappedPool
@@ -215,7 +214,7 @@ def test_a_rank_is_taken_while_its_process_lives_and_free_once_it_is_killed(
 ) -> None:
     first = make_engine(daemon)
     second = make_engine(daemon, first.engine_id, facts=first.facts)
-    with EngineProcess(first) as process:
+    with RawEngineProcess(first) as process:
         process.stop_running()
         failed = refusal(second.attach_worker)
         assert (failed.code, failed.reason) == (grpc.StatusCode.ALREADY_EXISTS, "RANK_TAKEN")
@@ -240,7 +239,7 @@ def test_the_same_process_may_take_its_own_seat_again(daemon: DaemonProcess, mak
 
 def test_a_killed_engine_process_leaves_no_session(daemon: DaemonProcess, make_engine: MakeEngine) -> None:
     engine = make_engine(daemon)
-    with EngineProcess(engine, num_stores=2):
+    with RawEngineProcess(engine, num_stores=2):
         assert engine.engine_id in {session.engine_id for session in daemon.status().sessions}
     wait_until(
         lambda: engine.engine_id not in {session.engine_id for session in daemon.status().sessions},

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from kvtier_server.core.books import Books
-from kvtier_server.core.instances import Instance, Session
+from kvtier_server.core.books import Books, Notice
+from kvtier_server.core.instances import Instance, Role, Session
 from kvtier_server.core.leases import Lease, LeaseKind
+from kvtier_server.core.limits import SECOND_NS
 from kvtier_server.core.namespaces import check_keys
 from kvtier_server.core.refused import BadRequest, Inflight, LeaseUnknown, Refused
 from kvtier_server.core.requests import Request
@@ -97,11 +98,13 @@ class Grants:
         asked_credits: Sequence[tuple[int, int]],
         lease_id: int,
         now_ns: int,
+        extend: bool = False,
     ) -> StoreAnswer:
         """Reserve a slot per key and slots ahead, evicting what must go. Never waits.
 
-        `asked_credits` are (group, count). Raises WorkersMissing, Draining, BadRequest; all else
-        is a verdict.
+        `asked_credits` are (group, count). A known lease is a repeated call, answered from what it holds;
+        with `extend` the keys are further ones of the same call, which came in slices. Raises WorkersMissing,
+        Draining, BadRequest; all else is a verdict.
         """
         instance = session.instance
         check_keys(keys, self._books.limits.max_keys, at_least=0)
@@ -119,7 +122,7 @@ class Grants:
         known = self._books.leases.get(instance, lease_id)
         if known is not None and known.kind not in (LeaseKind.STORE, LeaseKind.CREDIT):
             raise LeaseUnknown(f"lease {lease_id:#x} is a {known.kind} lease")
-        if known is not None:
+        if known is not None and not extend:
             return self._repeat_store(known, keys, asked_credits)
         if (
             self._books.leases.is_buried(instance, lease_id)
@@ -132,22 +135,22 @@ class Grants:
         if asked_credits:
             return self._grant_credits(instance, lease_id, asked_credits, now_ns)
         assert request is not None, "a store of keys belongs to a request"
-        return self._grant_keys(instance, request, keys, ranges, lease_id, now_ns)
+        lease = known or Lease(lease_id, LeaseKind.STORE, instance, now_ns, self._books.limits.copy_lease_ns)
+        lease.request_id = request.id
+        answer = self._grant_keys(lease, request, keys, ranges)
+        if known is None and lease.slot_ids:
+            self._books.leases.add(lease)
+        if StoreVerdict.FULL in answer.verdicts:
+            self._ask_credits_back(instance, answer.verdicts.count(StoreVerdict.FULL), now_ns)
+        return answer
 
     def _grant_keys(
-        self,
-        instance: Instance,
-        request: Request,
-        keys: Sequence[bytes],
-        ranges: Sequence[tuple[int, int]],
-        lease_id: int,
-        now_ns: int,
+        self, lease: Lease, request: Request, keys: Sequence[bytes], ranges: Sequence[tuple[int, int]]
     ) -> StoreAnswer:
         self._books.unpin_all()
+        instance = lease.instance
         space = instance.space
         verdicts = self._verdicts(space, request, keys)
-        lease = Lease(lease_id, LeaseKind.STORE, instance, now_ns, self._books.limits.copy_lease_ns)
-        lease.request_id = request.id
         answer = StoreAnswer(verdicts, [], [], [], [])
         for group, (first, end) in enumerate(ranges):
             size_class = instance.namespace.classes[group]
@@ -174,8 +177,6 @@ class Grants:
             answer.slot_ids.extend(reserved.slot_ids)
             answer.generations.extend(reserved.generations)
             answer.evicted.extend(chunk.key for chunk in reserved.evicted if chunk.space is space)
-        if lease.slot_ids:
-            self._books.leases.add(lease)
         for verdict, count in Counter(verdicts).items():
             if verdict != StoreVerdict.GRANTED:
                 self._books.counts[f"refused:{StoreVerdict(verdict).name}"] += count
@@ -227,6 +228,16 @@ class Grants:
         if lease.slot_ids:
             self._books.leases.add(lease)
         return StoreAnswer([], [], [], [], grants)
+
+    def _ask_credits_back(self, needy: Instance, count: int, now_ns: int) -> None:
+        """Ask the other engines for unused credits, each at most once a second; they are never taken."""
+        for instance in self._books.instances:
+            scheduler = instance.sessions.get((Role.SCHEDULER, 0))
+            if instance is needy or not instance.credit_bytes or scheduler is None:
+                continue
+            if now_ns - instance.credits_asked_ns >= SECOND_NS:
+                instance.credits_asked_ns = now_ns
+                self._books.notices.append(Notice(scheduler.id, "credits_wanted", count=count))
 
     def _repeat_store(
         self, lease: Lease, keys: Sequence[bytes], asked_credits: Sequence[tuple[int, int]]

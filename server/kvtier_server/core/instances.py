@@ -101,6 +101,7 @@ class Instance:
         self.num_leases = 0
         self.pinned_bytes = 0
         self.credit_bytes = 0
+        self.credits_asked_ns = 0
         self.inflight_bytes = 0
         self.early_loads: OrderedDict[int, set[int]] = OrderedDict()
         self.ended: OrderedDict[object, None] = OrderedDict()

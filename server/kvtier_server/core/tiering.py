@@ -64,6 +64,8 @@ class Core:
         self.known_geometries: dict[str, dict[int, Geometry]] = {}
         self._lock_is_free = lock_is_free
         self._random64 = random64
+        self._left_locks: set[str] = set()
+        """Lock files of processes whose sessions have ended: trying one removes its file once it is free."""
 
     def attach(self, session_id: str, applicant: Applicant, facts: NamespaceFacts, now_ns: int) -> Session:
         """Open a session. Raises a refusal and changes nothing, or replaces the seat's dead holder.
@@ -90,6 +92,7 @@ class Core:
         space = self.books.primary.spaces.get_or_add(name)
         self.namespaces.setdefault(namespace.digest, namespace)
         session = self.books.instances.open(session_id, applicant, namespace, space, now_ns)
+        self._left_locks.discard(applicant.lock_file)
         if session.role is Role.SCHEDULER:
             session.instance.space = space  # a worker that came first could not know the epoch
         if len(session.instance.sessions) == 1:
@@ -154,6 +157,7 @@ class Core:
             size_class.live_engines -= 1
         self._forget_unused(instance)
         for member in self.books.instances.remove(instance):
+            self._left_locks.add(member.lock_file)
             why = reason if member is session else "INSTANCE_LOST"
             self.books.notices.append(Notice(member.id, "ended", reason=why))
 
@@ -252,7 +256,7 @@ class Core:
         return epoch
 
     def tick(self, now_ns: int) -> None:
-        """Let time pass: expire leases, tombstones and waits, and try the locks of quarantined slots."""
+        """Let time pass: expire leases, tombstones and waits, and try the locks of processes that left."""
         for lease in self.books.leases.expired(now_ns):
             self.books.counts[f"lease_expired:{lease.kind}"] += 1
             for reservation in self.books.reservations.of_lease(lease):
@@ -260,9 +264,10 @@ class Core:
             self.books.end_lease(lease)
         self.books.end_waits(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
-        for guard in self.books.quarantine.guards:
-            if self._lock_is_free(guard):
-                self.books.quarantine.clear(guard)
+        for lock_file in self._left_locks.union(self.books.quarantine.guards):
+            if self._lock_is_free(lock_file):
+                self._left_locks.discard(lock_file)
+                self.books.quarantine.clear(lock_file)
         self.books.settle()
 
     def check_integrity(self) -> None:

@@ -1,6 +1,6 @@
 """A raw engine, or one of its workers, as a process of its own: something that tests can stop and kill.
 
-Owns both sides: `EngineProcess` in the test, and the child. The child attaches, takes slots if it
+Owns both sides: `RawEngineProcess` in the test, and the child. The child attaches, takes slots if it
 is told to, says so in one line, and then waits until its input ends or somebody kills it.
 """
 
@@ -30,7 +30,7 @@ class Hello:
     generations: list[int]
 
 
-class EngineProcess:
+class RawEngineProcess:
     """A child that is the worker `rank` of `engine`, or with rank None all of it.
 
     A whole engine then reserves slots for chunks 0 .. num_stores-1, and is in mid-store for good.
@@ -47,7 +47,7 @@ class EngineProcess:
             "num_stores": num_stores,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.engine_process", json.dumps(task)],
+            [sys.executable, "-m", "tests.raw_engine_process", json.dumps(task)],
             cwd=REPOSITORY,
             env=child_environment(),
             stdin=subprocess.PIPE,
