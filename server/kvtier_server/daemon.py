@@ -21,8 +21,7 @@ from dataclasses import replace
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.checksum import part_checksum
@@ -30,7 +29,6 @@ from kvtier_ops.layout import part_offset
 from kvtier_ops.locks import owner_lock_is_free
 from kvtier_ops.pool import Pool, PoolBusy, PoolError, check_capacity
 from kvtier_server import __version__, admin, logs, service
-from kvtier_server.address import socket_path
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.config import Config
 from kvtier_server.core.books import HashRequest
@@ -38,6 +36,7 @@ from kvtier_server.core.instances import Session
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.tiering import Core
+from kvtier_server.grpc_server import build_server
 from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
 from kvtier_server.policies.loader import PolicyLoadError, load_policy_class
@@ -174,7 +173,14 @@ class Daemon:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, stop)
-        server, health_servicer = self._build_server()
+        server, health_servicer = build_server(
+            self._config.server.address,
+            self._config.limits.max_message,
+            self._scope,
+            self._service,
+            self._sessions,
+            self.snapshot,
+        )
         http = self._start_http()
         self._backing = Backing(
             self._pool,
@@ -200,53 +206,6 @@ class Daemon:
             self._threads.shutdown(cancel_futures=True)
             if http is not None:
                 http.stop()
-
-    def _build_server(self) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
-        message_bytes = self._config.limits.max_message
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", message_bytes),
-                ("grpc.max_send_message_length", message_bytes),
-                ("grpc.so_reuseport", 0),
-            ]
-        )
-        unimplemented = self._scope.unimplemented
-        handlers: dict[str, dict[str, grpc.RpcMethodHandler[bytes, bytes]]] = {
-            service.SERVICE: self._service.handlers() | {"Attach": self._sessions.handler()},
-            admin.SERVICE: admin.handlers(self._scope, self.snapshot),
-            "kvtier.v1.TransferService": {
-                "RegisterMemory": grpc.unary_unary_rpc_method_handler(
-                    unimplemented("TransferService/RegisterMemory", "the CUDA path (TransferService)")
-                ),
-                "Transfer": grpc.stream_stream_rpc_method_handler(
-                    unimplemented("TransferService/Transfer", "the CUDA path (TransferService)")
-                ),
-            },
-            "kvtier.v1.EventsService": {
-                method: grpc.unary_stream_rpc_method_handler(
-                    unimplemented(f"EventsService/{method}", f"EventsService.{method}")
-                )
-                for method in ("Watch", "Snapshot")
-            },
-        }
-        for name, methods in handlers.items():
-            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
-        health_servicer = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-        reflection.enable_server_reflection([*handlers, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-        self._bind(server)
-        return server, health_servicer
-
-    def _bind(self, server: grpc.aio.Server) -> None:
-        address = self._config.server.address
-        path = socket_path(address)
-        previous = os.umask(0o177)  # the socket is 0600 from its first moment
-        try:
-            server.add_insecure_port(f"unix:{path}" if path is not None else address)
-        except RuntimeError as error:
-            raise StartError(f"cannot listen on {address}: {error}; choose another --address", 1) from error
-        finally:
-            os.umask(previous)
 
     def _start_http(self) -> HttpServer | None:
         address = self._config.server.metrics_address

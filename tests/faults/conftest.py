@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from .engine_process import EngineProcess
+from tests.faults.engine_process import EngineProcess
 
 FULL_COUNTS = os.environ.get("KVTIER_FAULT_COUNTS") == "full"
 

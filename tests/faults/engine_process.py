@@ -24,8 +24,8 @@ from kvtier_ops.header import HEADER_BYTES, read_header
 from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_ops.pool import MappedPool, SlotState
 
-from ..daemon_process import REPOSITORY, WAIT_S, DaemonProcess, child_environment, wait_until
-from .block_engine import PART_BYTES, content_of
+from tests.daemon_process import REPOSITORY, WAIT_S, DaemonProcess, child_environment, wait_until
+from tests.faults.block_engine import PART_BYTES, content_of
 
 Answer = dict[str, Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..daemon_process import DaemonProcess
+from tests.daemon_process import DaemonProcess
 
 PIECE_BYTES = 1 << 16
 

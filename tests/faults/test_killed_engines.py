@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from ..conftest import StartDaemon
-from ..daemon_process import wait_until
-from .block_engine import chunk_names
-from .conftest import StartEngine, repeats
-from .engine_process import EngineProcess, check_published_chunks, held, lease_count, wait_nothing_held
+from tests.conftest import StartDaemon
+from tests.daemon_process import wait_until
+from tests.faults.block_engine import chunk_names
+from tests.faults.conftest import StartEngine, repeats
+from tests.faults.engine_process import EngineProcess, check_published_chunks, held, lease_count, wait_nothing_held
 
 POINTS = (
     "scheduler.lookup_async.before",
@@ -71,7 +71,7 @@ def test_r1_an_engine_killed_anywhere_leaves_nothing_behind_and_no_half_stored_c
 ) -> None:
     """R1: SIGKILL before and after each Prepare, copy and Complete; a second engine checks what is left."""
     pick = random.Random(seed)
-    daemon = start_daemon("4MiB")
+    daemon = start_daemon()
     reader = start_engine("reader").attach(daemon)
     first = start_engine().attach(daemon)  # what starts once in a daemon's life has started then
     first.ask("run", req="first", names=chunk_names("shared0", 4))

@@ -126,11 +126,15 @@ class EngineProcess:
 
     def turn(self) -> Iterator[Answer]:
         """Have it run the next turn of its chat; yield the answers as they come."""
-        self._send({"do": "turn"})
+        self.begin_turn()
         while "answer" in (reply := self._receive()):
             fields = reply["answer"]
             yield Answer(**{**fields, "output": tuple(fields["output"])})
         assert reply.get("turn") == "done", reply
+
+    def begin_turn(self) -> None:
+        """Have it run the next turn, and wait for nothing: for an engine that is to die in it."""
+        self._send({"do": "turn"})
 
     def state(self) -> EngineState:
         """Ask how it is."""

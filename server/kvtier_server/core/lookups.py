@@ -67,6 +67,7 @@ class Lookups:
             unwanted = self._unwanted(space, request, keys, statuses)
         self._books.counts["lookup:hit"] += len(keys) - found.count(None)
         self._books.counts["lookup:pending"] += len(pending)
+        self._count_tokens(instance, found, ranges)
         if not lease_id:
             return LookupAnswer(statuses, unwanted)
         wanted = self._wanted_runs(instance, keys, found, pending, ranges, first_chunks, max_tokens)
@@ -83,6 +84,16 @@ class Lookups:
             now_ns,
             pending_wait_ns,
         )
+
+    def _count_tokens(
+        self, instance: Instance, found: Sequence[Chunk | None], ranges: Sequence[tuple[int, int]]
+    ) -> None:
+        """Count tokens by the first group: the others cover the same ones."""
+        first, end = ranges[0]
+        chunk_tokens = instance.namespace.facts.chunk_tokens(0)
+        present = end - first - found[first:end].count(None)
+        self._books.counts["lookup_tokens"] += (end - first) * chunk_tokens
+        self._books.counts["hit_tokens"] += present * chunk_tokens
 
     def _statuses(
         self, space: KeySpace, keys: Sequence[bytes], found: Sequence[Chunk | None]

@@ -85,6 +85,12 @@ class PrimaryTier:
                 self._free_dropped(chunk)
         self._unsettled.append(chunks)
 
+    def keep_for(self, user: object, chunks: Sequence[Chunk]) -> None:
+        """Let no `reserve` that is protected for `user` evict these chunks. No use is counted."""
+        self.settle()  # or an earlier use by another, settled later, would take them over
+        for chunk in chunks:
+            chunk.user = user
+
     def settle(self, max_items: int | None = None) -> int:
         """Bring every policy in step with uses and pins; stop after about `max_items`.
 
@@ -156,9 +162,9 @@ class PrimaryTier:
             pass
         evicted: list[Chunk] = []
         if len(size_class.free) < count:
-            self._review_slabs(size_class)
+            evicted += self._review_slabs(size_class, protected)
         if len(size_class.free) < count:
-            evicted = self._evict(size_class, count - len(size_class.free), protected)
+            evicted += self._evict(size_class, count - len(size_class.free), protected)
         granted = min(count, len(size_class.free))
         if not granted:
             return Reserved([], [], evicted)
@@ -264,8 +270,11 @@ class PrimaryTier:
         self._tell_removed(evicted, "evict")
         return evicted
 
-    def drop(self, chunks: Iterable[Chunk], reason: str) -> int:
-        """Remove resident chunks for another reason than room. Pinned ones keep their slot meanwhile."""
+    def drop(self, chunks: Iterable[Chunk], reason: str) -> list[Chunk]:
+        """Remove resident chunks for another reason than room; returns those that were.
+
+        Pinned ones keep their slot meanwhile.
+        """
         dropped = []
         for chunk in chunks:
             if chunk.dropped:
@@ -277,7 +286,7 @@ class PrimaryTier:
             if not chunk.pins:
                 self._free_dropped(chunk)
         self._tell_removed(dropped, reason)
-        return len(dropped)
+        return dropped
 
     def _free_dropped(self, chunk: Chunk) -> None:
         del self.by_slot[chunk.slot_id]
@@ -307,36 +316,42 @@ class PrimaryTier:
         for space, keys in per_space.items():
             self._on_removed(space, keys, reason)
 
-    def _review_slabs(self, size_class: SizeClass) -> None:
+    def _review_slabs(self, size_class: SizeClass, protected: object | None) -> list[Chunk]:
         """Take a slab from another class if its chunks are all colder than this class's coldest.
 
         Without any slab of its own the class takes the coldest one whatever its age; with one, at most
-        every SLAB_REVIEW_USES uses.
+        every SLAB_REVIEW_USES uses. Returns the chunks that went at once.
         """
         if len(self.slabs.classes) < 2 or any(taker is size_class for _, _, taker in self._draining):
-            return
+            return []
         own = size_class.policy.coldest_stamp()
         if size_class.slabs:
             if self._stamp < self._next_review:
-                return
+                return []
             self._next_review = self._stamp + SLAB_REVIEW_USES
             if own is None:
                 own = self._stamp
-        candidates: list[tuple[int | None, Slab, SizeClass]] = []
-        for foreign in self.slabs.classes.values():
-            if foreign is size_class or (foreign.live_engines and len(foreign.slabs) < 2):
-                continue
-            candidates.extend((self._youngest(slab), slab, foreign) for slab in foreign.slabs.values())
         taken = {slab.index for slab, _, _ in self._draining}
-        candidates.sort(key=lambda found: sys.maxsize if found[0] is None else found[0])
-        for youngest, slab, foreign in candidates:
-            if youngest is None or (size_class.slabs and own is not None and youngest >= own):
-                return
-            if slab.index not in taken and slab.num_units >= size_class.slot_bytes // SLOT_UNIT_BYTES:
-                self._start_draining(slab, foreign, size_class)
-                return
+        coldest: tuple[int, Slab, SizeClass] | None = None
+        for foreign in self.slabs.classes.values():
+            slabs = [slab for slab in foreign.slabs.values() if slab.index not in taken]
+            if foreign is size_class or (foreign.live_engines and len(slabs) < 2):
+                continue
+            for slab in slabs:
+                youngest = self._youngest(slab, protected)
+                if youngest is None or slab.num_units * SLOT_UNIT_BYTES < size_class.slot_bytes:
+                    continue
+                if coldest is None or youngest < coldest[0]:
+                    coldest = (youngest, slab, foreign)
+        if coldest is None:
+            return []
+        youngest, slab, foreign = coldest
+        if size_class.slabs and own is not None and youngest >= own:
+            return []
+        self._draining.append((slab, foreign, size_class))
+        return self.drain_slice(SLICE_ITEMS)
 
-    def _youngest(self, slab: Slab) -> int | None:
+    def _youngest(self, slab: Slab, protected: object | None = None) -> int | None:
         """Stamp of the slab's youngest chunk, -1 if it is empty; None if a slot of it cannot be emptied."""
         free = 0
         youngest = -1
@@ -344,7 +359,7 @@ class PrimaryTier:
             chunk = self.by_slot.get(slot_id)
             if chunk is None:
                 free += 1
-            elif chunk.pins:
+            elif chunk.pins or (protected is not None and chunk.user is protected):
                 return None
             else:
                 youngest = max(youngest, chunk.stamp)
@@ -355,22 +370,20 @@ class PrimaryTier:
                 return None  # the others are reserved or quarantined
         return youngest
 
-    def _start_draining(self, slab: Slab, giver: SizeClass, taker: SizeClass) -> None:
-        self._draining.append((slab, giver, taker))
-        self.drain_slice(SLICE_ITEMS)
-
     @property
     def is_draining(self) -> bool:
         """Whether a slab is on its way to another class."""
         return bool(self._draining)
 
-    def drain_slice(self, max_items: int) -> None:
+    def drain_slice(self, max_items: int) -> list[Chunk]:
         """Empty slabs that change hands, at most `max_items` chunks; hand over those that are empty.
 
-        A slab of which a chunk was pinned or a slot reserved meanwhile stays where it is.
+        A slab of which a chunk was pinned or a slot reserved meanwhile stays where it is. Returns the
+        chunks that went.
         """
         self.settle()
         left = max_items
+        gone: list[Chunk] = []
         for entry in list(self._draining):
             slab, giver, taker = entry
             if self._youngest(slab) is None:
@@ -378,13 +391,14 @@ class PrimaryTier:
                 continue
             chunks = [self.by_slot[slot] for slot in slab.slot_ids if slot in self.by_slot][:left]
             left -= len(chunks)
-            self.drop(chunks, "slab_move")
+            gone += self.drop(chunks, "slab_move")
             if not any(slot in self.by_slot for slot in slab.slot_ids):
                 self._draining.remove(entry)
                 self.slabs.release(slab, giver)
                 self.slabs.grow(taker)
             if left <= 0:
-                return
+                break
+        return gone
 
     def check_integrity(self) -> None:
         """Assert that slots, states, pins and eviction order add up. O(chunks); for tests and doctor."""

@@ -26,7 +26,7 @@ from .slots_in_memory import CELL_BYTES, State, checksum
 REQUESTS = st.sampled_from(["r1", "r2", "r3"])
 WHICH = st.integers(0, 7)
 """Picks one of whatever there is, modulo how many."""
-STARTS = st.integers(0, 10)
+STARTS = st.integers(0, 5)
 COUNTS = st.sampled_from([1, 2, 3, 5, 8, 20])
 STEPS_S = st.sampled_from([0, 0.5, 5, 31, 61, 301, 7 * 86_400])
 
@@ -110,15 +110,16 @@ class CoreMachine(RuleBasedStateMachine):
     # ----- what the rules pick from
 
     def user(self, which: int) -> User | None:
-        """An attached engine, if there is one."""
-        for user in self.users:
-            if user.instance is not None and not user.engine.is_attached:
-                user.forget()
-            elif user.instance is not (user.engine.scheduler.instance if user.engine.is_attached else None):
-                user.forget()
-                user.instance = user.engine.scheduler.instance
-        attached = [user for user in self.users if user.engine.is_attached]
-        return attached[which % len(attached)] if attached else None
+        """An attached engine; half of the time one that is not attached does so now."""
+        user = self.users[which % len(self.users)]
+        if not user.engine.is_attached and which >= len(self.users):
+            self.attach_user(user, promise=True)
+        for other in self.users:
+            instance = other.engine.scheduler.instance if other.engine.is_attached else None
+            if other.instance is not instance:
+                other.forget()
+                other.instance = instance
+        return user if user.engine.is_attached else None
 
     def keys(self, user: User, start: int, count: int) -> list[bytes]:
         groups = len(user.engine.namespace.groups)
@@ -353,6 +354,10 @@ class CoreMachine(RuleBasedStateMachine):
         assert not (job.is_stale and status == ItemStatus.OK), "a slot went on while a part was still owed"
 
     @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
+    def store_again(self, which: int, request: str, start: int, count: int) -> None:
+        self.store(which, request, start, count)  # twice in the list of rules: twice as likely
+
+    @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
     def store(self, which: int, request: str, start: int, count: int) -> None:
         """Store a few chunks from beginning to end: what is granted and reported ok is there."""
         if (user := self.user(which)) is None:
@@ -391,20 +396,17 @@ class CoreMachine(RuleBasedStateMachine):
         answer = engine.prepare_store(self.keys(user, 0, 3), lease=lease)
         assert StoreVerdict.GRANTED not in answer.verdicts, "a grant came after its release"
 
-    @rule(which=WHICH, request=REQUESTS)
-    def finish(self, which: int, request: str) -> None:
-        if (user := self.user(which)) is not None:
-            user.engine.finish(request)
-
-    @rule(which=WHICH)
-    def renew(self, which: int) -> None:
-        if (user := self.user(which)) is not None:
-            user.engine.renew(*user.lookups)
-
-    @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
-    def touch(self, which: int, request: str, start: int, count: int) -> None:
-        if (user := self.user(which)) is not None:
-            user.engine.touch(self.keys(user, start, count), request)
+    @rule(which=WHICH, kind=st.sampled_from(["finish", "renew", "touch"]), request=REQUESTS, start=STARTS)
+    def small_talk(self, which: int, kind: str, request: str, start: int) -> None:
+        if (user := self.user(which)) is None:
+            return
+        match kind:
+            case "finish":
+                user.engine.finish(request)
+            case "renew":
+                user.engine.renew(*user.lookups)
+            case _:
+                user.engine.touch(self.keys(user, start, 4), request)
 
     @rule(which=WHICH, weights_id=st.sampled_from(["", "w1", "w2"]))
     def reset(self, which: int, weights_id: str) -> None:
@@ -421,7 +423,26 @@ class CoreMachine(RuleBasedStateMachine):
 
     # ----- crashes, and what comes after
 
-    @rule(which=WHICH, rank=st.integers(0, 2), noticed=st.booleans(), freed=st.booleans())
+    @rule(
+        kind=st.sampled_from(["process", "engine", "daemon", "attached twice", "flipped byte"]),
+        which=WHICH,
+        rank=st.integers(0, 2),
+        noticed=st.booleans(),
+        freed=st.booleans(),
+    )
+    def trouble(self, kind: str, which: int, rank: int, noticed: bool, freed: bool) -> None:
+        match kind:
+            case "process":
+                self.crash_a_process(which, rank, noticed, freed)
+            case "engine":
+                self.restart_an_engine(which, noticed, freed)
+            case "daemon":
+                self.crash_the_daemon()
+            case "attached twice":
+                self.attach_again(which, rank % 2)
+            case _:
+                self.flip_a_byte(which)
+
     def crash_a_process(self, which: int, rank: int, noticed: bool, freed: bool) -> None:
         """One process dies; the engine puts another in its place, or is lost with it."""
         user = self.users[which % len(self.users)]
@@ -431,7 +452,6 @@ class CoreMachine(RuleBasedStateMachine):
         role, seat = engine.processes[place].role, engine.processes[place].rank
         engine.processes[place] = Process(self.rig, engine.name, role, seat)
 
-    @rule(which=WHICH, noticed=st.booleans(), freed=st.booleans())
     def restart_an_engine(self, which: int, noticed: bool, freed: bool) -> None:
         engine = self.users[which % len(self.users)].engine
         for process in engine.processes:
@@ -480,7 +500,6 @@ class CoreMachine(RuleBasedStateMachine):
             except RankTaken:
                 assert self.zombies, "a seat is taken, and nobody has died"
 
-    @rule(which=WHICH, role=st.sampled_from([0, 1]))
     def attach_again(self, which: int, role: int) -> None:
         """A process attaches again although its session lives: it lost the stream before the daemon did."""
         user = self.users[which % len(self.users)]
@@ -489,15 +508,13 @@ class CoreMachine(RuleBasedStateMachine):
         except Refused as refusal:
             assert isinstance(refusal, RankTaken)
 
-    @rule()
     def crash_the_daemon(self) -> None:
-        before = {(space, key): slot for (space, key), slot in self.rig.resident().items()}
+        before = self.rig.resident()
         self.rig.restart_daemon()
         for user in self.users:
             user.forget()
         assert self.rig.resident() == before, "a published chunk did not survive the daemon"
 
-    @rule(which=WHICH)
     def flip_a_byte(self, which: int) -> None:
         chunks = [chunk for space in self.rig.core.books.primary.spaces for chunk in space.chunks.values()]
         if chunks:
