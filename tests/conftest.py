@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,8 +53,14 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
 
     with contextlib.ExitStack() as daemons:
 
-        def start(*, pool_bytes: int | str = "4MiB", config: str = "", **options: str) -> DaemonProcess:
-            daemon = DaemonProcess(tmp_path, pool_bytes, config=config, **options)
+        def start(
+            *,
+            pool_bytes: int | str = "4MiB",
+            config: str = "",
+            env: Mapping[str, str] | None = None,
+            **options: str,
+        ) -> DaemonProcess:
+            daemon = DaemonProcess(tmp_path, pool_bytes, config=config, env=env, **options)
             return daemons.enter_context(daemon).start()
 
         yield start

@@ -41,6 +41,7 @@ from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
 from kvtier_server.policies.loader import PolicyLoadError, load_policy_class
 from kvtier_server.pool_slots import Backing, PoolSlots
+from kvtier_server.primary.tier import SLICE_ITEMS
 from kvtier_server.rpc import CallScope
 from kvtier_server.service import OffloadService, boottime_ns
 from kvtier_server.sessions import Sessions
@@ -295,8 +296,8 @@ class Daemon:
             self._sessions.dispatch()
             self._start_hashes()
             count += 1
+            self.core.books.primary.write_recency(SLICE_ITEMS)
             if count % SNAPSHOT_TICKS == 1:
-                self.core.books.primary.write_recency()
                 self._metrics.publish(self.snapshot())
                 logs.log_held_back(limiter)
 

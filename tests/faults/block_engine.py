@@ -509,10 +509,16 @@ class Engine:
             client.flush_and_wait(PATIENCE_S)
 
     def _timed(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        import faulthandler
+        faulthandler.dump_traceback_later(0.15 if name != "wait" else 9, file=open("/tmp/kv/faults/trace.txt","a"))
         started = time.monotonic()
+        d0=open("/proc/thread-self/schedstat").read().split()
         try:
             return call(*args, **kwargs)
         finally:
+            faulthandler.cancel_dump_traceback_later()
+            if time.monotonic()-started > .1 and name!="wait":
+                open("/tmp/kv/faults/trace.txt","a").write(f"{name} {time.monotonic()-started} {d0} {open('/proc/thread-self/schedstat').read()}")
             self.slowest_s[name] = max(self.slowest_s[name], time.monotonic() - started)  # type: ignore[assignment]
 
 

@@ -30,6 +30,14 @@ from tests.faults.block_engine import PART_BYTES, content_of
 Answer = dict[str, Any]
 
 
+class EngineEnded(AssertionError):
+    """The process is gone. `code` is its exit code, negative for a signal."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the engine ended with {code}")
+        self.code = code
+
+
 class EngineProcess:
     """One block engine. It starts at once, and attaches when told to; on leaving it is killed."""
 
@@ -79,7 +87,7 @@ class EngineProcess:
             self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise AssertionError(f"the engine is gone: exit code {self._process.wait(WAIT_S)}") from None
+            raise EngineEnded(self._process.wait(WAIT_S)) from None
 
     def answer(self) -> Any:
         """Return the answer to the oldest command that has not been answered."""
@@ -88,18 +96,11 @@ class EngineProcess:
         except queue.Empty:
             raise AssertionError("the engine does not answer") from None
         if not line:
-            raise AssertionError(f"the engine ended with {self._process.wait(WAIT_S)} instead of answering")
+            raise EngineEnded(self._process.wait(WAIT_S))
         answer = json.loads(line)
         if "error" in answer:
             raise AssertionError(f"the engine raised:\n{answer['error']}")
         return answer["answer"]
-
-    def wait_for_death(self) -> int:
-        """Wait until the process has ended, and return its exit code (negative: the signal)."""
-        try:
-            return self._process.wait(WAIT_S)
-        except subprocess.TimeoutExpired:
-            raise AssertionError("the engine was to die, but it lives") from None
 
     def wait_stopped(self) -> None:
         """Wait until the whole process is stopped (SIGSTOP)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.conftest import StartDaemon
 from tests.daemon_process import wait_until
 from tests.faults.block_engine import chunk_names
 from tests.faults.conftest import StartEngine, repeats
-from tests.faults.engine_process import EngineProcess, check_published_chunks, held, lease_count, wait_nothing_held
+from tests.faults.engine_process import EngineEnded, EngineProcess, check_published_chunks, held, lease_count, wait_nothing_held
 
 POINTS = (
     "scheduler.lookup_async.before",
@@ -46,21 +47,21 @@ POINTS = (
 
 def live_until_killed(engine: EngineProcess, point: str, pick: random.Random) -> None:
     """Let an engine store and load in all its ways until it passes the point, which kills it."""
+    by = signal.SIGKILL
     if point == "die in mid-copy":
+        by = signal.SIGSEGV
         engine.ask("arm", point="store.before_copy", action="die_in_copy", nth=pick.randint(1, 4))
     else:
         engine.ask("arm", point=point, action="kill", nth=pick.randint(1, 2))
     for round_number in range(20):
         prompt = f"shared{pick.randrange(4)}"
-        engine.tell("run", req=f"run-{round_number}", names=chunk_names(prompt, pick.randint(3, 9)))
         direct = f"direct{pick.randrange(1000)}"
-        engine.tell("store", req=f"store-{round_number}", names=chunk_names(direct, pick.randint(1, 5)))
-        engine.tell("read", req=f"read-{round_number}", names=chunk_names(prompt, 9))
         try:
-            for _ in range(3):
-                engine.answer()
-        except AssertionError:
-            assert engine.wait_for_death() < 0, "the engine ended, but not by a signal"
+            engine.ask("run", req=f"run-{round_number}", names=chunk_names(prompt, pick.randint(3, 9)))
+            engine.ask("store", req=f"store-{round_number}", names=chunk_names(direct, pick.randint(1, 5)))
+            engine.ask("read", req=f"read-{round_number}", names=chunk_names(prompt, 9))
+        except EngineEnded as ended:
+            assert ended.code == -by
             return
     raise AssertionError(f"the engine never passed {point}")
 

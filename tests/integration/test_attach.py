@@ -9,7 +9,7 @@ import grpc
 import pytest
 from tests.conftest import MakeEngine, StartDaemon
 from tests.daemon_process import DaemonProcess, wait_until
-from tests.raw_engine import PART_BYTES, namespace, refusal, to_keys
+from tests.raw_engine import PART_BYTES, namespace, refusal
 from tests.raw_engine_process import RawEngineProcess
 
 from kvtier.v1 import offload_pb2 as pb
@@ -270,18 +270,3 @@ def test_sessions_beyond_the_limit_are_refused(start_daemon: StartDaemon, make_e
     failed = refusal(make_engine(daemon).attach_scheduler)
     assert (failed.code, failed.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_SESSIONS")
     assert "limits.sessions" in failed.message
-
-
-def test_as_many_events_at_once_as_a_call_has_keys_end_no_session_that_reads(
-    start_daemon: StartDaemon, make_engine: MakeEngine
-) -> None:
-    daemon = start_daemon(pool_bytes="64MiB")
-    writer = make_engine(daemon).attach()
-    reader = make_engine(daemon, facts=writer.facts).attach()
-    keys = to_keys(range(8192))
-    assert set(writer.prepare_store(keys).verdicts) == {pb.STORE_VERDICT_GRANTED}
-    reader.lookup(keys, lease_id=1, pending_wait_ms=2000)
-    writer.close()
-    assert reader.scheduler is not None
-    for _ in keys:
-        assert reader.scheduler.wait_for("resolved").resolved.status == pb.LOOKUP_STATUS_MISS

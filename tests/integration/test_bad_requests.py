@@ -338,7 +338,7 @@ def test_no_number_in_any_call_is_too_large_for_an_answer(daemon: DaemonProcess,
 def test_no_number_in_attach_is_too_large_for_an_answer(daemon: DaemonProcess, engine: RawEngine) -> None:
     unexpected = []
     for role in (pb.SESSION_ROLE_SCHEDULER, pb.SESSION_ROLE_WORKER):
-        ordinary = RawEngine(daemon.address, facts=engine.facts).attach_request(role)
+        ordinary = engine.attach_request(role)
         for serial, (what, request) in enumerate(with_extremes(ordinary)):
             assert isinstance(request, pb.AttachRequest)
             request.engine_id = f"{engine.engine_id}-{role}-{serial}"

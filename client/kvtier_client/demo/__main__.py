@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 from kvtier_client.demo import report
 from kvtier_client.demo.daemon import Daemon, DaemonFailed
@@ -46,7 +47,8 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up all the same
+    signal.signal(signal.SIGINT, _end_once)
+    signal.signal(signal.SIGTERM, _end_once)
     make = Settings.quick if options.quick else Settings
     settings = replace(
         make(),
@@ -84,24 +86,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: Settings, directory: Path, logs: Path, json_file: Path | None) -> bool:
+    """Run the scenario and show what it found, also where it ended early."""
     began = time.monotonic()
     name = f"demo-{os.getpid()}-{secrets.token_hex(4)}"
     with Daemon(directory, name, settings.pool_bytes, logs) as daemon:
-        daemon.start()
-        scenario = Scenario(settings, daemon, directory / "text", logs)
+        scenario = Scenario(settings, daemon.start(), directory / "text", logs)
         try:
             scenario.run()
         finally:
-            if scenario.runs:
-                print(report.table([run for run in scenario.runs if run.answers]))
-                print()
-                print(report.check_lines(scenario.checks), flush=True)
-    ok = all(check.ok for check in scenario.checks)
-    if json_file is not None:
-        document = report.to_json(settings, scenario.runs, scenario.checks)
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\n{'all checks passed' if ok else 'A CHECK FAILED'} in {time.monotonic() - began:.0f} s")
-    return ok
+            print(report.table([run for run in scenario.runs if run.answers]))
+            print(f"\n{report.check_lines(scenario.checks)}\n", flush=True)
+            if json_file is not None:
+                document = report.to_json(settings, scenario.runs, scenario.checks)
+                json_file.write_text(json.dumps(document, indent=1) + "\n")
+    failed = sum(not check.ok for check in scenario.checks)
+    verdict = f"{failed} OF {len(scenario.checks)} CHECKS FAILED" if failed else "all checks passed"
+    print(f"{verdict} in {time.monotonic() - began:.0f} s")
+    return not failed
+
+
+def _end_once(number: int, frame: FrameType | None) -> None:
+    """End as Ctrl-C does; further signals would only interrupt the cleaning up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -128,13 +128,18 @@ class Books:
         keys: Sequence[bytes],
         found: Sequence[Chunk | None],
         ranges: Sequence[tuple[int, int]],
+        used: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        """Count the request's use of what it found, once; the tail of a prefix is older than its head."""
+        """Count the request's use of what it found, once; the tail of a prefix is older than its head.
+
+        Every key gets its stamp, for a later publish; only chunks in the ranges `used` (all, if not given)
+        count as used now.
+        """
         if request.runs:
             fresh = [i for i, key in enumerate(keys) if request.stamp_of(key) is None]
             keys = [keys[i] for i in fresh]
             found = [found[i] for i in fresh]
-            ranges = [(0, len(keys))]
+            ranges, used = [(0, len(keys))], None
         if not keys:
             return
         first = self.primary.issue_stamps(len(keys))
@@ -142,18 +147,15 @@ class Books:
         if len(ranges) > 1:
             # Interleave the groups by position, or all chunks of the last group would go first.
             order = sorted(
-                (i - start, group, i) for group, (start, end) in enumerate(ranges) for i in range(start, end)
+                (i - start, g, i) for g, (start, end) in enumerate(ranges) for i in range(start, end)
             )
             by_key = [0] * len(keys)
             for stamp, (_, _, i) in zip(stamps, order, strict=True):
                 by_key[i] = stamp
             stamps = by_key
         instance.requests.add_run(request, keys, stamps)
-        if None in found:
-            used = [(chunk, stamp) for chunk, stamp in zip(found, stamps, strict=True) if chunk is not None]
-            self.primary.use(request, [chunk for chunk, _ in used], [stamp for _, stamp in used])
-        else:
-            self.primary.use(request, found, stamps)  # type: ignore[arg-type]
+        for start, end in ranges if used is None else used:
+            self.primary.use(request, found[start:end], stamps[start:end])
 
     def max_pinned_bytes(self, instance: Instance) -> int:
         """Bytes of slots one instance may have pinned, and as many again reserved."""
@@ -170,13 +172,13 @@ class Books:
     def pin(self, lease: Lease, chunks: Sequence[Chunk]) -> None:
         """Put chunks under a lookup or load lease."""
         lease.chunks.extend(chunks)
-        lease.instance.pinned_bytes += sum(chunk.size_class.slot_bytes for chunk in chunks)
+        lease.instance.pinned_bytes += lease.instance.namespace.slot_bytes_of(chunks)
         self.primary.pin(chunks)
 
     def end_lease(self, lease: Lease) -> None:
         """Take a lease out: pins go, waiting ends. Reservations are the caller's to end."""
         self.leases.remove(lease)
-        lease.instance.pinned_bytes -= sum(chunk.size_class.slot_bytes for chunk in lease.chunks)
+        lease.instance.pinned_bytes -= lease.instance.namespace.slot_bytes_of(lease.chunks)
         self._unpinning.append(lease.chunks)
         lease.chunks = []
         if lease.kind is LeaseKind.LOAD:

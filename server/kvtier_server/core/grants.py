@@ -160,7 +160,7 @@ class Grants:
                 // size_class.slot_bytes
             )
             for index in wanted[room:]:
-                verdicts[index] = StoreVerdict.INFLIGHT
+                verdicts[index] = int(StoreVerdict.INFLIGHT)
             wanted = wanted[:room]
             if not wanted:
                 continue
@@ -170,7 +170,7 @@ class Grants:
             )
             count = len(reserved.slot_ids)
             for index in wanted[count:]:
-                verdicts[index] = StoreVerdict.FULL
+                verdicts[index] = int(StoreVerdict.FULL)
             self._books.reservations.add(
                 lease, reserved.slot_ids, reserved.generations, size_class, granted[:count], request
             )
@@ -198,7 +198,7 @@ class Grants:
             )
             for index, want in zip(asked, wanted, strict=True):
                 if not want:
-                    verdicts[index] = StoreVerdict.FILTERED
+                    verdicts[index] = int(StoreVerdict.FILTERED)
         return verdicts
 
     def _grant_credits(

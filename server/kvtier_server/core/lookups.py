@@ -18,6 +18,10 @@ from kvtier_server.core.refused import BadRequest, LeaseUnknown
 from kvtier_server.core.requests import Request
 from kvtier_server.primary.index import Chunk, KeySpace
 
+# As plain ints: converting a list of enum members to the wire costs twice as much.
+_HIT, _HIT_UNLEASED = int(LookupStatus.HIT), int(LookupStatus.HIT_UNLEASED)
+_PENDING, _MISS = int(LookupStatus.PENDING), int(LookupStatus.MISS)
+
 
 @dataclass(frozen=True, slots=True)
 class LookupAnswer:
@@ -57,20 +61,20 @@ class Lookups:
         ranges = instance.namespace.split(keys)
         space = instance.space
         found = list(map(space.chunks.get, keys))
-        self._books.note_use(instance, request, keys, found, ranges)
-        if None not in found:
-            statuses: list[int] = [LookupStatus.HIT] * len(keys)
-            unwanted: list[int] = []
-            pending: set[bytes] = set()
-        else:
+        num_missing = found.count(None)
+        statuses: list[int] = [_HIT] * len(keys)
+        unwanted: list[int] = []
+        pending: set[bytes] = set()
+        if num_missing:
             statuses, pending = self._statuses(space, keys, found)
             unwanted = self._unwanted(space, request, keys, statuses)
-        self._books.counts["lookup:hit"] += len(keys) - found.count(None)
-        self._books.counts["lookup:pending"] += len(pending)
-        self._count_tokens(instance, found, ranges)
+        self._count(instance, found, ranges, num_missing, len(pending))
         if not lease_id:
+            self._books.note_use(instance, request, keys, found, ranges)
             return LookupAnswer(statuses, unwanted)
         wanted = self._wanted_runs(instance, keys, found, pending, ranges, first_chunks, max_tokens)
+        # What lies behind a hole is resident but of no use to this request.
+        self._books.note_use(instance, request, keys, found, ranges, wanted)
         return self._lease_runs(
             instance,
             request,
@@ -85,28 +89,36 @@ class Lookups:
             pending_wait_ns,
         )
 
-    def _count_tokens(
-        self, instance: Instance, found: Sequence[Chunk | None], ranges: Sequence[tuple[int, int]]
+    def _count(
+        self,
+        instance: Instance,
+        found: Sequence[Chunk | None],
+        ranges: Sequence[tuple[int, int]],
+        num_missing: int,
+        num_pending: int,
     ) -> None:
-        """Count tokens by the first group: the others cover the same ones."""
+        """Count keys, and tokens by the first group: the others cover the same ones."""
+        counts = self._books.counts
+        counts["lookup:hit"] += len(found) - num_missing
+        counts["lookup:pending"] += num_pending
+        counts["lookup:miss"] += num_missing - num_pending
         first, end = ranges[0]
+        if len(ranges) > 1:
+            num_missing = found[first:end].count(None)
         chunk_tokens = instance.namespace.facts.chunk_tokens(0)
-        present = end - first - found[first:end].count(None)
-        self._books.counts["lookup_tokens"] += (end - first) * chunk_tokens
-        self._books.counts["hit_tokens"] += present * chunk_tokens
+        counts["lookup_tokens"] += (end - first) * chunk_tokens
+        counts["hit_tokens"] += (end - first - num_missing) * chunk_tokens
 
     def _statuses(
         self, space: KeySpace, keys: Sequence[bytes], found: Sequence[Chunk | None]
     ) -> tuple[list[int], set[bytes]]:
-        hit, miss = int(LookupStatus.HIT), int(LookupStatus.MISS)
-        statuses = [miss if chunk is None else hit for chunk in found]
+        statuses = [_MISS if chunk is None else _HIT for chunk in found]
         pending: set[bytes] = set()
         if space.writers:
             for index, key in enumerate(keys):
                 if found[index] is None and key in space.writers:
-                    statuses[index] = LookupStatus.PENDING
+                    statuses[index] = _PENDING
                     pending.add(key)
-        self._books.counts["lookup:miss"] += statuses.count(miss)
         return statuses, pending
 
     def _unwanted(
@@ -114,7 +126,7 @@ class Lookups:
     ) -> list[int]:
         if not self._books.filter.is_active:
             return []
-        missing = [index for index, status in enumerate(statuses) if status == LookupStatus.MISS]
+        missing = [index for index, status in enumerate(statuses) if status == _MISS]
         wanted = self._books.filter.offer([space.chunk_id(keys[index]) for index in missing], request.serial)
         return [index for index, want in zip(missing, wanted, strict=True) if not want]
 
@@ -185,7 +197,7 @@ class Lookups:
         for (_, end), (_, allowed) in zip(wanted, fitting, strict=True):
             for index in range(allowed, end):
                 if found[index] is not None:
-                    statuses[index] = LookupStatus.HIT_UNLEASED
+                    statuses[index] = _HIT_UNLEASED
         runs, chunks = self._runs(found, fitting)
         waiting = {keys[i] for first, end in fitting for i in range(first, end) if keys[i] in pending}
         if not chunks and not waiting:

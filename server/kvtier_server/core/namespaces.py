@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from kvtier_ops.layout import TensorLayout
 from kvtier_ops.namespace import NamespaceFacts
 from kvtier_server.core.refused import BadRequest, Refused
+from kvtier_server.primary.index import Chunk
 from kvtier_server.primary.size_classes import SizeClass
 
 Geometry = tuple[tuple[TensorLayout, ...], ...]
@@ -115,6 +116,12 @@ class Namespace:
                 "its last 4 bytes are no group index of this namespace, or groups are mixed",
             )
         return ranges
+
+    def slot_bytes_of(self, chunks: Sequence[Chunk]) -> int:
+        """Bytes of the chunks' slots."""
+        if len(self.classes) == 1:
+            return len(chunks) * self.classes[0].slot_bytes
+        return sum(chunk.size_class.slot_bytes for chunk in chunks)
 
     def group_of(self, key: bytes) -> int:
         """Group of one key; 0 where there is only one."""

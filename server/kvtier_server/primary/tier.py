@@ -14,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_server.policies.base import CachePolicy, ChunkId
@@ -56,7 +57,7 @@ class PrimaryTier:
         self._on_removed = on_removed
         self._stamp = 0
         self._unsettled: deque[Sequence[Chunk]] = deque()
-        self._uses: deque[tuple[object, Sequence[Chunk], Sequence[int]]] = deque()
+        self._uses: deque[tuple[object, Sequence[Chunk | None], Sequence[int]]] = deque()
         self._draining: list[tuple[Slab, SizeClass, SizeClass]] = []
         self._next_review = 0
         self._unwritten: dict[int, int] = {}
@@ -67,8 +68,8 @@ class PrimaryTier:
         self._stamp += count
         return first
 
-    def use(self, user: object, chunks: Sequence[Chunk], stamps: Sequence[int]) -> None:
-        """Note that `user` used these chunks, at most once per chunk and user. Settled later."""
+    def use(self, user: object, chunks: Sequence[Chunk | None], stamps: Sequence[int]) -> None:
+        """Note that `user` used these chunks, at most once per chunk and user; None is passed over."""
         self._uses.append((user, chunks, stamps))
 
     def pin(self, chunks: Sequence[Chunk]) -> None:
@@ -107,35 +108,54 @@ class PrimaryTier:
             left -= len(unsettled)
         return left
 
-    def _settle_uses(self, user: object, chunks: Sequence[Chunk], stamps: Sequence[int]) -> None:
-        per_class: dict[SizeClass, dict[ChunkId, int]] = {}  # by id: a client may name a key twice
+    def _settle_uses(self, user: object, chunks: Sequence[Chunk | None], stamps: Sequence[int]) -> None:
+        # One dict per class, and by id: a client may name a key twice.
+        per_class: dict[SizeClass, dict[ChunkId, int]] = {}
+        last_class, used = None, {}
+        unwritten = self._unwritten
         for chunk, stamp in zip(chunks, stamps, strict=True):
-            if chunk.dropped:
+            if chunk is None or chunk.dropped:
                 continue
+            if chunk.size_class is not last_class:
+                last_class = chunk.size_class
+                used = per_class.setdefault(last_class, {})
             chunk.user = user
-            chunk.stamp = max(chunk.stamp, stamp)
-            per_class.setdefault(chunk.size_class, {}).setdefault(chunk.id, stamp)
-            self._unwritten[chunk.slot_id] = chunk.stamp
-        for size_class, used in per_class.items():
-            size_class.policy.touch(list(used), list(used.values()))
+            if stamp > chunk.stamp:  # noqa: PLR1730 a call of max() doubles the cost of this loop
+                chunk.stamp = stamp
+            used[chunk.id] = stamp
+            unwritten[chunk.slot_id] = stamp
+        for size_class, stamp_of in per_class.items():
+            size_class.policy.touch(list(stamp_of), list(stamp_of.values()))
 
     def _settle_pins(self, chunks: Sequence[Chunk]) -> None:
         changed: dict[SizeClass, tuple[list[ChunkId], list[ChunkId]]] = {}
+        last_class = None
+        to_pin: list[ChunkId] = []
+        to_unpin: list[ChunkId] = []
         for chunk in chunks:
             if chunk.ordered == (not chunk.pins) or chunk.dropped:
                 continue
+            if chunk.size_class is not last_class:
+                last_class = chunk.size_class
+                to_pin, to_unpin = changed.setdefault(last_class, ([], []))
             chunk.ordered = not chunk.pins
-            to_pin, to_unpin = changed.setdefault(chunk.size_class, ([], []))
             (to_unpin if chunk.ordered else to_pin).append(chunk.id)
-        for size_class, (to_pin, to_unpin) in changed.items():
-            size_class.policy.pin(to_pin)
-            size_class.policy.unpin(to_unpin)
+        for size_class, (pinned, unpinned) in changed.items():
+            if pinned:
+                size_class.policy.pin(pinned)
+            if unpinned:
+                size_class.policy.unpin(unpinned)
 
-    def write_recency(self) -> None:
+    def write_recency(self, max_items: int) -> None:
         """Write down uses since the last call: what a later daemon knows of the order of eviction."""
-        unwritten, self._unwritten = self._unwritten, {}
-        if unwritten:
-            self._table.write_recency(list(unwritten), list(unwritten.values()))
+        if len(self._unwritten) <= max_items:
+            slots, self._unwritten = self._unwritten, {}
+        else:
+            slots = dict(islice(self._unwritten.items(), max_items))
+            for slot_id in slots:
+                del self._unwritten[slot_id]
+        if slots:
+            self._table.write_recency(list(slots), list(slots.values()))
 
     @property
     def has_unsettled(self) -> bool:

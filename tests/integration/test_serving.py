@@ -1,0 +1,164 @@
+"""A daemon's life as its surroundings see it: health, pages, files, and how it stops."""
+
+from __future__ import annotations
+
+import json
+import signal
+import stat
+from pathlib import Path
+
+import grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tests.conftest import MakeEngine, StartDaemon
+from tests.daemon_process import DaemonProcess, wait_until
+from tests.raw_engine import RawEngine, refusal, to_key, to_keys
+
+from kvtier.v1 import offload_pb2 as pb
+
+SERVICES = {
+    "kvtier.v1.OffloadService",
+    "kvtier.v1.AdminService",
+    "kvtier.v1.TransferService",
+    "kvtier.v1.EventsService",
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1alpha.ServerReflection",
+}
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_health_is_told_for_the_server_and_for_its_services(daemon: DaemonProcess) -> None:
+    assert daemon.health("") == "SERVING"
+    assert daemon.health("kvtier.v1.OffloadService") == "SERVING"
+    assert daemon.health("no.such.Service") == "NOT_FOUND"
+
+
+def test_reflection_lists_the_services(daemon: DaemonProcess) -> None:
+    with daemon.channel() as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        reply = next(stub.ServerReflectionInfo(iter([asked]), timeout=10.0))
+    assert {service.name for service in reply.list_services_response.service} == SERVICES
+
+
+def test_reflection_describes_our_messages(daemon: DaemonProcess) -> None:
+    with daemon.channel() as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol="kvtier.v1.LookupRequest")
+        reply = next(stub.ServerReflectionInfo(iter([asked]), timeout=10.0))
+    assert reply.file_descriptor_response.file_descriptor_proto
+
+
+def test_the_pages_say_that_it_lives_and_serves(daemon: DaemonProcess) -> None:
+    assert daemon.page("/livez") == (200, "ok\n")
+    assert daemon.page("/readyz") == (200, "serving\n")
+    assert daemon.page("/no-such-page")[0] == 404
+    assert json.loads(daemon.page("/debug/status")[1])["boot_id"] == daemon.status().boot_id
+
+
+def test_metrics_count_what_engines_do(start_daemon: StartDaemon, make_engine: MakeEngine) -> None:
+    daemon = start_daemon()
+    engine = make_engine(daemon).attach()
+    engine.store(to_keys(range(3)))
+    engine.lookup(to_keys(range(5)))
+    for line in (
+        'kvtier_lookup_keys_total{result="hit"} 3.0',
+        'kvtier_lookup_keys_total{result="miss"} 2.0',
+        'kvtier_tier_chunks{tier="primary"} 3.0',
+        'kvtier_sessions{role="worker"} 1.0',
+        'kvtier_limit{name="limits.engines"} 64.0',
+    ):
+        wait_until(lambda line=line: line in daemon.page("/metrics")[1].splitlines(), line)
+    refusal(lambda: engine.prepare_load([to_key(9)]))
+    refused = 'kvtier_rpc_duration_seconds_count{code="FAILED_PRECONDITION",method="OffloadService/PrepareLoad"} 1.0'
+    assert refused in daemon.page("/metrics")[1].splitlines()
+
+
+def test_socket_and_pool_are_open_to_their_user_alone(daemon: DaemonProcess) -> None:
+    assert stat.S_ISSOCK(daemon.socket.stat().st_mode)
+    assert mode_of(daemon.socket) == 0o600
+    assert mode_of(daemon.socket.parent) == 0o700
+    assert mode_of(daemon.pool_directory) == 0o700
+    assert mode_of(daemon.pool_file) == 0o600
+
+
+def test_sigterm_stops_an_idle_daemon_with_0_and_tells_how_to_free_the_pool(
+    start_daemon: StartDaemon,
+) -> None:
+    daemon = start_daemon()
+    assert daemon.stop() == 0
+    assert f"kvtier pool remove --name {daemon.name}" in daemon.out_text()
+    assert daemon.pool_file.exists()
+    assert not daemon.socket.exists()
+
+
+def begin_to_drain(daemon: DaemonProcess, engine: RawEngine) -> pb.PrepareStoreResponse:
+    """Send SIGTERM while a store is going on; returns once the engine was told."""
+    granted = engine.prepare_store([to_key(1)])
+    daemon.signal(signal.SIGTERM)
+    assert engine.scheduler is not None
+    assert engine.scheduler.wait_for("draining").draining.deadline_ms == 10_000
+    return granted
+
+
+def test_a_draining_daemon_grants_nothing_new_and_ends_when_the_last_copy_has(
+    start_daemon: StartDaemon, make_engine: MakeEngine
+) -> None:
+    daemon = start_daemon()
+    engine = make_engine(daemon).attach()
+    engine.store([to_key(2)])
+    granted = begin_to_drain(daemon, engine)
+    assert daemon.health() == "NOT_SERVING"
+    assert daemon.health("kvtier.v1.OffloadService") == "NOT_SERVING"
+    assert daemon.page("/readyz") == (503, "draining\n")
+    assert daemon.page("/livez")[0] == 200
+    assert daemon.status().state == "draining"
+    for call in (
+        lambda: engine.lookup([to_key(2)], lease_id=engine.new_lease_id()),
+        lambda: engine.prepare_load([to_key(2)]),
+        lambda: engine.prepare_store([to_key(3)]),
+        make_engine(daemon).attach_scheduler,
+    ):
+        failed = refusal(call)
+        assert (failed.code, failed.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+    engine.report_stores(granted.slot_ids, granted.generations, [to_key(1)])
+    assert daemon.wait() == 0
+    assert engine.scheduler is not None
+    assert engine.scheduler.wait_for_end() is grpc.StatusCode.OK
+
+
+def test_a_copy_that_does_not_end_holds_up_the_stop_only_so_long(
+    start_daemon: StartDaemon, make_engine: MakeEngine
+) -> None:
+    daemon = start_daemon(config='[drain]\ncopies = "100ms"\n')
+    engine = make_engine(daemon).attach()
+    engine.prepare_store([to_key(1)])
+    assert daemon.stop() == 0
+    assert '"left_copies": 1' in daemon.log_text()
+
+
+def test_a_second_sigterm_stops_at_once(start_daemon: StartDaemon, make_engine: MakeEngine) -> None:
+    daemon = start_daemon()
+    begin_to_drain(daemon, make_engine(daemon).attach())
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait(timeout_s=5.0) == 0
+    assert "stopped_at_once" in daemon.log_text()
+    assert not daemon.socket.exists()
+
+
+def test_a_daemon_starts_again_over_what_a_killed_one_left(
+    start_daemon: StartDaemon, make_engine: MakeEngine
+) -> None:
+    daemon = start_daemon()
+    make_engine(daemon).attach().store([to_key(1)])
+    boot_id = daemon.status().boot_id
+    daemon.kill()
+    assert daemon.socket.exists()
+    daemon.restart()
+    assert daemon.status().boot_id != boot_id
+    assert "kept from an earlier daemon" in daemon.out_text()
+    make_engine(daemon).attach().store([to_key(1)])
+    daemon.restart("--fresh")
+    assert "new, policy lru" in daemon.out_text()
