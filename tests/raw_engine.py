@@ -90,7 +90,7 @@ class Failure:
     """Plain text trailers: kvtier-reason, kvtier-boot-id."""
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """Read what a failed call raised."""
     assert isinstance(error, grpc.Call), error
     info, retry_seconds = ErrorInfo(), None

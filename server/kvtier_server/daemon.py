@@ -182,6 +182,7 @@ class Daemon:
             self._sessions,
             self.snapshot,
         )
+        self._metrics.publish(self.snapshot())  # the first scrape may come before the first tick
         http = self._start_http()
         self._backing = Backing(
             self._pool,
@@ -355,9 +356,10 @@ class Daemon:
         log.info("draining", copies=self._running_copies())
         while self._running_copies() and time.monotonic() < deadline:  # noqa: ASYNC110 the core is asked
             await asyncio.sleep(TICK_S)
+        left_copies = self._running_copies()  # asked before the sessions end, and their leases with them
         self._sessions.end_all()
         await server.stop(grace=1.0)
-        log.info("stopped", left_copies=self._running_copies())
+        log.info("stopped", left_copies=left_copies)
         print(  # noqa: T201 the person who stopped it should know where the memory went
             f"kvtier stopped. The pool keeps its memory for the next start; to free it: kvtier pool remove "
             f"--name {self._config.server.name}",

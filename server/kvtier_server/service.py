@@ -190,8 +190,7 @@ class OffloadService:
                 statuses += self._take_store_report(session, stored, first)
                 taken += min(len(stored.slot_ids) - first, REPORT_SLICE_ITEMS)
             reply.store_reports.append(_result(statuses))
-            if stored.seconds > 0:
-                self._metrics.observe_transfer("store", "shm", stored.bytes, stored.seconds)
+            self._observe_copies("store", stored.bytes, stored.seconds)
         for loaded in message.load_reports:
             reply.load_reports.append(_wire(self._take_load_report(session, loaded)))
         for returned in message.credit_returns:
@@ -221,9 +220,13 @@ class OffloadService:
         torn = len(report.torn_slot_ids)
         completions = self._core.completions
         status = completions.report_load(session, report.lease_id, torn, mismatches, self._clock())
-        if report.seconds > 0:
-            self._metrics.observe_transfer("load", "shm", report.bytes, report.seconds)
+        self._observe_copies("load", report.bytes, report.seconds)
         return status
+
+    def _observe_copies(self, direction: str, num_bytes: int, seconds: float) -> None:
+        # Figures from outside: one infinity would stay in the metrics' sums for good.
+        if 0 < seconds <= MAX_COPY_S and num_bytes <= self._core.books.primary.slabs.pool_bytes:
+            self._metrics.observe_transfer(direction, "shm", num_bytes, seconds)
 
     def renew_leases(self, message: pb.RenewLeasesRequest) -> pb.RenewLeasesResponse:
         """Extend lookup leases."""

@@ -6,6 +6,7 @@ a reply of another boot. What the daemon itself promises is tested against the r
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -182,3 +183,8 @@ class Peer(offload_pb2_grpc.OffloadServiceServicer):
         return self._answer(
             "Reset", request, context, pb.ResetResponse(boot_id=self.boot_id, epoch=self.epoch)
         )
+
+
+if __name__ == "__main__":  # a peer of its own process, which a test can stop
+    with Peer(Path(sys.argv[1]), Path(sys.argv[2])):
+        sys.stdin.read()

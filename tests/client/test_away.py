@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from kvtier_client import (
     StoreVerdict,
 )
 
+from . import scripted_peer
 from .builders import KEYS, Notes, make_client, wait_until
 from .scripted_peer import Context, Peer
 
@@ -173,6 +177,44 @@ def test_three_missed_deadlines_open_the_breaker_and_only_an_answered_probe_clos
         assert client.lookup(ReqContext("r2"), KEYS).reason == ""
         assert client.stats.snapshot()["breaker_opens"] == 1
         client.close()
+
+
+@pytest.mark.parametrize("num_keys", [1, 2048, 8192])
+def test_a_stopped_daemon_costs_three_deadlines_however_much_is_asked(directory: Path, num_keys: int) -> None:
+    # More than the socket buffers hold: a message that waits there must not hold the call past its deadline.
+    keys = [number.to_bytes(32) + bytes(4) for number in range(num_keys)]
+    with peer_process(directory) as process:
+        client = make_client(f"unix://{directory}/s", options=ClientOptions(prepare_deadline_ms=2000))
+        client.start()
+        assert client.wait_attached(LONG_S)
+        assert client.lookup(CTX, keys, timeout_s=LONG_S).reason == ""
+        process.send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        pending = [client.lookup_async(ReqContext(f"r{number}"), keys) for number in range(10)]
+        reasons = {client.lookup(ReqContext(f"s{number}"), keys).reason for number in range(10)}
+        assert {lookup.answer().reason for lookup in pending} == {"deadline"}
+        assert reasons == {"deadline", "breaker_open"}
+        assert time.monotonic() - started < LONG_S
+        process.send_signal(signal.SIGCONT)
+        wait_until(lambda: client.ready, "the daemon goes on and is asked again")
+        assert client.lookup(CTX, keys, timeout_s=LONG_S).reason == ""
+        client.close()
+
+
+@contextmanager
+def peer_process(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a peer in a process of its own."""
+    script = Path(scripted_peer.__file__)
+    with subprocess.Popen(
+        [sys.executable, str(script), str(directory / "s"), str(directory / "pool")],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.communicate()
 
 
 def test_a_deadline_shorter_than_the_usual_one_does_not_open_the_breaker(directory: Path) -> None:

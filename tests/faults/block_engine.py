@@ -36,7 +36,6 @@ from kvtier_ops import faults
 from kvtier_ops.host import Bytes, HostTensors
 from kvtier_ops.layout import GroupLayout, TensorLayout
 from kvtier_ops.namespace import GroupFacts, NamespaceFacts
-from kvtier_ops.pool import MappedPool
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,11 +46,21 @@ BLOCKS_PER_CHUNK = 2
 TOKENS_PER_BLOCK = 4
 CHUNK_TOKENS = BLOCKS_PER_CHUNK * TOKENS_PER_BLOCK
 PART_BYTES = LAYERS * BLOCKS_PER_CHUNK * PAGE_BYTES
-NUM_BLOCKS = 2 * 512
+NUM_BLOCKS = 1024
+UNWRITTEN = 0xEE
+"""What blocks hold that nothing was written to."""
 STEP_CHUNKS = 4
 """Chunks that one step computes, as a chunked prefill does."""
 PATIENCE_S = 10.0
 """Longest wait of a command for what must come; far above what anything here takes."""
+
+PATIENT_OPTIONS = {
+    "lookup_deadline_ms": 1000,
+    "prepare_deadline_ms": 1000,
+    "reconnect_min_ms": 20,
+    "reconnect_max_ms": 100,
+}
+"""Tests whose subject is not a deadline should not miss one on a busy machine."""
 
 LAYOUT = GroupLayout(tuple(TensorLayout(f"layer.{n}", PAGE_BYTES) for n in range(LAYERS)), BLOCKS_PER_CHUNK)
 
@@ -98,7 +107,7 @@ class Device:
     def allocate(self, num_chunks: int) -> list[int]:
         """Take blocks; what was in them is gone."""
         blocks = [self._free.pop() for _ in range(num_chunks * BLOCKS_PER_CHUNK)]
-        self.pages[:, blocks] = 0xEE
+        self.pages[:, blocks] = UNWRITTEN
         return blocks
 
     def free(self, blocks: Sequence[int]) -> None:
@@ -120,6 +129,22 @@ class Device:
         address = ctypes.c_void_p(layer.ctypes.data)
         if libc.mprotect(address, ctypes.c_size_t(layer.nbytes), 0):  # PROT_NONE
             raise OSError(ctypes.get_errno(), "mprotect")
+
+
+class Heartbeat:
+    """Measures how long this process has not been given the processor when it wanted to run."""
+
+    PERIOD_S = 0.002
+
+    def __init__(self) -> None:
+        self.worst_s = 0.0
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            started = time.monotonic()
+            time.sleep(self.PERIOD_S)
+            self.worst_s = max(self.worst_s, time.monotonic() - started - self.PERIOD_S)
 
 
 class ErrorRecords(logging.Handler):
@@ -144,8 +169,9 @@ class Engine:
         self._results: dict[JobId, JobResult] = {}
         self._direct_jobs = iter(range(1 << 40, 1 << 41))
         self._traffic: Traffic | None = None
-        self._kept_pool: MappedPool | None = None
+        self._kept_data: Bytes | None = None
         self._errors = ErrorRecords()
+        self._heartbeat = Heartbeat()
         self.slowest_s: Counter[str] = Counter()
         logging.getLogger().addHandler(self._errors)
 
@@ -165,7 +191,7 @@ class Engine:
         """Begin to attach."""
         self._weights = weights
         nonce = random.SystemRandom().getrandbits(63) + 1
-        given = {"reconnect_min_ms": 20, "reconnect_max_ms": 100, **(options or {})}
+        given = {**PATIENT_OPTIONS, **(options or {})}
         chosen = ClientOptions(**given)  # type: ignore[arg-type]
         namespace = facts(weights_id)
 
@@ -217,12 +243,13 @@ class Engine:
         return {"session_id": session.session_id, "boot_id": session.boot_id, "epoch": str(session.epoch)}
 
     def report(self) -> dict[str, Any]:
-        """Counters of both clients, logged errors, and the longest time of each call."""
+        """Counters of both clients, logged errors, the longest time of each call, and of waiting to run."""
         return {
             "scheduler": self._ask.stats.snapshot(),
             "worker": self._copy.stats.snapshot(),
             "errors": self._errors.texts,
             "slowest_s": dict(self.slowest_s),
+            "starved_s": self._heartbeat.worst_s,
         }
 
     def close(self) -> None:
@@ -393,6 +420,18 @@ class Engine:
         grant = self._ask.prepare_store(ReqContext(req), [key_of(name) for name in names])
         return {"slot_ids": list(grant.slot_ids), "reason": grant.reason}
 
+    def look(self, req: str, names: list[str]) -> str:
+        """Ask for a leased Lookup and keep what it grants; returns why it was not answered, if so."""
+        return self._ask.lookup(ReqContext(req), [key_of(name) for name in names]).reason
+
+    def pin(self, req: str, names: list[str]) -> bool:
+        """Pin chunks with PrepareLoad and never load them; tells whether they were granted."""
+        return self._ask.prepare_load(ReqContext(req), [key_of(name) for name in names]) is not None
+
+    def held_credits(self) -> int:
+        """Credits that the scheduler has at hand."""
+        return self._scheduler._credits.held(0)
+
     def hits(self, names: list[str]) -> list[str]:
         """Names of the chunks that the daemon has now."""
         answer = self._ask.lookup(ReqContext("look"), [key_of(name) for name in names], lease=False)
@@ -403,7 +442,8 @@ class Engine:
     def read(self, names: list[str], req: str = "read") -> dict[str, Any]:
         """Load with PrepareLoad every chunk that the daemon has, and check its bytes."""
         found = self.hits(names)
-        answer: dict[str, Any] = {"loaded": [], "failed": [], "wrong": [], "right_in_memory": []}
+        fields = ("loaded", "failed", "wrong", "right_in_memory", "untouched")
+        answer: dict[str, Any] = {field: [] for field in fields}
         for first in range(0, len(found), 32):
             some = found[first : first + 32]
             for field, values in self._read_some(req, some).items():
@@ -457,15 +497,16 @@ class Engine:
     # The mapping
 
     def keep_pool(self) -> None:
-        """Hold on to the mapping of today."""
+        """Hold on to the mapping of today, as a running copy does."""
         session = self._copy.session
         assert session is not None, "away"
-        self._kept_pool = session.pool
+        assert session.pool is not None, "a worker maps the pool"
+        self._kept_data = session.pool.data
 
     def touch_pool(self) -> int:
         """Read and write every byte of the mapping that was kept, changing none. Returns how many."""
-        assert self._kept_pool is not None, "no mapping was kept"
-        data = self._kept_pool.data
+        data = self._kept_data
+        assert data is not None, "no mapping was kept"
         np.bitwise_xor(data, 0, out=data)
         return len(data)
 
@@ -484,6 +525,11 @@ class Engine:
             "failed": failed,
             "wrong": [name for name in loaded if name not in right],
             "right_in_memory": sorted(right),
+            "untouched": [
+                name
+                for index, name in enumerate(names)
+                if (self._device.pages[:, _chunk(blocks, index)] == UNWRITTEN).all()
+            ],
         }
 
     def _result_of(self, job_id: JobId) -> JobResult:
@@ -509,16 +555,10 @@ class Engine:
             client.flush_and_wait(PATIENCE_S)
 
     def _timed(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        import faulthandler
-        faulthandler.dump_traceback_later(0.15 if name != "wait" else 9, file=open("/tmp/kv/faults/trace.txt","a"))
         started = time.monotonic()
-        d0=open("/proc/thread-self/schedstat").read().split()
         try:
             return call(*args, **kwargs)
         finally:
-            faulthandler.cancel_dump_traceback_later()
-            if time.monotonic()-started > .1 and name!="wait":
-                open("/tmp/kv/faults/trace.txt","a").write(f"{name} {time.monotonic()-started} {d0} {open('/proc/thread-self/schedstat').read()}")
             self.slowest_s[name] = max(self.slowest_s[name], time.monotonic() - started)  # type: ignore[assignment]
 
 

@@ -160,7 +160,8 @@ def held(daemon: DaemonProcess) -> dict[str, int]:
         "quarantined": pool.quarantined_slots,
         "pinned": pool.pinned_chunks,
         "leases": sum(lease.count for lease in status.leases),
-        "credits": sum(session.credits for session in status.sessions),
+        # Both sessions of an engine show what the engine holds.
+        "credits": sum(session.credits for session in status.sessions if session.role == "scheduler"),
         "sessions": len(status.sessions),
         "owner_locks": len(list(owners.iterdir())) if owners.exists() else 0,
     }
@@ -181,11 +182,16 @@ def lease_count(daemon: DaemonProcess, kind: str) -> int:
     return sum(lease.count for lease in daemon.status().leases if lease.kind == kind)
 
 
-def check_published_chunks(pool_file: Path, weights: str = "") -> int:
-    """Check every published slot of a pool: checksum, and bytes as its key says. Returns how many there are."""
+def open_pool(pool_file: Path) -> MappedPool:
+    """Map a pool, whichever it is, to look at it."""
     with pool_file.open("rb") as file:
         header = read_header(file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size)
-    pool = MappedPool.open(pool_file, header.pool_id)
+    return MappedPool.open(pool_file, header.pool_id)
+
+
+def check_published_chunks(pool_file: Path, weights: str = "") -> int:
+    """Check every published slot of a pool: checksum, and bytes as its key says. Returns how many there are."""
+    pool = open_pool(pool_file)
     count = 0
     try:
         for slot_id in range(pool.data_bytes // SLOT_UNIT_BYTES):

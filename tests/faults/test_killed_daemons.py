@@ -30,11 +30,19 @@ DEADLINES_S = {
 """What each call of an engine may take: the client's deadlines, or the shortest of them where it waits for
 nothing at all."""
 
+IMPATIENT = {"lookup_deadline_ms": 50, "prepare_deadline_ms": 100}
+"""What engines have that are not told otherwise."""
+
 
 def assert_calls_came_back(report: dict[str, Any]) -> None:
     """Every call was back within five times its deadline, and the client logged no error."""
-    late = {name: took for name, took in report["slowest_s"].items() if took > 5 * DEADLINES_S.get(name, 2)}
-    assert late == {}
+    slack_s = 2 * report["starved_s"]  # the machine's doing, not a call's
+    late = {
+        name: took
+        for name, took in report["slowest_s"].items()
+        if name in DEADLINES_S and took > 5 * DEADLINES_S[name] + slack_s
+    }
+    assert late == {}, report
     assert report["errors"] == []
 
 
@@ -67,7 +75,7 @@ def test_r2_a_daemon_killed_under_load_costs_an_engine_misses_and_nothing_else(
 ) -> None:
     """R2: SIGKILL the daemon under load; the engine is attached again each time, and its output is right."""
     daemon = start_daemon()
-    engine = start_engine().attach(daemon)
+    engine = start_engine().attach(daemon, options=IMPATIENT)
     start_traffic(engine, seed=2)
     for _ in repeats(10, 50):
         boot_id = engine.ask("session")["boot_id"]
@@ -191,7 +199,7 @@ def test_g1_sigterm_under_load_ends_well_and_nobody_sees_an_internal_error(
 ) -> None:
     """G1: SIGTERM while two engines work; exit code 0 and no INTERNAL."""
     daemon = start_daemon()
-    engines = [start_engine().attach(daemon), start_engine().attach(daemon)]
+    engines = [start_engine().attach(daemon, options=IMPATIENT) for _ in range(2)]
     for seed, engine in enumerate(engines):
         start_traffic(engine, seed)
     for _ in repeats(5, 20):
@@ -206,7 +214,8 @@ def test_g1_sigterm_under_load_ends_well_and_nobody_sees_an_internal_error(
         # The client logs an error for INTERNAL, and for whatever else is a bug of one of the two.
         assert_calls_came_back(engine.ask("report"))
         engine.close()
-    assert "Traceback" not in daemon.log_text()
+    log_text = daemon.log_text()
+    assert "Traceback" not in log_text, log_text
     wait_nothing_held(daemon)
 
 

@@ -286,7 +286,7 @@ def test_a_reset_hides_what_was_stored_from_its_engine_alone(
 def test_calls_beyond_the_limit_at_once_are_refused_and_the_daemon_goes_on(
     start_daemon: StartDaemon, make_engine: MakeEngine
 ) -> None:
-    """Calls that are answered at once do not overlap in the daemon; those that fail do, for a moment."""
+    """Short calls do not overlap in the daemon; long ones do, and those that fail, for a moment."""
     engine = make_engine(start_daemon(config="[limits]\nunary_calls = 1\n")).attach()
     wrong = pb.LookupRequest(session_id="none", keys=[to_key(1)])
 

@@ -71,7 +71,7 @@ def test_a_pool_that_was_refused_leaves_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("policy", "hint"),
     [
-        ("lrU2", "did you mean 'lru'?"),
+        ("lrU2", '("lru", "arc")'),
         ("no_such_package.policies:Mine", "importing 'no_such_package.policies' failed"),
         ("pathlib:Path", "is not a CachePolicy"),
     ],

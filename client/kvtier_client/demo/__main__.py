@@ -23,7 +23,7 @@ from types import FrameType
 from kvtier_client.demo import report
 from kvtier_client.demo.daemon import Daemon, DaemonFailed
 from kvtier_client.demo.engine_process import EngineEnded
-from kvtier_client.demo.scenario import Scenario, Settings
+from kvtier_client.demo.scenario import QUICK, Scenario, Settings
 from kvtier_client.demo.text import load_text
 
 DESCRIPTION = """\
@@ -49,9 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGINT, _end_once)
     signal.signal(signal.SIGTERM, _end_once)
-    make = Settings.quick if options.quick else Settings
     settings = replace(
-        make(),
+        QUICK if options.quick else Settings(),
         sliding_window=options.sliding_window,
         seed=options.seed,
         blocks_per_chunk=options.blocks_per_chunk,

@@ -206,9 +206,7 @@ def group_layouts(cache: DeviceCache, blocks_per_chunk: int) -> list[GroupLayout
     ]
 
 
-def namespace_facts(
-    model: ModelConfig, cache: DeviceCache, layouts: Sequence[GroupLayout]
-) -> NamespaceFacts:
+def namespace_facts(model: ModelConfig, cache: DeviceCache, layouts: Sequence[GroupLayout]) -> NamespaceFacts:
     """Say what must be equal for one engine to use what another one stored.
 
     The weights follow from the configuration and its seed, so their digest stands for them. Whatever else

@@ -62,7 +62,7 @@ class Daemon:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
-                self.status()
+                self._ask()
                 return self
             except grpc.RpcError:
                 code = self._process.poll()
@@ -74,7 +74,13 @@ class Daemon:
                 time.sleep(POLL_S)
 
     def status(self) -> admin_pb2.GetStatusResponse:
-        """Ask for its status, over a channel of its own. Raises grpc.RpcError."""
+        """Ask for its status. Raises DaemonFailed."""
+        try:
+            return self._ask()
+        except grpc.RpcError as error:
+            raise DaemonFailed(f"the daemon does not tell its status: {error};{self._log_tail()}") from None
+
+    def _ask(self) -> admin_pb2.GetStatusResponse:
         options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
         with grpc.insecure_channel(self.address, options=options) as channel:
             stub = admin_pb2_grpc.AdminServiceStub(channel)

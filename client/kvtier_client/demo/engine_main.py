@@ -6,20 +6,21 @@ the end of stdin is the end.
 
 from __future__ import annotations
 
-import cProfile
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from kvtier_client.demo.adapter import KvtierOffload
 from kvtier_client.demo.chat import ChatConfig, Conversation, run_turn
 from kvtier_client.demo.engine import Engine, RequestResult
 from kvtier_client.demo.engine_process import Answer, ChatSpec, EngineSpec, EngineState
 from kvtier_client.demo.model import Model, ModelConfig
+from kvtier_client.options import ClientOptions
+
+OPTIONS = ClientOptions(lookup_deadline_ms=250)
+"""Daemon, engine and whatever else runs share two cores here: 50 ms may pass before the daemon gets one."""
 
 
 def main(spec_json: str) -> None:
@@ -39,18 +40,17 @@ def main(spec_json: str) -> None:
             cache,
             blocks_per_chunk=spec.blocks_per_chunk,
             verify_loads=spec.verify_loads,
+            options=OPTIONS,
         )
         offload.wait_ready(spec.wait_ready_s)
     engine = Engine(model, cache, offload=offload)
-    profile = cProfile.Profile()
     tokens_per_chunk = spec.blocks_per_chunk * cache.tokens_per_block
     conversations = _conversations(spec.chat)
     say(state=asdict(state_of(offload)))
     for line in sys.stdin:
         match json.loads(line)["do"]:
             case "turn":
-                turn = run_turn(engine, conversations)
-                for result in _profiled(profile, turn) if spec.profile else turn:
+                for result in run_turn(engine, conversations):
                     say(answer=asdict(_answer(result, tokens_per_chunk)))
                 engine.check_integrity()
                 say(turn="done")
@@ -58,8 +58,6 @@ def main(spec_json: str) -> None:
                 say(state=asdict(state_of(offload)))
             case other:
                 raise ValueError(f"unknown command {other!r}; there are turn and state")
-    if spec.profile:
-        profile.dump_stats(spec.profile)
     if offload is not None:
         offload.close()
 
@@ -96,12 +94,6 @@ def _answer(result: RequestResult, tokens_per_chunk: int) -> Answer:
         failed_loads=result.failed_loads,
         first_token_s=result.first_token_s,
     )
-
-
-def _profiled(profile: cProfile.Profile, results: Iterator[RequestResult]) -> Iterator[RequestResult]:
-    following: Callable[..., Any] = next
-    while (result := profile.runcall(following, results, None)) is not None:
-        yield result
 
 
 if __name__ == "__main__":

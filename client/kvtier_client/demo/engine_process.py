@@ -55,8 +55,6 @@ class EngineSpec:
     verify_loads: Literal["always", "sampled", "off"] = "always"
     wait_ready_s: float = 10.0
     """How long it waits for the daemon before its first request; it starts in any case."""
-    profile: str = ""
-    """File for the profile of the engine's thread (pstats); empty = none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +139,12 @@ class EngineProcess:
         self._send({"do": "state"})
         return _state(self._receive())
 
-    def wait_ended(self, timeout_s: float) -> int:
-        """Wait for the end of a process that is to end by itself; return its exit code (-9: killed)."""
-        return self._process.wait(timeout_s)
+    def wait_ended(self, timeout_s: float) -> int | None:
+        """Wait for an end that comes by itself; return the exit code (-9: SIGKILL), None = it still runs."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
 
     def kill(self) -> None:
         """End it without a chance to do anything (SIGKILL)."""

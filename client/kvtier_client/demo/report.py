@@ -16,7 +16,7 @@ HEADINGS = (
 LEGEND = """\
 device tok  prompt tokens that were still in the engine's own cache
 hit rate    loaded tokens / tokens in full chunks that were not in its own cache
-GB/s        how fast loads were copied and verified, per copy thread
+GB/s        how fast loads were copied and verified
 ttft        time to the first token, waiting for the other conversations of the turn included"""
 
 

@@ -1,4 +1,4 @@
-"""The text the chats are cut from: a file of the person's, the project's README, or the package's own words."""
+"""The text the chats are cut from: a given file, the project's README, or the docstrings of this package."""
 
 from __future__ import annotations
 

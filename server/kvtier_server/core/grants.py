@@ -151,6 +151,10 @@ class Grants:
         instance = lease.instance
         space = instance.space
         verdicts = self._verdicts(space, request, keys)
+        if StoreVerdict.RESIDENT in verdicts:
+            # What is said to be there must not make room for the rest of this very call.
+            resident = [space.chunks[key] for key in keys if key in space.chunks]
+            self._books.primary.keep_for(request, resident)
         answer = StoreAnswer(verdicts, [], [], [], [])
         for group, (first, end) in enumerate(ranges):
             size_class = instance.namespace.classes[group]

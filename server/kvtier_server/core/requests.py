@@ -89,6 +89,12 @@ class Requests:
                 if self._num_keys <= self._max_keys // 2:
                     break
 
+    def forget_keys(self) -> None:
+        """Drop the remembered keys of all requests: from now on they name other chunks."""
+        for request in self._requests.values():
+            request.forget_keys()
+        self._num_keys = 0
+
     def pop(self, request_id: str) -> Request | None:
         """Forget a request."""
         request = self._requests.pop(request_id, None)

@@ -251,6 +251,8 @@ class Core:
                 self.books.end_lease(lease)
         for reservation in self.books.reservations.of_instance(instance):
             reservation.failed = True
+        # A stamp belongs to one chunk: in the new space the same key is another one.
+        instance.requests.forget_keys()
         name = SpaceName(instance.namespace.digest, instance.tenant, epoch)
         instance.space = self.books.primary.spaces.get_or_add(name)
         return epoch

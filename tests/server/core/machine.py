@@ -8,7 +8,7 @@ goes on whatever the daemon says, until its lock is free; a reader looks at the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -67,12 +67,15 @@ class User:
     """Ranks that have not reported yet, by load lease."""
     grants: dict[int, list[Slot]] = field(default_factory=dict)
     """Granted slots that were not handed to workers, by lease."""
+    to_announce: list[Slot] = field(default_factory=list)
+    """Handed to workers, the scheduler has still to say so."""
 
     def forget(self) -> None:
         self.instance = None
         self.lookups.clear()
         self.loads.clear()
         self.grants.clear()
+        self.to_announce = []
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -131,6 +134,7 @@ class CoreMachine(RuleBasedStateMachine):
     def look_up(
         self, which: int, request: str, start: int, count: int, leased: bool, wait: bool
     ) -> None:
+        """Each key's status is what it must be, and what is leased is there."""
         if (user := self.user(which)) is None:
             return
         engine, keys = user.engine, self.keys(user, start, count)
@@ -154,8 +158,7 @@ class CoreMachine(RuleBasedStateMachine):
         if (user := self.user(which)) is None:
             return
         engine = user.engine
-        resident = self.rig.resident()
-        keys = [key for key in self.keys(user, start, count) if (engine.space, key) in resident]
+        keys = [key for space, key in self.rig.resident() if space == engine.space][start:][:count]
         if not keys:
             return
         lease = engine.new_lease_id()
@@ -165,13 +168,23 @@ class CoreMachine(RuleBasedStateMachine):
             return
         self.begin_load(user, lease, slots)
 
-    @rule(which=WHICH, take_all=st.booleans(), is_known=st.booleans(), early=st.booleans())
-    def start_load(self, which: int, take_all: bool, is_known: bool, early: bool) -> None:
+    @rule(
+        which=WHICH,
+        request=REQUESTS,
+        take_all=st.booleans(),
+        is_known=st.sampled_from([True, True, True, False]),
+        early=st.booleans(),
+    )
+    def start_load(self, which: int, request: str, take_all: bool, is_known: bool, early: bool) -> None:
         """Turn a lookup into a load; `early`: a rank's report overtakes the scheduler's word."""
         user = self.user(which)
-        if user is None or not user.lookups:
+        if user is None:
             return
         engine = user.engine
+        if not user.lookups:
+            self.look_up(which, request, 0, 5, leased=True, wait=False)
+        if not user.lookups:
+            return
         lookup = next(iter(user.lookups))
         slots = user.lookups.pop(lookup)
         lease = engine.new_lease_id()
@@ -189,10 +202,15 @@ class CoreMachine(RuleBasedStateMachine):
             self.load_jobs.extend(LoadJob(lease, rank, slot, engine.space) for slot in slots)
 
     @precondition(lambda self: self.load_jobs)
-    @rule(which=WHICH, verify=st.booleans())
-    def copy_out(self, which: int, verify: bool) -> None:
+    @rule(which=WHICH, verify=st.booleans(), whole=st.booleans())
+    def copy_out(self, which: int, verify: bool, whole: bool) -> None:
         """Take the next step of a load: the first half, or the rest and the second look."""
         job = self.load_jobs[which % len(self.load_jobs)]
+        self.read(job, verify)
+        if whole and job in self.load_jobs:
+            self.read(job, verify)
+
+    def read(self, job: LoadJob, verify: bool) -> None:
         user = next((u for u in self.users if job.lease in u.loads), None)
         engine = (user or self.users[0]).engine
         table, slot = self.rig.slots, job.slot
@@ -274,23 +292,24 @@ class CoreMachine(RuleBasedStateMachine):
         lease = engine.new_lease_id()
         slots = engine.credits(count, group=group % len(engine.namespace.groups), lease=lease)
         if slots:
-            group %= len(engine.namespace.groups)
+            keys = to_keys(range(count), group % len(engine.namespace.groups))
             user.grants[lease] = [
-                Slot(slot.slot_id, slot.generation, to_keys([40 + index], group)[0])
-                for index, slot in enumerate(slots)
+                replace(slot, key=key) for slot, key in zip(slots, keys[: len(slots)], strict=True)
             ]
 
-    @rule(which=WHICH, announce=st.sampled_from(["before", "never", "after"]), offset=STARTS)
-    def hand_out(self, which: int, announce: str, offset: int) -> None:
-        """Give the slots of a lease to the workers. Credits get their keys now."""
+    @rule(which=WHICH, announce=st.sampled_from(["before", "never", "later"]), request=REQUESTS)
+    def hand_out(self, which: int, announce: str, request: str) -> None:
+        """Give the slots of a lease to the workers; its credits have been given keys."""
         user = self.user(which)
         if user is None or not user.grants:
             return
         engine = user.engine
         lease = next(iter(user.grants))
         slots = user.grants.pop(lease)
-        if int.from_bytes(slots[0].key[4:8]) >= 0 and slots[0].key[4:6] == b"00" and announce != "never":
-            assert set(engine.announce(slots)) <= {ItemStatus.OK, *ItemStatus}
+        if announce == "before":
+            assert set(engine.announce(slots, request)) == {ItemStatus.OK}
+        elif announce == "later":
+            user.to_announce = slots
         for slot in slots:
             for part in range(engine.num_parts):
                 process = engine.processes[1 + part]
@@ -346,11 +365,12 @@ class CoreMachine(RuleBasedStateMachine):
             other = Slot(slot.slot_id, slot.generation - 1, slot.key)
             assert engine.report_store(job.part, other, job.cells) != ItemStatus.OK
             how = "ok"
-        is_ok = how == "ok" and not job.is_stale
-        if is_ok:
+        if how == "other key":
+            slot = replace(slot, key=slot.key[:-5] + b"x" + slot.key[-4:])
+        has_failed = how == "failed" or job.is_stale
+        if not has_failed:
             engine.note_written(slot, job.part, job.cells)
-        key = slot.key[:-5] + b"x" + slot.key[-4:] if how == "other key" else None
-        status = engine.report_store(job.part, slot, job.cells, failed=how == "failed" or job.is_stale, key=key)
+        status = engine.report_store(job.part, slot, job.cells, failed=has_failed)
         assert not (job.is_stale and status == ItemStatus.OK), "a slot went on while a part was still owed"
 
     @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
@@ -396,7 +416,7 @@ class CoreMachine(RuleBasedStateMachine):
         answer = engine.prepare_store(self.keys(user, 0, 3), lease=lease)
         assert StoreVerdict.GRANTED not in answer.verdicts, "a grant came after its release"
 
-    @rule(which=WHICH, kind=st.sampled_from(["finish", "renew", "touch"]), request=REQUESTS, start=STARTS)
+    @rule(which=WHICH, kind=st.sampled_from(["finish", "renew", "touch", "announce"]), request=REQUESTS, start=STARTS)
     def small_talk(self, which: int, kind: str, request: str, start: int) -> None:
         if (user := self.user(which)) is None:
             return
@@ -405,6 +425,9 @@ class CoreMachine(RuleBasedStateMachine):
                 user.engine.finish(request)
             case "renew":
                 user.engine.renew(*user.lookups)
+            case "announce":
+                user.engine.announce(user.to_announce, request)
+                user.to_announce = []
             case _:
                 user.engine.touch(self.keys(user, start, 4), request)
 
@@ -414,6 +437,7 @@ class CoreMachine(RuleBasedStateMachine):
             return
         engine = user.engine
         engine.reset(weights_id)
+        user.lookups.clear()
         if not weights_id:
             assert engine.hits(range(30)) == [], "a fresh epoch has chunks"
 

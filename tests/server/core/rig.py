@@ -472,16 +472,15 @@ class Engine:
         self.rig.slots.write(slot.slot_id + part * self.part_units(slot.key) + first, piece)
 
     def report_store(
-        self, rank: int, slot: Slot, cells: bytes, *, failed: bool = False, key: bytes | None = None
+        self, rank: int, slot: Slot, cells: bytes, *, failed: bool = False
     ) -> ItemStatus:
-        """Report one part, and note in the ledger what is readable once all are reported."""
-        key = slot.key if key is None else key
+        """Report one part of one slot."""
         (status,) = self.rig.core.completions.report_store(
             self.worker(rank),
             rank,
             [slot.slot_id],
             [slot.generation],
-            [key],
+            [slot.key],
             [checksum(cells)],
             {0} if failed else set(),
         )
