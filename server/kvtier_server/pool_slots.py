@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from kvtier_ops.faults import fault_point
 from kvtier_ops.pool import Pool
 
 log = structlog.get_logger("kvtier.pool")
@@ -65,6 +66,7 @@ class Backing:
         done = 0
         while done < total and not self._stop.is_set():
             piece = min(self._piece_bytes, total - done)
+            fault_point("backing.before_piece")
             try:
                 self._pool.back(done, piece)
             except OSError as error:
