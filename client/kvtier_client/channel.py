@@ -75,9 +75,9 @@ def open_channel(target: str) -> grpc.Channel:
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             # The environment of an engine often has a proxy, and none leads to a unix socket.
             ("grpc.enable_http_proxy", 0),
-            # No retry is configured, yet this is what makes deadlines hold: a call whose message is larger than
-            # this buffer (or any, with retries disabled) does not return at its deadline while the message
-            # waits in a full socket, that is, never when the daemon is stopped. Measured with grpcio 1.76.
+            # No retry is configured, yet this is what makes deadlines hold: a call whose message exceeds this
+            # buffer (or any, with retries disabled) does not return at its deadline while the message waits
+            # in a full socket, that is, never when the daemon is stopped. Measured with grpcio 1.76.
             ("grpc.per_rpc_retry_buffer_size", 2 * MAX_MESSAGE_BYTES),
             ("grpc.service_config_disable_resolution", 1),
             # Two clients of one process must not stall each other in one connection.

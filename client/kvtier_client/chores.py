@@ -47,6 +47,7 @@ class Chores:
         self._stats = stats
         self._renew_at = time.monotonic() + link.leases.ttl_s / 3
         self._probe_at: float | None = None
+        self._closed_at = 0.0
         self._pauses = pauses_s(options)
 
     def run(self) -> None:
@@ -67,14 +68,15 @@ class Chores:
         if self._gate.breaker.is_open:
             # None: it has just opened, and the first probe is to be planned.
             return 0.0 if self._probe_at is None else self._probe_at
-        retry_at = self._link.retry_at
-        return self._renew_at if retry_at is None else min(self._renew_at, retry_at)
+        return min(at for at in (self._renew_at, self._link.retry_at, self._link.flush_at) if at is not None)
 
     def _do_what_is_due(self) -> None:
         now = time.monotonic()
         if self._gate.breaker.is_open:
             if self._probe_at is None:
-                self._pauses = pauses_s(self._options)
+                # One that opens again at once is probed ever more seldom: each time costs a deadline.
+                if now - self._closed_at > self._options.reconnect_max_ms / 1000:
+                    self._pauses = pauses_s(self._options)
                 self._probe_at = now + next(self._pauses)
             elif now >= self._probe_at and not self._probe():
                 self._probe_at = time.monotonic() + next(self._pauses)
@@ -86,6 +88,8 @@ class Chores:
             self._renew_at = now + (third_s if self._renew() else retry_s)
         if self._link.retry_at is not None and now >= self._link.retry_at:
             self._sender.send(self._link)
+        if self._link.flush_at is not None and now >= self._link.flush_at:
+            self._sender.flush()
 
     def _probe(self) -> bool:
         """Ask the daemon something small; an answer in time closes the breaker."""
@@ -97,8 +101,9 @@ class Chores:
             # Told in the log already when the breaker opened; a daemon that is gone ends the stream.
             logger.debug("the probe failed: %s", read_failure(error).reason)
             return False
-        if self._gate.answered(self._link, described.boot_id):
+        if self._gate.answered(self._link, described.boot_id, "Describe"):
             self._gate.close_breaker()
+            self._closed_at = time.monotonic()
             logger.info("the daemon answers in time again")
             self._sender.send(self._link)
         return True
@@ -116,9 +121,9 @@ class Chores:
             try:
                 reply = link.stub.RenewLeases(request, timeout=self._options.prepare_deadline_ms / 1000)
             except (grpc.RpcError, ValueError) as error:
-                gate.failed(link, error)
+                gate.failed(link, error, "RenewLeases")
                 return False
-            if not gate.answered(link, reply.boot_id):
+            if not gate.answered(link, reply.boot_id, "RenewLeases"):
                 return False
             self._note_renewed(some, reply, sent_at)
         return True

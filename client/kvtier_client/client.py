@@ -62,7 +62,7 @@ class OffloadClient:
         self._gate = Gate(self._options, self.stats, listener or ClientListener())
         self._sender = CompletionSender(self._gate, self._options, self.stats)
         self._weights = Weights(self._gate, self.stats)
-        self._grants = GrantCalls(self._gate, self._options, self.stats, self.release)
+        self._grants = GrantCalls(self._gate, self._options, self.stats, self._give_back)
         self._lookup_deadline_s = self._options.lookup_deadline_ms / 1000
         self._prepare_deadline_s = self._options.prepare_deadline_ms / 1000
         # Half a lease id, so that two clients of one instance do not choose the same.
@@ -370,7 +370,7 @@ class OffloadClient:
             self._gate,
             link,
             self.stats,
-            self.release,
+            self._give_back,
             ctx,
             keys,
             # No tokens wanted is no lease; on the wire 0 would be no cap.
@@ -380,8 +380,13 @@ class OffloadClient:
             pending_wait_ms=pending_wait_ms,
         )
 
+    def _give_back(self, lease_id: int) -> None:
+        """End a lease that the engine will not hear of, also if it takes no step any more that flushes."""
+        self.release(lease_id)
+        self._sender.flush_soon()
+
     def _touched(self, link: Link, call: grpc.Future[offload_pb2.TouchResponse]) -> None:
         try:
-            self._gate.answered(link, call.result().boot_id)
+            self._gate.answered(link, call.result().boot_id, "Touch")
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            self._gate.failed(link, error)
+            self._gate.failed(link, error, "Touch")

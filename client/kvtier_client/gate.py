@@ -36,7 +36,7 @@ class Gate:
         self.listener = listener
         self.lock = Lock()
         self.changed = Condition(self.lock)
-        """The link, the breaker, `closing` or a link's `retry_at` changed."""
+        """The link, the breaker, `closing`, or when a link has something to send, changed."""
         self.flushed = Condition(self.lock)
         """A batch was answered or the link changed. Apart from `changed`: every step flushes, and the
         background thread need not wake for it."""
@@ -81,23 +81,23 @@ class Gate:
             return "breaker_open"
         return link
 
-    def answered(self, link: Link, boot_id: str) -> bool:
-        """Note an answer; False if the session is over, so that the answer grants nothing."""
+    def answered(self, link: Link, boot_id: str, call: str) -> bool:
+        """Note an answer to a kind of call; False if the session is over, so that it grants nothing."""
         if boot_id != link.boot_id:
             self.lose(link, f"the daemon was restarted (boot {boot_id})")
             return False
-        if not self.breaker.is_clean:
+        if not self.breaker.is_clean(call):
             with self.lock:
-                self.breaker.answered()
+                self.breaker.answered(call)
         return self.link is link
 
-    def failed(self, link: Link, error: Exception, *, counts: bool = True) -> RpcFailure:
+    def failed(self, link: Link, error: Exception, call: str, *, counts: bool = True) -> RpcFailure:
         """Note a failed call and say why it failed. `counts`: its deadline was one to judge the daemon by."""
         failure = read_failure(error)
         if failure.is_missed_deadline:
             self._stats.add("deadline_misses")
             if counts:
-                self._missed_deadline()
+                self._missed_deadline(call)
             return failure
         self._stats.add("refused_calls")
         if failure.is_our_bug and failure.reason not in self._logged:
@@ -108,7 +108,7 @@ class Gate:
                 failure.details,
             )
         if failure.boot_id:
-            self.answered(link, failure.boot_id)
+            self.answered(link, failure.boot_id, call)
         if failure.reason == "session_unknown":
             self.lose(link, "the daemon does not know the session any more")
         return failure
@@ -118,7 +118,7 @@ class Gate:
         with self.lock:
             self.link = link
             self.away_reason = ""
-            self.breaker.close()
+            self.breaker.reset()
             self.changed.notify_all()
 
     def lose(self, link: Link, reason: str) -> None:
@@ -153,9 +153,9 @@ class Gate:
             self._stats.add("listener_errors")
             logger.exception("the listener's %s failed", getattr(call, "__name__", call))
 
-    def _missed_deadline(self) -> None:
+    def _missed_deadline(self, call: str) -> None:
         with self.lock:
-            opened = self.breaker.missed()
+            opened = self.breaker.missed(call)
             if opened:
                 self.changed.notify_all()
         if opened:

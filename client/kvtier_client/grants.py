@@ -21,19 +21,19 @@ from kvtier_client.stats import ClientStats
 
 
 class GrantCalls:
-    """Asks through an open session, which the caller has entered. `release` queues the end of a lease."""
+    """Asks through an open session, which the caller has entered. `give_back` ends a lease."""
 
     def __init__(
         self,
         gate: Gate,
         options: ClientOptions,
         stats: ClientStats,
-        release: Callable[[int], None],
+        give_back: Callable[[int], None],
     ) -> None:
         self._gate = gate
         self._deadline_s = options.prepare_deadline_ms / 1000
         self._stats = stats
-        self._release = release
+        self._give_back = give_back
 
     def prepare_load(
         self, link: Link, ctx: ReqContext, keys: Sequence[bytes], lease_id: int
@@ -110,7 +110,7 @@ class GrantCalls:
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
             self._failed(link, error, lease_id)
         else:
-            if not self._gate.answered(link, reply.boot_id):
+            if not self._gate.answered(link, reply.boot_id, "Prepare"):
                 return
             slot_ids = [slot_id for grant in reply.credits for slot_id in grant.slot_ids]
             generations = [generation for grant in reply.credits for generation in grant.generations]
@@ -123,21 +123,21 @@ class GrantCalls:
 
     def _usable(self, link: Link, ctx: ReqContext, boot_id: str, lease_id: int) -> bool:
         """Note an answer; False if it grants nothing because the session or the epoch is over."""
-        if not self._gate.answered(link, boot_id):
+        if not self._gate.answered(link, boot_id, "Prepare"):
             return False
         with self._gate.lock:
             link.mark_seen(ctx)
             void = self._gate.resetting
         if void:
-            self._release(lease_id)
+            self._give_back(lease_id)
         return not void
 
     def _failed(self, link: Link, error: Exception, lease_id: int) -> str:
-        failure = self._gate.failed(link, error)
+        failure = self._gate.failed(link, error, "Prepare")
         if not failure.boot_id:
-            self._release(lease_id)  # it may have been granted, and the reply lost
+            self._give_back(lease_id)  # it may have been granted, and the reply lost
         return failure.reason
 
     def _contradicts(self, lease_id: int) -> None:
         self._stats.add("bad_replies")
-        self._release(lease_id)
+        self._give_back(lease_id)

@@ -41,6 +41,8 @@ class Link:
         """Whether the listener knows."""
         self.flush_wanted = False
         """Whether what waits in the buffer is to go out as soon as nothing is in flight."""
+        self.flush_at: float | None = None
+        """When the background thread flushes if nobody else has; monotonic."""
         self.retry_at: float | None = None
         """When the background thread sends a batch again that got no answer; monotonic."""
         self._options = options

@@ -24,16 +24,16 @@ _PENDING = offload_pb2.LOOKUP_STATUS_PENDING
 
 
 class LookupCall:
-    """A lookup on its way. `release` queues the end of a lease that the engine will not hear of."""
+    """A lookup on its way. `give_back` ends a lease that the engine will not hear of."""
 
     __slots__ = (
         "_ctx",
         "_epoch",
         "_gate",
+        "_give_back",
         "_lease_id",
         "_link",
         "_num_keys",
-        "_release",
         "_sent_at",
         "_stats",
         "request",
@@ -44,7 +44,7 @@ class LookupCall:
         gate: Gate,
         link: Link,
         stats: ClientStats,
-        release: Callable[[int], None],
+        give_back: Callable[[int], None],
         ctx: ReqContext,
         keys: Sequence[bytes],
         *,
@@ -56,7 +56,7 @@ class LookupCall:
         self._gate = gate
         self._link = link
         self._stats = stats
-        self._release = release
+        self._give_back = give_back
         self._ctx = ctx
         self._num_keys = len(keys)
         self._lease_id = lease_id
@@ -75,7 +75,7 @@ class LookupCall:
 
     def failed(self, error: Exception, *, counts: bool) -> LookupAnswer:
         """Read a failure."""
-        failure = self._gate.failed(self._link, error, counts=counts)
+        failure = self._gate.failed(self._link, error, "Lookup", counts=counts)
         if not failure.boot_id:
             # The daemon may have granted the lease and the reply was lost.
             self.abandon()
@@ -84,7 +84,7 @@ class LookupCall:
     def answered(self, reply: offload_pb2.LookupResponse) -> LookupAnswer:
         """Read a reply."""
         gate, link = self._gate, self._link
-        if not gate.answered(link, reply.boot_id):
+        if not gate.answered(link, reply.boot_id, "Lookup"):
             return LookupAnswer.missed(self._num_keys, "session_changed", reply.boot_id)
         # Slices of repeated fields cost a quarter less than list().
         statuses = reply.statuses[:]
@@ -124,7 +124,7 @@ class LookupCall:
     def abandon(self) -> None:
         """Give back the lease."""
         if self._lease_id:
-            self._release(self._lease_id)
+            self._give_back(self._lease_id)
 
 
 def _fits(runs: tuple[tuple[int, int], ...], reply: offload_pb2.LookupResponse, num_keys: int) -> bool:

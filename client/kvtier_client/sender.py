@@ -18,6 +18,9 @@ from kvtier_client.link import Link
 from kvtier_client.options import ClientOptions
 from kvtier_client.stats import ClientStats
 
+FLUSH_SOON_S = 1.0
+"""Far above a step: an engine at work has flushed by then, and only an idle one costs a call of its own."""
+
 _RETRIED = frozenset({"deadline", "unavailable", "draining", "cancelled", "limit_unary_calls"})
 """The daemon did not look at the batch, or nobody knows whether it did."""
 
@@ -53,10 +56,23 @@ class CompletionSender:
             return
         with gate.lock:
             link = gate.link
-            if link is None or link.buffer.empty:
+            if link is None:
+                return
+            link.flush_at = None
+            if link.buffer.empty:
                 return
             link.flush_wanted = True
         self.send(link)
+
+    def flush_soon(self) -> None:
+        """Have the background thread flush, unless somebody else does within FLUSH_SOON_S."""
+        gate = self._gate
+        if gate.forked:
+            return
+        with gate.lock:
+            if gate.link is not None and gate.link.flush_at is None:
+                gate.link.flush_at = time.monotonic() + FLUSH_SOON_S
+                gate.changed.notify_all()
 
     def wait_flushed(self, timeout_s: float) -> bool:
         """Flush, then wait until everything was answered; False when it was not, or there is no session."""
@@ -98,13 +114,13 @@ class CompletionSender:
         try:
             reply = call.result()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            failure = gate.failed(link, error)
+            failure = gate.failed(link, error, "Complete")
             if failure.reason in _RETRIED:
                 self._repeat_later(link, batch)
                 return
             self._stats.add("flush_dropped")
         else:
-            gate.answered(link, reply.boot_id)
+            gate.answered(link, reply.boot_id, "Complete")
             if not_ok := sum(status not in _FINE for status in _statuses(reply)):
                 self._stats.add("items_not_ok", not_ok)
         with gate.lock:

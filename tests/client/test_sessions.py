@@ -387,7 +387,7 @@ def test_more_keys_than_the_daemon_takes_are_not_sent(peer: Peer, attach: Attach
     assert client.lookup(CTX, KEYS).reason == "too_many_keys"
     assert client.lookup(CTX, KEYS[:3]).reason == ""
     client.touch(CTX, KEYS)
-    assert [len(r.keys) for r in peer.wait_asked("Touch", 2)] == [3, 1]
+    assert sorted(len(request.keys) for request in peer.wait_asked("Touch", 2)) == [1, 3]
     assert not client.lookup(CTX, []).statuses
 
 

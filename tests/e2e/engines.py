@@ -16,7 +16,6 @@ from kvtier_client.demo.chat import ChatConfig, Conversation, run_turn
 from kvtier_client.demo.engine import Engine, RequestResult
 from kvtier_client.demo.model import Model, ModelConfig
 from kvtier_client.options import ClientOptions
-from kvtier_client.worker import VerifyLoads
 
 from ..daemon_process import DaemonProcess, wait_until
 
@@ -69,10 +68,10 @@ class OffloadedEngine:
         window: int | None = None,
         seed: int = 0,
         blocks_per_chunk: int = 4,
-        verify_loads: VerifyLoads = "always",
+        num_blocks: int = NUM_BLOCKS,
     ) -> None:
         model = make_model(window, seed)
-        device_cache = model.make_cache(NUM_BLOCKS)
+        device_cache = model.make_cache(num_blocks)
         self.tokens_per_chunk = blocks_per_chunk * device_cache.tokens_per_block
         self.offload = KvtierOffload(
             address,
@@ -80,7 +79,6 @@ class OffloadedEngine:
             model.config,
             device_cache,
             blocks_per_chunk=blocks_per_chunk,
-            verify_loads=verify_loads,
             options=PATIENT,
         )
         self.engine = Engine(model, device_cache, offload=self.offload)
@@ -124,7 +122,7 @@ def attached_engine(
     window: int | None = None,
     seed: int = 0,
     blocks_per_chunk: int = 4,
-    verify_loads: VerifyLoads = "always",
+    num_blocks: int = NUM_BLOCKS,
 ) -> Iterator[OffloadedEngine]:
     """An engine that the daemon knows; afterwards its sessions are closed."""
     engine = OffloadedEngine(
@@ -133,7 +131,7 @@ def attached_engine(
         window=window,
         seed=seed,
         blocks_per_chunk=blocks_per_chunk,
-        verify_loads=verify_loads,
+        num_blocks=num_blocks,
     )
     try:
         wait_until(lambda: engine.offload.ready, f"{name} is attached")

@@ -78,3 +78,19 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not pools_of(demo.pid)
     assert not list(tmp_path.iterdir())
     assert not processes_in(tmp_path)
+
+
+def test_a_demo_that_fails_says_where_the_daemons_log_is(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*DEMO, "--quick", "--pool-bytes", "64TiB"],
+        env=child_environment(TMPDIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "does not fit" in done.stderr, "the daemon's own words"
+    (log,) = tmp_path.rglob("daemon.log")
+    assert f"the daemon's log is {log}" in done.stderr
+    assert "does not fit" in log.read_text()

@@ -9,12 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from kvtier_client.demo.engine import Engine
 from kvtier_ops import faults
 from kvtier_ops.header import HEADER_BYTES, read_header
 
 from ..conftest import StartDaemon
 from ..daemon_process import DaemonProcess, wait_until
-from .engines import TURNS, WINDOW, OffloadedEngine, attached_engine, expected, nothing_held, outputs
+from .engines import (
+    NUM_BLOCKS,
+    TEXT_FILE,
+    TURNS,
+    WINDOW,
+    OffloadedEngine,
+    attached_engine,
+    expected,
+    make_model,
+    nothing_held,
+    outputs,
+)
 
 
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
@@ -32,6 +44,41 @@ def test_a_second_engine_loads_what_the_first_one_stored(
         assert two.failed_loads == 0
     assert daemon.status().checksum_failures == 0
     wait_until(lambda: nothing_held(daemon), "the daemon is rid of both engines")
+
+
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
+def test_a_load_may_begin_inside_a_chunk(start_daemon: StartDaemon, window: int | None) -> None:
+    daemon = start_daemon(pool_bytes="64MiB")
+    prompt = list(TEXT_FILE.read_bytes()[:140])  # two chunks of four blocks, and a bit
+    with attached_engine(daemon, "one", window=window) as one:
+        one.engine.add_request("long", prompt, 8)
+        (stored,) = one.engine.run()
+    with attached_engine(daemon, "two", window=window) as two:
+        two.engine.add_request("short", prompt[:40], 8)
+        two.engine.run()
+        two.engine.add_request("long", prompt, 8)
+        (loaded,) = two.engine.run()
+    assert (loaded.device_tokens, loaded.loaded_tokens) == (32, 96)
+    assert loaded.output == stored.output
+
+
+def test_requests_that_lose_their_blocks_say_the_same_and_hold_nothing(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(pool_bytes="64MiB")
+    text = TEXT_FILE.read_bytes()
+    prompts = {"old": list(text[:60]), "young": list(text[100:160])}
+    model = make_model()
+    plain = Engine(model, model.make_cache(NUM_BLOCKS))
+    with attached_engine(daemon, "one", blocks_per_chunk=1, num_blocks=14) as one:
+        for engine in (plain, one.engine):
+            for name, prompt in prompts.items():
+                engine.add_request(name, prompt, 80)
+        results = one.engine.run()
+        one.engine.check_integrity()
+        assert sum(result.preemptions for result in results) > 0
+        assert outputs(results) == outputs(plain.run())
+        one.engine.add_request("again", prompts["old"], 8)
+        one.engine.run()
+        wait_until(lambda: daemon.status().tiers[0].pinned_chunks == 0, "no pin outlives its request")
 
 
 def test_two_engines_at_once_share_their_chunks_and_say_the_same(start_daemon: StartDaemon) -> None:

@@ -14,9 +14,7 @@ import hashlib
 import json
 import logging
 import mmap
-import os
 import random
-import signal
 import sys
 import threading
 import time
@@ -49,6 +47,8 @@ PART_BYTES = LAYERS * BLOCKS_PER_CHUNK * PAGE_BYTES
 NUM_BLOCKS = 1024
 UNWRITTEN = 0xEE
 """What blocks hold that nothing was written to."""
+READ_CHUNKS = 8
+"""Chunks that `read` pins at once: less than an engine's share of the smallest pools."""
 STEP_CHUNKS = 4
 """Chunks that one step computes, as a chunked prefill does."""
 PATIENCE_S = 10.0
@@ -224,12 +224,15 @@ class Engine:
         self._copy.start()
         self._started = True
 
-    def wait_ready(self, not_boot: str = "") -> dict[str, str]:
-        """Wait until leases would be granted, by a daemon with another boot id than `not_boot`."""
+    def wait_ready(self, not_boot: str = "", not_session: str = "") -> dict[str, str]:
+        """Wait until leases would be granted, by another boot and in another session than these."""
 
         def is_ready() -> bool:
             sessions = (self._ask.session, self._copy.session)
-            others = all(session is not None and session.boot_id != not_boot for session in sessions)
+            others = all(
+                session is not None and session.boot_id != not_boot and session.session_id != not_session
+                for session in sessions
+            )
             return others and self._ask.ready and self._copy.wait_attached(0)
 
         _wait_for(is_ready, f"attached and ready; away: {self._ask.away_reason!r}")
@@ -259,7 +262,7 @@ class Engine:
             self._copy.close()
             self._ask.close()
 
-    def arm(self, point: str, action: str, nth: int = 1, signal_to: int = 0) -> None:
+    def arm(self, point: str, action: str, nth: int = 1) -> None:
         """Do `action` (kill, stop, die_in_copy) when the point is passed for the nth time."""
         passes = 0
 
@@ -270,7 +273,7 @@ class Engine:
                 if action == "die_in_copy":
                     self._device.forbid_last_layer()
                 else:
-                    os.kill(signal_to or os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
+                    faults.parse_faults(f"{point}={action}")[point]()
 
         faults.arm(point, act)
 
@@ -444,10 +447,10 @@ class Engine:
         found = self.hits(names)
         fields = ("loaded", "failed", "wrong", "right_in_memory", "untouched")
         answer: dict[str, Any] = {field: [] for field in fields}
-        for first in range(0, len(found), 32):
-            some = found[first : first + 32]
-            for field, values in self._read_some(req, some).items():
+        for first in range(0, len(found), READ_CHUNKS):
+            for field, values in self._read_some(req, found[first : first + READ_CHUNKS]).items():
                 answer[field] += values
+            self._flush()
         self._ask.finish(req)
         self._flush()
         return answer

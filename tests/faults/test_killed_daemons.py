@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 
-from kvtier.v1 import admin_pb2
-from kvtier.v1 import offload_pb2 as pb
 from tests.conftest import StartDaemon
-from tests.daemon_process import WAIT_S, child_environment, wait_until
+from tests.daemon_process import child_environment, wait_until
 from tests.faults.block_engine import chunk_names
 from tests.faults.conftest import StartEngine, repeats
 from tests.faults.engine_process import EngineProcess, check_published_chunks, held, wait_nothing_held
-from tests.raw_engine import RawEngine, failure
 
 DEADLINES_S = {
     "add_request": 0.05,
@@ -118,38 +115,6 @@ def test_r3_a_restart_between_two_calls_is_seen_on_the_next_call(
     assert after["boot_id"] == daemon.status().boot_id
     assert engine.ask("run", req="again", names=names)["loaded"] == names
     assert engine.ask("report")["errors"] == []
-    engine.close()
-    wait_nothing_held(daemon)
-
-
-def test_r3_a_session_of_an_earlier_boot_is_refused_with_the_boot_that_refuses(
-    start_daemon: StartDaemon,
-) -> None:
-    """R3: no call and no lease of the earlier boot is accepted, and each refusal names the present one."""
-    daemon = start_daemon()
-    engine = RawEngine(daemon.address).attach()
-    key = bytes(20)
-    engine.store([key])
-    lease_id = engine.new_lease_id()
-    assert engine.lookup([key], lease_id=lease_id).statuses == [pb.LOOKUP_STATUS_HIT]
-    session_id, worker = engine.session_id, engine.workers[0]
-    old_boot = engine.sessions[0].attached.boot_id
-
-    daemon.restart()
-    boot_id = daemon.status().boot_id
-    assert boot_id != old_boot
-    engine.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=WAIT_S, wait_for_ready=True)
-    for call in (
-        lambda: engine.lookup([key]),
-        lambda: engine.prepare_load([key]),
-        lambda: engine.prepare_store([key]),
-        lambda: engine.complete(released_lease_ids=[lease_id]),
-        lambda: engine.complete(worker, load_reports=[pb.LoadReport(lease_id=lease_id)]),
-        lambda: engine.stub.RenewLeases(pb.RenewLeasesRequest(session_id=session_id, lease_ids=[lease_id])),
-    ):
-        refused = failure(call)
-        assert refused.reason == "SESSION_UNKNOWN"
-        assert refused.trailers["kvtier-boot-id"] == boot_id
     engine.close()
     wait_nothing_held(daemon)
 

@@ -38,15 +38,21 @@ def make_engine(start_engine: StartEngine, address: str) -> EngineProcess:
     return engine
 
 
-def call_in_vain(engine: EngineProcess, call: str) -> None:
-    """Make a call that asks for a lease, and whose reply does not come in time."""
+def send(engine: EngineProcess, call: str) -> None:
+    """Make a call that asks for a lease, and wait for nothing."""
     match call:
         case "lookup":
-            assert engine.ask("look", req="lost", names=STORED) == "deadline"
+            engine.tell("look", req="lost", names=STORED)
         case "prepare_load":
-            assert engine.ask("pin", req="lost", names=STORED) is False
+            engine.tell("pin", req="lost", names=STORED)
         case "prepare_store":
-            assert engine.ask("reserve", req="lost", names=NEW) == {"slot_ids": [], "reason": "deadline"}
+            engine.tell("reserve", req="lost", names=NEW)
+
+
+def assert_in_vain(engine: EngineProcess, call: str) -> None:
+    """The call came back to the engine without a lease."""
+    in_vain = {"lookup": "deadline", "prepare_load": False, "prepare_store": {"slot_ids": [], "reason": "deadline"}}
+    assert engine.answer() == in_vain[call]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -56,8 +62,9 @@ def test_r11_what_was_granted_in_a_lost_reply_is_given_back(
     """R11: the daemon granted, the reply came after the deadline; the client's release ends the lease."""
     engine = make_engine(start_engine, proxy.address)
     proxy.hold_replies()
-    call_in_vain(engine, call)
+    send(engine, call)
     wait_until(lambda: held(daemon)["leases"] > 0, "the daemon has granted")
+    assert_in_vain(engine, call)
     proxy.let_replies()
     wait_nothing_held(daemon, engines=1)
     engine.ask("wait_ready")
@@ -72,7 +79,7 @@ def test_r11_what_was_granted_in_a_lost_reply_ends_with_the_session(
     """R11: the engine dies before it could give back what it never knew it had."""
     engine = make_engine(start_engine, proxy.address)
     proxy.hold_replies()
-    call_in_vain(engine, call)
+    send(engine, call)
     wait_until(lambda: held(daemon)["leases"] > 0, "the daemon has granted")
     engine.kill()
     wait_nothing_held(daemon)
@@ -85,7 +92,8 @@ def test_r11_a_daemon_that_hangs_during_a_call_leaves_no_lease(
     """R11: SIGSTOP of the daemon; when it goes on, call and release reach it together."""
     engine = make_engine(start_engine, daemon.address)
     daemon.signal(signal.SIGSTOP)
-    call_in_vain(engine, call)
+    send(engine, call)
+    assert_in_vain(engine, call)
     daemon.signal(signal.SIGCONT)
     engine.ask("wait_ready")
     assert engine.ask("read", names=STORED)["loaded"] == STORED
@@ -98,10 +106,12 @@ def test_r11_credits_of_a_lost_reply_are_given_back(
     """R11: credits whose grant came too late are no credits of the engine's, and none of the daemon's."""
     engine = make_engine(start_engine, proxy.address)
     proxy.hold_replies()
-    assert engine.ask("begin", req="new", names=NEW) == {"num_hits": 0}  # and asks for credits
+    engine.tell("begin", req="new", names=NEW)  # looks up, and asks for credits
     wait_until(lambda: held(daemon)["credits"] > 0, "the daemon has granted")
+    assert engine.answer() == {"num_hits": 0}
     engine.ask("finish", req="new")
     wait_until(lambda: engine.ask("report")["scheduler"]["deadline_misses"] >= 2, "both calls were given up")
+    assert engine.ask("held_credits") == 0
     proxy.let_replies()
     engine.ask("wait_ready")
     wait_until(lambda: held(daemon)["credits"] == engine.ask("held_credits"), "both count the same credits")

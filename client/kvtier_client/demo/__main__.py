@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=options.seed,
         blocks_per_chunk=options.blocks_per_chunk,
     )
+    if options.pool_bytes is not None:
+        settings = replace(settings, pool_bytes=options.pool_bytes)
     try:
         text, text_name = load_text(options.text)
         if options.keep_logs is not None:
@@ -125,6 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--blocks-per-chunk", type=_positive, default=4, metavar="N", help="16 tokens each (default: 4)"
+    )
+    parser.add_argument(
+        "--pool-bytes",
+        metavar="SIZE",
+        help="of the daemon's pool in /dev/shm (default: 256MiB, quick: 48MiB)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the chats (default: 0)")
     parser.add_argument(

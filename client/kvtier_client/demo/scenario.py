@@ -48,8 +48,8 @@ class Settings:
     pool_bytes: str = "256MiB"
 
 
-QUICK = Settings(conversations=5, turns=3, num_blocks=96)
-"""Few requests; most of the time goes into starting the processes."""
+QUICK = Settings(conversations=5, turns=3, num_blocks=96, pool_bytes="48MiB")
+"""Few requests; most of the time goes into starting the processes. Fits the /dev/shm of a plain container."""
 
 
 @dataclass(slots=True)

@@ -49,7 +49,7 @@ class Completions:
             if isinstance(found, Reservation):
                 found.announced = True
                 found.request = found.request or request
-                self._books.reservations.name(found, key)
+                self._name(found, key)
                 found = ItemStatus.OK
             elif found is ItemStatus.ALREADY:
                 found = ItemStatus.OK  # the ranks were faster than the announcement
@@ -85,12 +85,16 @@ class Completions:
         statuses = []
         for slot_id, generation in zip(slot_ids, generations, strict=True):
             found = self._reservation(session.instance, slot_id, generation, None)
+            returned = ("returned", slot_id, generation)
             if isinstance(found, Reservation):
                 if found.announced or not found.untouched:
                     statuses.append(ItemStatus.UNKNOWN)  # it was handed out: its ranks will report
                     continue
                 self._conclude(found, ItemStatus.OK)
+                session.instance.remember_ended(returned, self._books.limits.max_remembered)
                 found = ItemStatus.OK
+            elif returned in session.instance.ended:
+                found = ItemStatus.ALREADY
             statuses.append(found)
         return statuses
 
@@ -130,11 +134,19 @@ class Completions:
         reservation.parts_left &= ~(1 << part)
         reservation.checksums[part] = checksum
         reservation.failed = reservation.failed or failed
-        self._books.reservations.name(reservation, key)
+        self._name(reservation, key)
         status = ItemStatus.EXPIRED if reservation.expired else ItemStatus.OK
         if not reservation.parts_left:
             self._conclude(reservation, status)
         return status
+
+    def _name(self, reservation: Reservation, key: bytes) -> None:
+        """Give a credit its key. One that cannot be in such a slot makes the store fail."""
+        namespace = reservation.instance.namespace
+        if reservation.key is None and not namespace.fits(key, reservation.size_class):
+            reservation.failed = True
+        else:
+            self._books.reservations.name(reservation, key)
 
     def _conclude(self, reservation: Reservation, status: ItemStatus) -> None:
         """End a reservation that nobody writes any more: as a chunk, or as a free slot."""

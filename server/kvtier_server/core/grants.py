@@ -71,6 +71,8 @@ class Grants:
             raise LeaseUnknown(f"lease {lease_id:#x} holds something else")
         if self._books.leases.is_buried(instance, lease_id):
             raise LeaseUnknown(f"lease {lease_id:#x} was released before it was granted")
+        if ("lease", lease_id) in instance.ended:
+            raise LeaseUnknown(f"lease {lease_id:#x} has ended; its ranks would not report again")
         found = list(map(instance.space.chunks.get, keys))
         missing = [key for key, chunk in zip(keys, found, strict=True) if chunk is None]
         if missing:
@@ -195,6 +197,12 @@ class Grants:
         )
         chunks, writers = space.chunks, space.writers
         verdicts = [resident if key in chunks else pending if key in writers else granted for key in keys]
+        if len(set(keys)) < len(keys):
+            seen: set[bytes] = set()
+            for index, key in enumerate(keys):
+                if key in seen and verdicts[index] == granted:
+                    verdicts[index] = pending  # by its first mention
+                seen.add(key)
         if self._books.filter.is_active:
             asked = [index for index, verdict in enumerate(verdicts) if verdict == granted]
             wanted = self._books.filter.offer(

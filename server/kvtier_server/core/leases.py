@@ -16,6 +16,10 @@ from kvtier_server.core.instances import Instance
 from kvtier_server.primary.index import Chunk
 
 
+STALE_ENTRIES = 1_024
+"""Entries of ended leases that the book of expiry keeps before it is cleared of them."""
+
+
 class LeaseKind(StrEnum):
     """What a lease holds: chunks to look at, chunks to load, slots to store into, slots for later."""
 
@@ -97,16 +101,24 @@ class LeaseBook:
         # The entry in the heap is found too early and put back by `expired`: no second one is needed.
 
     def _schedule(self, lease: Lease) -> None:
-        if lease.expires_ns is not None:
-            self._serial += 1
-            heapq.heappush(self._expiry, (lease.expires_ns, self._serial, lease))
+        if lease.expires_ns is None:
+            return
+        if len(self._expiry) > 2 * len(self._leases) + STALE_ENTRIES:
+            # Most leases end long before their time; their entries would stay until then.
+            self._expiry = [entry for entry in self._expiry if self._is_current(entry[2])]
+            heapq.heapify(self._expiry)
+        self._serial += 1
+        heapq.heappush(self._expiry, (lease.expires_ns, self._serial, lease))
+
+    def _is_current(self, lease: Lease) -> bool:
+        return self._leases.get((lease.instance.serial, lease.id)) is lease
 
     def expired(self, now_ns: int) -> list[Lease]:
         """Leases whose time is over; they are still in the book."""
         over = []
         while self._expiry and self._expiry[0][0] <= now_ns:
             _, _, lease = heapq.heappop(self._expiry)
-            if self._leases.get((lease.instance.serial, lease.id)) is not lease or lease.expires_ns is None:
+            if not self._is_current(lease) or lease.expires_ns is None:
                 continue
             if lease.expires_ns <= now_ns:
                 over.append(lease)

@@ -72,6 +72,8 @@ class Lookups:
         if not lease_id:
             self._books.note_use(instance, request, keys, found, ranges)
             return LookupAnswer(statuses, unwanted)
+        if not pending_wait_ns:
+            pending = set()  # nobody waits for them: they are holes like any other
         wanted = self._wanted_runs(instance, keys, found, pending, ranges, first_chunks, max_tokens)
         # What lies behind a hole is resident but of no use to this request.
         self._books.note_use(instance, request, keys, found, ranges, wanted)
@@ -207,7 +209,7 @@ class Lookups:
         request.lookup_leases.add(lease_id)
         self._books.leases.add(lease)
         self._books.pin(lease, chunks)
-        if waiting and pending_wait_ns:
+        if waiting:
             until_ns = now_ns + min(pending_wait_ns, self._books.limits.max_pending_wait_ns)
             self._books.wait_for(lease, waiting, until_ns)
         return LookupAnswer(

@@ -123,6 +123,15 @@ class Namespace:
             return len(chunks) * self.classes[0].slot_bytes
         return sum(chunk.size_class.slot_bytes for chunk in chunks)
 
+    def fits(self, key: bytes, size_class: SizeClass) -> bool:
+        """Whether `key` is well formed, and of a group whose chunks lie in slots of this class."""
+        if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
+            return False
+        tail = key[-GROUP_TAIL_BYTES:]
+        return len(self.tails) == 1 or (
+            tail in self.tails and self.classes[self.tails.index(tail)] is size_class
+        )
+
     def group_of(self, key: bytes) -> int:
         """Group of one key; 0 where there is only one."""
         return 0 if len(self.tails) == 1 else self.tails.index(key[-GROUP_TAIL_BYTES:])

@@ -139,9 +139,11 @@ class SlabMap:
         known = self.classes.get(slot_bytes)
         if known is not None:
             return known
+        if slot_bytes > self.pool_bytes:
+            return None
         if not any(size_class.slabs for size_class in self.classes.values()):
             self._divide(max([slot_bytes, *self.classes]))
-        if not self._slabs or slot_bytes > self.slab_bytes:
+        if slot_bytes > self.slab_bytes:
             return None
         created = SizeClass(slot_bytes, self._make_policy(0))
         self.classes[slot_bytes] = created
@@ -150,9 +152,6 @@ class SlabMap:
     def _divide(self, slot_bytes: int) -> None:
         """Cut the empty pool into slabs for slots of up to `slot_bytes`."""
         self._slabs = []
-        self._unassigned = []
-        if slot_bytes > self.pool_bytes:
-            return
         self.slab_bytes = choose_slab_bytes(self.pool_bytes, slot_bytes)
         slab_units = self.slab_bytes // SLOT_UNIT_BYTES
         pool_units = self.pool_bytes // SLOT_UNIT_BYTES
@@ -182,6 +181,11 @@ class SlabMap:
     def slab_of(self, slot_id: int) -> Slab:
         """Slab that contains the slot."""
         return self._slabs[slot_id * SLOT_UNIT_BYTES // self.slab_bytes]
+
+    def is_slot(self, slot_id: int) -> bool:
+        """Whether this number names a slot of a slab that belongs to a class."""
+        inside = 0 <= slot_id < self.pool_bytes // SLOT_UNIT_BYTES
+        return inside and bool(self._slabs) and slot_id in self.slab_of(slot_id).slot_ids
 
     def grow(self, size_class: SizeClass) -> bool:
         """Give the class one more slab that is backed and nobody's. False if there is none."""

@@ -261,9 +261,12 @@ class PrimaryTier:
         size_class.free.extend(slot_ids)
 
     def generation(self, slot_id: int) -> int | None:
-        """Current generation of a slot id, or None for a number that is no slot's."""
-        inside = 0 <= slot_id < self.slabs.pool_bytes // SLOT_UNIT_BYTES
-        return self._table.generation(slot_id) if inside else None
+        """Current generation of a slot id, or None for a number that is no slot's.
+
+        The table is not asked for others: their records may have no memory yet.
+        """
+        is_slot = self.slabs.is_slot(slot_id)
+        return self._table.generation(slot_id) if is_slot else None
 
     def _evict(self, size_class: SizeClass, count: int, protected: object | None) -> list[Chunk]:
         """Free up to `count` slots of the class for `reserve`, which takes every one of them."""

@@ -95,8 +95,11 @@ class CoreMachine(RuleBasedStateMachine):
         num_units=st.sampled_from([40, 64, 100]),
         backed=st.sampled_from([1.0, 0.5, 0.0]),
         reuse_threshold=st.sampled_from([0, 0, 0, 2]),
+        num_stored=st.sampled_from([8, 20, 0]),
     )
-    def start(self, policy: str, num_units: int, backed: float, reuse_threshold: int) -> None:
+    def start(
+        self, policy: str, num_units: int, backed: float, reuse_threshold: int, num_stored: int
+    ) -> None:
         self.num_units = num_units
         backed_units = int(num_units * backed)
         self.rig = Rig(num_units, policy=policy, reuse_threshold=reuse_threshold, backed_units=backed_units)
@@ -109,13 +112,16 @@ class CoreMachine(RuleBasedStateMachine):
         self.users = [User(engine) for engine in engines]
         for user in self.users:
             user.engine.attach()
+        if num_stored:
+            for which in range(len(self.users)):
+                self.store_whole(which, "r1", 0, num_stored)
 
     # ----- what the rules pick from
 
     def user(self, which: int) -> User | None:
-        """An attached engine; half of the time one that is not attached does so now."""
+        """An attached engine; most of the time one that is not attached does so now."""
         user = self.users[which % len(self.users)]
-        if not user.engine.is_attached and which >= len(self.users):
+        if not user.engine.is_attached and which > 1:
             self.attach_user(user, promise=True)
         for other in self.users:
             instance = other.engine.scheduler.instance if other.engine.is_attached else None
@@ -297,13 +303,23 @@ class CoreMachine(RuleBasedStateMachine):
                 replace(slot, key=key) for slot, key in zip(slots, keys[: len(slots)], strict=True)
             ]
 
-    @rule(which=WHICH, announce=st.sampled_from(["before", "never", "later"]), request=REQUESTS)
-    def hand_out(self, which: int, announce: str, request: str) -> None:
-        """Give the slots of a lease to the workers; its credits have been given keys."""
+    @rule(
+        which=WHICH,
+        announce=st.sampled_from(["before", "never", "later"]),
+        request=REQUESTS,
+        start=STARTS,
+        begin=st.booleans(),
+    )
+    def hand_out(self, which: int, announce: str, request: str, start: int, begin: bool) -> None:
+        """Give the slots of a lease to the workers, who may begin at once; credits have their keys by now."""
         user = self.user(which)
-        if user is None or not user.grants:
+        if user is None:
             return
         engine = user.engine
+        if not user.grants:
+            self.grant(user, request, self.keys(user, start, 3))
+        if not user.grants:
+            return
         lease = next(iter(user.grants))
         slots = user.grants.pop(lease)
         if announce == "before":
@@ -314,6 +330,8 @@ class CoreMachine(RuleBasedStateMachine):
             for part in range(engine.num_parts):
                 process = engine.processes[1 + part]
                 self.store_jobs.append(StoreJob(user, process, slot, part, engine.content(slot.key)))
+                if begin:
+                    self.step(self.store_jobs[-1])
 
     @precondition(lambda self: self.store_jobs)
     @rule(which=WHICH, whole=st.booleans())
@@ -374,11 +392,10 @@ class CoreMachine(RuleBasedStateMachine):
         assert not (job.is_stale and status == ItemStatus.OK), "a slot went on while a part was still owed"
 
     @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
-    def store_again(self, which: int, request: str, start: int, count: int) -> None:
-        self.store(which, request, start, count)  # twice in the list of rules: twice as likely
-
-    @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
     def store(self, which: int, request: str, start: int, count: int) -> None:
+        self.store_whole(which, request, start, count)
+
+    def store_whole(self, which: int, request: str, start: int, count: int) -> None:
         """Store a few chunks from beginning to end: what is granted and reported ok is there."""
         if (user := self.user(which)) is None:
             return
@@ -390,21 +407,19 @@ class CoreMachine(RuleBasedStateMachine):
         resident = self.rig.resident()
         assert all((engine.space, slot.key) in resident for slot in slots)
 
-    @rule(which=WHICH)
-    def return_credits(self, which: int) -> None:
-        user = self.user(which)
-        if user is None or not user.grants:
-            return
-        _, slots = user.grants.popitem()
-        assert set(user.engine.return_credits(slots)) == {ItemStatus.OK}
-
     # ----- ends
 
-    @rule(which=WHICH, kind=st.sampled_from(["lookups", "grants", "loads", "unknown"]))
-    def release(self, which: int, kind: str) -> None:
+    @rule(which=WHICH, kind=st.sampled_from(["credits", "lookups", "grants", "loads", "unknown"]))
+    def give_back(self, which: int, kind: str) -> None:
+        """Return slots that were never handed out, or release a lease."""
         if (user := self.user(which)) is None:
             return
         engine = user.engine
+        if kind == "credits":
+            if user.grants:
+                _, slots = user.grants.popitem()
+                assert set(engine.return_credits(slots)) == {ItemStatus.OK}
+            return
         held: dict[int, object] = {} if kind == "unknown" else getattr(user, kind)
         if held:
             lease = next(iter(held))
@@ -448,36 +463,38 @@ class CoreMachine(RuleBasedStateMachine):
     # ----- crashes, and what comes after
 
     @rule(
-        kind=st.sampled_from(["process", "engine", "daemon", "attached twice", "flipped byte"]),
+        kind=st.sampled_from(["attached twice", "process", "engine", "daemon", "flipped byte"]),
         which=WHICH,
         rank=st.integers(0, 2),
         noticed=st.booleans(),
         freed=st.booleans(),
     )
     def trouble(self, kind: str, which: int, rank: int, noticed: bool, freed: bool) -> None:
+        writing = [user for user in self.users if any(job.user is user for job in self.store_jobs)]
+        user = (writing or self.users)[which % len(writing or self.users)]
         match kind:
             case "process":
-                self.crash_a_process(which, rank, noticed, freed)
+                self.crash_a_process(user.engine, rank, noticed, freed)
             case "engine":
-                self.restart_an_engine(which, noticed, freed)
+                self.restart_an_engine(user.engine, noticed, freed)
             case "daemon":
                 self.crash_the_daemon()
             case "attached twice":
-                self.attach_again(which, rank % 2)
+                self.attach_again(user.engine, min(rank, 1))
             case _:
                 self.flip_a_byte(which)
+        # Half of the time life goes on at once, and the others take what has become free.
+        if which % 2:
+            self.store_whole(which // 2, "r2", 0, 20)
 
-    def crash_a_process(self, which: int, rank: int, noticed: bool, freed: bool) -> None:
-        """One process dies; the engine puts another in its place, or is lost with it."""
-        user = self.users[which % len(self.users)]
-        engine = user.engine
+    def crash_a_process(self, engine: Engine, rank: int, noticed: bool, freed: bool) -> None:
+        """One process dies, and the engine puts another in its place."""
         place = rank % len(engine.processes)
         self.bury(engine.processes[place], engine, noticed, freed)
         role, seat = engine.processes[place].role, engine.processes[place].rank
         engine.processes[place] = Process(self.rig, engine.name, role, seat)
 
-    def restart_an_engine(self, which: int, noticed: bool, freed: bool) -> None:
-        engine = self.users[which % len(self.users)].engine
+    def restart_an_engine(self, engine: Engine, noticed: bool, freed: bool) -> None:
         for process in engine.processes:
             self.bury(process, engine, noticed, freed)
         engine.start()
@@ -494,7 +511,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.store_jobs = [job for job in self.store_jobs if job.process is not process]
         self.rig.locks.free(process.lock_file)
 
-    @precondition(lambda self: self.zombies)
+    @precondition(lambda self: len(self.zombies) > 1)
     @rule(which=WHICH)
     def end_a_zombie(self, which: int) -> None:
         self.free_the_lock(self.zombies[which % len(self.zombies)])
@@ -503,11 +520,6 @@ class CoreMachine(RuleBasedStateMachine):
     def attach(self, which: int, promise: bool) -> None:
         """Attach what is not attached. Who promises has let its copies end."""
         self.attach_user(self.users[which % len(self.users)], promise)
-
-    @rule()
-    def attach_all(self) -> None:
-        for user in self.users:
-            self.attach_user(user, promise=True)
 
     def attach_user(self, user: User, promise: bool) -> None:
         sessions = self.rig.core.books.instances.sessions
@@ -524,11 +536,10 @@ class CoreMachine(RuleBasedStateMachine):
             except RankTaken:
                 assert self.zombies, "a seat is taken, and nobody has died"
 
-    def attach_again(self, which: int, role: int) -> None:
+    def attach_again(self, engine: Engine, role: int) -> None:
         """A process attaches again although its session lives: it lost the stream before the daemon did."""
-        user = self.users[which % len(self.users)]
         try:
-            user.engine.attach_process(user.engine.processes[role])
+            engine.attach_process(engine.processes[role])
         except Refused as refusal:
             assert isinstance(refusal, RankTaken)
 
@@ -545,13 +556,12 @@ class CoreMachine(RuleBasedStateMachine):
             chunk = chunks[which % len(chunks)]
             self.rig.flip(chunk.slot_id, chunk.generation)
 
-    @rule()
-    def hash_what_was_complained_about(self) -> None:
+    @rule(which=WHICH)
+    def background(self, which: int) -> None:
+        """What the daemon's threads bring: hashes of complained-about slots, more backed memory."""
         self.rig.hash_asked()
-
-    @rule()
-    def back_more(self) -> None:
-        self.rig.back(self.num_units)
+        if which > 4:
+            self.rig.back(self.num_units)
 
     # ----- what always holds
 
