@@ -178,6 +178,7 @@ class SessionKeeper:
         request.CopyFrom(self._request)
         request.lock_file = lock_file
         request.previous_session = self._previous_session
+        request.epoch = self._weights.epoch
         request.mapped_pool_id = self._place.mapped_pool_id
         return request
 

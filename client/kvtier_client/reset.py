@@ -28,6 +28,11 @@ class Weights:
         self._epoch: int | None = None
         """What the daemon answered to the last one; None until it has."""
 
+    @property
+    def epoch(self) -> int:
+        """Epoch to attach in: what the last reset led to; 0 = none was asked for, or it is not confirmed."""
+        return self._epoch or 0
+
     def begin(self, weights_id: str) -> Link | None:
         """Let every call miss until a reset is confirmed; return the session to do it in."""
         with self._gate.lock:

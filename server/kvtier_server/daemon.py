@@ -258,10 +258,11 @@ class Daemon:
             asyncio.get_running_loop().call_soon(self._settle)
 
     def _settle(self) -> None:
-        self._settling = self.core.books.settle()
-        if self._settling:
-            asyncio.get_running_loop().call_soon(self._settle)
+        self._settling = False
         self._start_hashes()
+        if self.core.books.settle():
+            self._settling = True
+            asyncio.get_running_loop().call_soon(self._settle)
 
     def _start_hashes(self) -> None:
         """Have slots hashed that readers complained about, off this thread."""
@@ -293,14 +294,20 @@ class Daemon:
             now_ns = boottime_ns()
             self._loop_lag_s = max((now_ns - due_ns) / 1e9, 0.0)
             self._last_tick_ns = now_ns
-            self.core.tick(now_ns)
-            self._sessions.dispatch()
-            self._start_hashes()
             count += 1
-            self.core.books.primary.write_recency(SLICE_ITEMS)
-            if count % SNAPSHOT_TICKS == 1:
-                self._metrics.publish(self.snapshot())
-                logs.log_held_back(limiter)
+            try:
+                self._tick(now_ns, with_snapshot=count % SNAPSHOT_TICKS == 1)
+            except Exception:  # a bug of ours must be seen, and time must go on
+                log.exception("tick_failed")
+            logs.log_held_back(limiter)
+
+    def _tick(self, now_ns: int, with_snapshot: bool) -> None:
+        self.core.tick(now_ns)
+        self._sessions.dispatch()
+        self._start_hashes()
+        self.core.books.primary.write_recency(SLICE_ITEMS)
+        if with_snapshot:
+            self._metrics.publish(self.snapshot())
 
     def _state(self) -> DaemonState:
         return DaemonState(self._current_phase(), (boottime_ns() - self._last_tick_ns) / 1e9)

@@ -169,8 +169,12 @@ class OffloadService:
         Many store reports are taken in slices, between which other calls get in.
         """
         session = self._session(message.session_id)
-        _check_columns(message, self._core.books.limits.max_keys)
         completions = self._core.completions
+        _check_columns(message, self._core.books.limits.max_keys)
+        for stored in message.store_reports:
+            completions.check_store_report(session, stored.part)
+        if message.load_reports:
+            completions.check_load_report(session)
         reply = pb.CompleteResponse(boot_id=self._boot_id)
         for announced in message.announcements:
             columns = (list(announced.slot_ids), list(announced.generations), list(announced.keys))
@@ -273,6 +277,7 @@ def _check_columns(message: pb.CompleteRequest, max_keys: int) -> None:
         where = f"announcements[{index}]"
         _check_column(f"{where}.generations", len(announced.generations), len(announced.slot_ids))
         _check_column(f"{where}.keys", len(announced.keys), len(announced.slot_ids))
+        check_keys(announced.keys, max_keys, at_least=0)
     for index, returned in enumerate(message.credit_returns):
         slots += len(returned.slot_ids)
         where = f"credit_returns[{index}].generations"
@@ -282,6 +287,7 @@ def _check_columns(message: pb.CompleteRequest, max_keys: int) -> None:
         where = f"store_reports[{index}]"
         _check_column(f"{where}.generations", len(stored.generations), len(stored.slot_ids))
         _check_column(f"{where}.keys", len(stored.keys), len(stored.slot_ids))
+        check_keys(stored.keys, max_keys, at_least=0)
         _check_column(f"{where}.checksums", len(stored.checksums), len(stored.slot_ids))
         if any(failed >= len(stored.slot_ids) for failed in stored.failed):
             raise BadRequest(f"store_reports[{index}].failed", "an index beyond its slots")

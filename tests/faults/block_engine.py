@@ -1,22 +1,17 @@
 """An engine without a model: a process whose device blocks are numpy arrays and whose bytes tell their key.
 
-It uses the real client and the real shims, all on one process: scheduler and the only worker. What it computes
-for a chunk follows from the chunk's key (and the engine's weights), so every loaded byte can be checked. It is
-driven by JSON lines on stdin and answers each with one on stdout; `engine_process.py` is the other end.
-
-Chunks are named "prompt/index". Run as `python -m tests.faults.block_engine`.
+It uses the real client and the real shims, all in one process: the scheduler and its only worker. What it
+computes for a chunk follows from the chunk's key (and the engine's weights), so every loaded byte can be
+checked. It is driven by JSON lines on stdin and answers each with one on stdout; `engine_process.py` is the
+other end. Run as `python -m tests.faults.block_engine`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import json
 import logging
-import mmap
 import random
 import sys
-import threading
 import time
 import traceback
 from collections import Counter
@@ -24,6 +19,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+from tests.faults.block_device import (
+    BLOCKS_PER_CHUNK,
+    CHUNK_TOKENS,
+    LAYOUT,
+    UNWRITTEN,
+    Device,
+    chunk_blocks,
+    content_of,
+    facts,
+    key_of,
+)
+from tests.faults.traffic import ErrorRecords, Heartbeat, Traffic
 
 from kvtier_client import ClientOptions, EngineIdentity, OffloadClient, Role, StoreVerdict
 from kvtier_client.context import ReqContext
@@ -32,21 +39,10 @@ from kvtier_client.scheduler import SchedulerShim
 from kvtier_client.worker import WorkerShim
 from kvtier_ops import faults
 from kvtier_ops.host import Bytes, HostTensors
-from kvtier_ops.layout import GroupLayout, TensorLayout
-from kvtier_ops.namespace import GroupFacts, NamespaceFacts
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LAYERS = 3
-PAGE_BYTES = 4096
-BLOCKS_PER_CHUNK = 2
-TOKENS_PER_BLOCK = 4
-CHUNK_TOKENS = BLOCKS_PER_CHUNK * TOKENS_PER_BLOCK
-PART_BYTES = LAYERS * BLOCKS_PER_CHUNK * PAGE_BYTES
-NUM_BLOCKS = 1024
-UNWRITTEN = 0xEE
-"""What blocks hold that nothing was written to."""
 READ_CHUNKS = 8
 """Chunks that `read` pins at once: less than an engine's share of the smallest pools."""
 STEP_CHUNKS = 4
@@ -62,100 +58,11 @@ PATIENT_OPTIONS = {
 }
 """Tests whose subject is not a deadline should not miss one on a busy machine."""
 
-LAYOUT = GroupLayout(tuple(TensorLayout(f"layer.{n}", PAGE_BYTES) for n in range(LAYERS)), BLOCKS_PER_CHUNK)
-
 SCHEDULER_POINTS = (
     "lookup_async", "lookup", "prepare_load", "prepare_store", "request_credits", "announce", "start_load",
     "release", "finish", "flush", "flush_and_wait",
 )  # fmt: skip
 WORKER_POINTS = ("report_store", "report_load", "flush", "flush_and_wait")
-
-
-def facts(weights_id: str = "w0") -> NamespaceFacts:
-    """The namespace of all block engines."""
-    return NamespaceFacts(
-        model="blocks",
-        weights_id=weights_id,
-        kv_dtype="uint8",
-        hash_algorithm="sha256",
-        tokens_per_hash=TOKENS_PER_BLOCK,
-        blocks_per_chunk=BLOCKS_PER_CHUNK,
-        kv_cache_layout="NHD",
-        groups=(GroupFacts(TOKENS_PER_BLOCK, PART_BYTES),),
-    )
-
-
-def key_of(name: str) -> bytes:
-    """Key of a chunk: a hash of its name, and group 0."""
-    return hashlib.sha256(name.encode()).digest()[:16] + bytes(4)
-
-
-def content_of(key: bytes, weights: str = "") -> Bytes:
-    """What an engine with these weights computes for a chunk, shape (part_bytes,)."""
-    digest = hashlib.shake_128(weights.encode() + b"|" + key).digest(PART_BYTES)
-    return np.frombuffer(digest, np.uint8)
-
-
-class Device:
-    """Device memory: shape (layers, blocks, page), in a mapping of its own so that it can be taken away."""
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, LAYERS * NUM_BLOCKS * PAGE_BYTES)
-        self.pages: Bytes = np.frombuffer(self._memory, np.uint8).reshape(LAYERS, NUM_BLOCKS, PAGE_BYTES)
-        self._free = list(range(NUM_BLOCKS - 1, 0, -1))  # 0 is the null block
-
-    def allocate(self, num_chunks: int) -> list[int]:
-        """Take blocks; what was in them is gone."""
-        blocks = [self._free.pop() for _ in range(num_chunks * BLOCKS_PER_CHUNK)]
-        self.pages[:, blocks] = UNWRITTEN
-        return blocks
-
-    def free(self, blocks: Sequence[int]) -> None:
-        """Give blocks back."""
-        self._free.extend(blocks)
-
-    def write(self, blocks: Sequence[int], content: Bytes) -> None:
-        """Compute a chunk."""
-        self.pages[:, blocks] = content.reshape(LAYERS, BLOCKS_PER_CHUNK, PAGE_BYTES)
-
-    def holds(self, blocks: Sequence[int], content: Bytes) -> bool:
-        """Tell whether these blocks hold exactly this chunk."""
-        return bool(np.array_equal(self.pages[:, blocks].reshape(-1), content))
-
-    def forbid_last_layer(self) -> None:
-        """Let every copy die in its middle: the last layer's pages can be touched no more."""
-        layer = self.pages[-1]
-        libc = ctypes.CDLL(None, use_errno=True)
-        address = ctypes.c_void_p(layer.ctypes.data)
-        if libc.mprotect(address, ctypes.c_size_t(layer.nbytes), 0):  # PROT_NONE
-            raise OSError(ctypes.get_errno(), "mprotect")
-
-
-class Heartbeat:
-    """Measures how long this process has not been given the processor when it wanted to run."""
-
-    PERIOD_S = 0.002
-
-    def __init__(self) -> None:
-        self.worst_s = 0.0
-        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
-
-    def _run(self) -> None:
-        while True:
-            started = time.monotonic()
-            time.sleep(self.PERIOD_S)
-            self.worst_s = max(self.worst_s, time.monotonic() - started - self.PERIOD_S)
-
-
-class ErrorRecords(logging.Handler):
-    """Keeps what was logged as an error: nothing should be."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(self.format(record))
 
 
 class Engine:
@@ -329,14 +236,16 @@ class Engine:
         stats = self._scheduler.stats
         before = stats.stored_chunks, stats.skipped.copy()
         for index, name in enumerate(names):
-            self._device.write(_chunk(blocks, index), content_of(key_of(name), self._weights))
+            self._device.write(chunk_blocks(blocks, index), content_of(key_of(name), self._weights))
         stored: list[str] = []
         lost: list[str] = []
         end = 0
         while end < len(names):
             end = min(end + STEP_CHUNKS, len(names))
             self._await_credits(STEP_CHUNKS)
-            job = self._timed("prepare_store", self._scheduler.prepare_store, req, end * CHUNK_TOKENS, [blocks])
+            job = self._timed(
+                "prepare_store", self._scheduler.prepare_store, req, end * CHUNK_TOKENS, [blocks]
+            )
             if job is not None:
                 self._worker.submit_store(job)
             self._timed("end_step", self._scheduler.end_step)
@@ -372,7 +281,7 @@ class Engine:
         """Store chunks with PrepareStore. With `wait=False` the copies go on; see `join`."""
         blocks = self._device.allocate(len(names))
         for index, name in enumerate(names):
-            self._device.write(_chunk(blocks, index), content_of(key_of(name), self._weights))
+            self._device.write(chunk_blocks(blocks, index), content_of(key_of(name), self._weights))
         keys = [key_of(name) for name in names]
         grant = self._timed("client.prepare_store", self._ask.prepare_store, ReqContext(req), keys)
         granted = [i for i, verdict in enumerate(grant.verdicts) if verdict == StoreVerdict.GRANTED]
@@ -382,7 +291,7 @@ class Engine:
                 slot_ids=tuple(grant.slot_ids),
                 generations=tuple(grant.generations),
                 keys=tuple(keys[i] for i in granted),
-                block_ids=tuple(block for i in granted for block in _chunk(blocks, i)),
+                block_ids=tuple(block for i in granted for block in chunk_blocks(blocks, i)),
                 group_sizes=(len(granted) * BLOCKS_PER_CHUNK,),
                 block_indices=(0,),
             )
@@ -481,7 +390,7 @@ class Engine:
     def traffic_start(self, seed: int, num_prompts: int, max_chunks: int) -> None:
         """Run requests without end on a thread of their own; no other command may use the engine then."""
         assert self._traffic is None, "there is traffic already"
-        self._traffic = Traffic(self, seed, num_prompts, max_chunks)
+        self._traffic = Traffic(self.run, seed, num_prompts, max_chunks)
         self._traffic.start()
 
     def traffic_count(self) -> dict[str, int]:
@@ -519,7 +428,7 @@ class Engine:
         right = {
             name
             for index, name in enumerate(names)
-            if self._device.holds(_chunk(blocks, index), content_of(key_of(name), self._weights))
+            if self._device.holds(chunk_blocks(blocks, index), content_of(key_of(name), self._weights))
         }
         failed = [name for name in names if key_of(name) in result.failed_keys]
         loaded = [name for name in names if name not in failed]
@@ -531,7 +440,7 @@ class Engine:
             "untouched": [
                 name
                 for index, name in enumerate(names)
-                if (self._device.pages[:, _chunk(blocks, index)] == UNWRITTEN).all()
+                if (self._device.pages[:, chunk_blocks(blocks, index)] == UNWRITTEN).all()
             ],
         }
 
@@ -563,58 +472,6 @@ class Engine:
             return call(*args, **kwargs)
         finally:
             self.slowest_s[name] = max(self.slowest_s[name], time.monotonic() - started)  # type: ignore[assignment]
-
-
-class Traffic:
-    """Requests over a few prompts, so that some hit and some are new."""
-
-    def __init__(self, engine: Engine, seed: int, num_prompts: int, max_chunks: int) -> None:
-        self._engine = engine
-        self._random = random.Random(seed)
-        self._num_prompts = num_prompts
-        self._max_chunks = max_chunks
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
-        self._exceptions: list[str] = []
-        self.requests = 0
-        self.names: dict[str, list[str]] = {"loaded": [], "failed": [], "wrong": [], "stored": [], "lost": []}
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def stop(self) -> dict[str, Any]:
-        """End after the request that runs."""
-        self._ending.set()
-        self._thread.join()
-        counts = {name: len(names) for name, names in self.names.items()}
-        return counts | {
-            "requests": self.requests,
-            "exceptions": self._exceptions,
-            "wrong": self.names["wrong"],
-        }
-
-    def _run(self) -> None:
-        while not self._ending.is_set():
-            prompt = self._random.randrange(self._num_prompts)
-            names = chunk_names(f"traffic{prompt}", self._random.randint(1, self._max_chunks))
-            try:
-                answer = self._engine.run(f"traffic-{self.requests}", names)
-            except Exception:
-                self._exceptions.append(traceback.format_exc())
-                return
-            self.requests += 1
-            for name, found in self.names.items():
-                found += answer[name]
-
-
-def chunk_names(prompt: str, count: int) -> list[str]:
-    """Names of a prompt's chunks."""
-    return [f"{prompt}/{index}" for index in range(count)]
-
-
-def _chunk(blocks: Sequence[int], index: int) -> Sequence[int]:
-    return blocks[index * BLOCKS_PER_CHUNK : (index + 1) * BLOCKS_PER_CHUNK]
 
 
 def _between_points(name: str, call: Callable[P, T]) -> Callable[P, T]:
@@ -649,7 +506,7 @@ def main() -> None:
         method = getattr(engine, command.pop("op"))
         try:
             answer = {"answer": method(**command)}
-        except Exception:
+        except Exception:  # noqa: BLE001 the test gets the traceback
             answer = {"error": traceback.format_exc()}
         print(json.dumps(answer), flush=True)  # noqa: T201 the other end reads it
     engine.close()

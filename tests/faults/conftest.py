@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
-
 from tests.faults.engine_process import EngineProcess
 
 FULL_COUNTS = os.environ.get("KVTIER_FAULT_COUNTS") == "full"

@@ -18,14 +18,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from tests.daemon_process import REPOSITORY, WAIT_S, DaemonProcess, child_environment, wait_until
+from tests.faults.block_device import PART_BYTES, content_of
 
 from kvtier_ops.checksum import part_checksum
 from kvtier_ops.header import HEADER_BYTES, read_header
 from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_ops.pool import MappedPool, SlotState
-
-from tests.daemon_process import REPOSITORY, WAIT_S, DaemonProcess, child_environment, wait_until
-from tests.faults.block_engine import PART_BYTES, content_of
 
 Answer = dict[str, Any]
 
@@ -190,7 +189,7 @@ def open_pool(pool_file: Path) -> MappedPool:
 
 
 def check_published_chunks(pool_file: Path, weights: str = "") -> int:
-    """Check every published slot of a pool: checksum, and bytes as its key says. Returns how many there are."""
+    """Check checksum and bytes of every published slot of a pool. Returns how many there are."""
     pool = open_pool(pool_file)
     count = 0
     try:

@@ -1,4 +1,4 @@
-"""A unix socket in front of the daemon's, whose connections a test can cut, or whose replies it can hold back.
+"""A unix socket in front of the daemon's: a test can cut its connections, or hold replies back.
 
 Knows nothing of gRPC: bytes go through as they come.
 """
@@ -80,8 +80,8 @@ class SocketProxy:
             with self._lock:
                 self._sockets += [client, daemon]
             # Each end is closed by the thread that reads from it.
-            self._start_thread(lambda here=client, there=daemon: self._pump(here, there))  # type: ignore[misc]
-            self._start_thread(lambda here=daemon, there=client: self._pump(here, there, replies=True))  # type: ignore[misc]
+            self._start_thread(lambda here=client, there=daemon: self._pump(here, there))
+            self._start_thread(lambda here=daemon, there=client: self._pump(here, there, replies=True))
 
     def _pump(self, here: socket.socket, there: socket.socket, *, replies: bool = False) -> None:
         with here, contextlib.suppress(OSError):

@@ -9,7 +9,7 @@ TICK_S = 5
 
 
 def test_r5_an_engine_idle_for_a_week_is_still_attached_and_its_first_load_works() -> None:
-    """R5: a week of the core's clock, in ticks of 5 s; no session has a time to live, only its stream does."""
+    """R5: a week of the core's clock, in ticks of 5 s; a session lives as long as its stream."""
     rig = Rig()
     engine = rig.engine()
     engine.store(range(8))

@@ -7,10 +7,9 @@ import sys
 from typing import Any
 
 import pytest
-
 from tests.conftest import StartDaemon
 from tests.daemon_process import child_environment, wait_until
-from tests.faults.block_engine import chunk_names
+from tests.faults.block_device import chunk_names
 from tests.faults.conftest import StartEngine, repeats
 from tests.faults.engine_process import EngineProcess, check_published_chunks, held, wait_nothing_held
 
@@ -49,6 +48,12 @@ def start_traffic(engine: EngineProcess, seed: int) -> None:
     wait_for_traffic(engine)
 
 
+def wait_for_requests(engine: EngineProcess) -> None:
+    """Wait until the engine has done some requests, whatever became of their chunks."""
+    before = engine.ask("traffic_count")["requests"]
+    wait_until(lambda: engine.ask("traffic_count")["requests"] > before + 3, "the engine works")
+
+
 def wait_for_traffic(engine: EngineProcess) -> None:
     """Wait until the engine has both stored and loaded more."""
     before = engine.ask("traffic_count")
@@ -77,8 +82,7 @@ def test_r2_a_daemon_killed_under_load_costs_an_engine_misses_and_nothing_else(
     for _ in repeats(10, 50):
         boot_id = engine.ask("session")["boot_id"]
         daemon.kill()
-        count = engine.ask("traffic_count")["requests"]
-        wait_until(lambda: engine.ask("traffic_count")["requests"] > count + 3, "it works without a daemon")
+        wait_for_requests(engine)
         daemon.restart()
         engine.ask("wait_ready", not_boot=boot_id)
         wait_for_traffic(engine)
@@ -92,7 +96,7 @@ def test_r2_a_daemon_killed_under_load_costs_an_engine_misses_and_nothing_else(
 def test_r3_a_restart_between_two_calls_is_seen_on_the_next_call(
     start_daemon: StartDaemon, start_engine: StartEngine
 ) -> None:
-    """R3: the engine stands still while the daemon is restarted, so for it no time passes between the calls."""
+    """R3: the engine stands still while the daemon is restarted: for it no time passes between the calls."""
     daemon = start_daemon()
     engine = start_engine().attach(daemon)
     names = chunk_names("prompt", 8)

@@ -6,12 +6,18 @@ import random
 import signal
 
 import pytest
-
 from tests.conftest import StartDaemon
 from tests.daemon_process import wait_until
-from tests.faults.block_engine import chunk_names
+from tests.faults.block_device import chunk_names
 from tests.faults.conftest import StartEngine, repeats
-from tests.faults.engine_process import EngineEnded, EngineProcess, check_published_chunks, held, lease_count, wait_nothing_held
+from tests.faults.engine_process import (
+    EngineEnded,
+    EngineProcess,
+    check_published_chunks,
+    held,
+    lease_count,
+    wait_nothing_held,
+)
 
 POINTS = (
     "scheduler.lookup_async.before",
@@ -53,17 +59,19 @@ def live_until_killed(engine: EngineProcess, point: str, pick: random.Random) ->
         engine.ask("arm", point="store.before_copy", action="die_in_copy", nth=pick.randint(1, 4))
     else:
         engine.ask("arm", point=point, action="kill", nth=pick.randint(1, 2))
+    with pytest.raises(EngineEnded) as ended:
+        work(engine, pick)
+    assert ended.value.code == -by, point
+
+
+def work(engine: EngineProcess, pick: random.Random) -> None:
+    """Store and load in every way an engine has."""
     for round_number in range(20):
         prompt = f"shared{pick.randrange(4)}"
         direct = f"direct{pick.randrange(1000)}"
-        try:
-            engine.ask("run", req=f"run-{round_number}", names=chunk_names(prompt, pick.randint(3, 9)))
-            engine.ask("store", req=f"store-{round_number}", names=chunk_names(direct, pick.randint(1, 5)))
-            engine.ask("read", req=f"read-{round_number}", names=chunk_names(prompt, 9))
-        except EngineEnded as ended:
-            assert ended.code == -by
-            return
-    raise AssertionError(f"the engine never passed {point}")
+        engine.ask("run", req=f"run-{round_number}", names=chunk_names(prompt, pick.randint(3, 9)))
+        engine.ask("store", req=f"store-{round_number}", names=chunk_names(direct, pick.randint(1, 5)))
+        engine.ask("read", req=f"read-{round_number}", names=chunk_names(prompt, 9))
 
 
 @pytest.mark.parametrize("seed", repeats(5, 200))

@@ -1,4 +1,4 @@
-"""Copies that go on after the daemon has given up their slots: they may neither tear a chunk nor pass for one."""
+"""Copies that go on after their slots were given up: they neither tear a chunk nor pass for one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from tests.conftest import StartDaemon
 from tests.daemon_process import DaemonProcess, wait_until
-from tests.faults.block_engine import PART_BYTES, chunk_names, content_of, key_of
+from tests.faults.block_device import PART_BYTES, chunk_names, content_of, key_of
 from tests.faults.conftest import StartEngine
 from tests.faults.engine_process import (
     EngineProcess,

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.conftest import StartDaemon
 from tests.daemon_process import DaemonProcess, wait_until
-from tests.faults.block_engine import chunk_names
+from tests.faults.block_device import chunk_names
 from tests.faults.conftest import StartEngine
 from tests.faults.engine_process import EngineProcess, held, wait_nothing_held
 from tests.faults.socket_proxy import SocketProxy
@@ -51,7 +50,11 @@ def send(engine: EngineProcess, call: str) -> None:
 
 def assert_in_vain(engine: EngineProcess, call: str) -> None:
     """The call came back to the engine without a lease."""
-    in_vain = {"lookup": "deadline", "prepare_load": False, "prepare_store": {"slot_ids": [], "reason": "deadline"}}
+    in_vain = {
+        "lookup": "deadline",
+        "prepare_load": False,
+        "prepare_store": {"slot_ids": [], "reason": "deadline"},
+    }
     assert engine.answer() == in_vain[call]
 
 

@@ -1,4 +1,4 @@
-"""What must never be mistaken for another's: namespaces, engines with equal request ids, epochs after a reset."""
+"""What must never be mistaken for another's: namespaces, other engines' request ids, epochs after a reset."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from kvtier.v1 import offload_pb2 as pb
-from kvtier_client.attach import facts_message
-from kvtier_ops.namespace import GroupFacts, NamespaceFacts
 from tests.conftest import MakeEngine, StartDaemon
 from tests.daemon_process import child_environment
-from tests.faults.block_engine import chunk_names
+from tests.faults.block_device import chunk_names
 from tests.faults.conftest import StartEngine, repeats
 from tests.faults.engine_process import EngineProcess
 from tests.faults.socket_proxy import SocketProxy
 from tests.raw_engine import to_keys
+
+from kvtier.v1 import offload_pb2 as pb
+from kvtier_client.attach import facts_message
+from kvtier_ops.namespace import GroupFacts, NamespaceFacts
 
 CLIENT_SIDE = """
 import json, sys
@@ -123,7 +123,7 @@ def as_json(facts: NamespaceFacts) -> str:
 
 
 def test_c2_facts_that_differ_in_one_part_have_another_digest_and_both_sides_compute_the_same() -> None:
-    """C2: random pairs; the digest is computed by a client's process and by a daemon's, from what Attach says."""
+    """C2: random pairs; a client's process computes the digest, and a daemon's from what Attach says."""
     pick = random.Random(2)
     pairs = []
     for _ in repeats(1000, 10_000):
@@ -187,7 +187,7 @@ def test_c2_no_key_hits_in_a_namespace_that_differs_in_one_part(
 def test_c3_engines_with_the_same_request_ids_have_no_effect_on_each_other(
     start_daemon: StartDaemon, start_engine: StartEngine
 ) -> None:
-    """C3: two engines, same request ids, different prompts; each gets its own bytes and keeps its own leases."""
+    """C3: two engines, same request ids, different prompts; each has its own bytes and leases."""
     daemon = start_daemon()
     one, other = start_engine("one").attach(daemon), start_engine("other").attach(daemon)
     prompts = {one: chunk_names("one", 8), other: chunk_names("other", 8)}
@@ -204,7 +204,9 @@ def test_c3_engines_with_the_same_request_ids_have_no_effect_on_each_other(
 
     for number in range(30):  # both at once, request for request
         for engine in prompts:
-            engine.tell("run", req=f"request-{number}", names=chunk_names(f"{engine.engine_id}{number % 7}", 6))
+            engine.tell(
+                "run", req=f"request-{number}", names=chunk_names(f"{engine.engine_id}{number % 7}", 6)
+            )
         for engine in prompts:
             answer = engine.answer()
             assert (answer["wrong"], answer["failed"], answer["lost"]) == ([], [], [])

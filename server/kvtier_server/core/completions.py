@@ -98,6 +98,18 @@ class Completions:
             statuses.append(found)
         return statuses
 
+    def check_store_report(self, session: Session, part: int) -> None:
+        """Raise BadRequest unless this session may report stores of this part."""
+        instance = self._worker(session, "store_reports")
+        if part != session.rank:
+            raise BadRequest("store_reports.part", f"{part}; rank {session.rank} writes its own part")
+        if part >= instance.namespace.facts.num_parts:
+            raise BadRequest("store_reports.part", f"{part}; ranks hold equal bytes, so only rank 0 stores")
+
+    def check_load_report(self, session: Session) -> None:
+        """Raise BadRequest unless this session may report loads."""
+        self._worker(session, "load_reports")
+
     def report_store(
         self,
         session: Session,
@@ -109,13 +121,8 @@ class Completions:
         failed: set[int],
     ) -> list[ItemStatus]:
         """Note that a rank has ended writing its part of each slot; `failed` are indexes. Publishes."""
-        instance = self._worker(session, "store_reports")
-        if part != session.rank:
-            raise BadRequest("store_reports.part", f"{part}; rank {session.rank} writes its own part")
-        if part >= instance.namespace.facts.num_parts:
-            raise BadRequest(
-                "store_reports.part", f"{part}; ranks hold equal bytes here, so only rank 0 stores"
-            )
+        self.check_store_report(session, part)
+        instance = session.instance
         statuses = []
         for index, (slot_id, generation, key, checksum) in enumerate(
             zip(slot_ids, generations, keys, checksums, strict=True)
@@ -195,7 +202,8 @@ class Completions:
         now_ns: int,
     ) -> ItemStatus:
         """Note that a rank has ended reading; with the last rank's report the pins go."""
-        instance = self._worker(session, "load_reports")
+        self.check_load_report(session)
+        instance = session.instance
         books = self._books
         books.counts["load:torn"] += num_torn
         for mismatch in mismatches:

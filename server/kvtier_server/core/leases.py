@@ -15,7 +15,6 @@ from enum import StrEnum
 from kvtier_server.core.instances import Instance
 from kvtier_server.primary.index import Chunk
 
-
 STALE_ENTRIES = 1_024
 """Entries of ended leases that the book of expiry keeps before it is cleared of them."""
 

@@ -58,11 +58,15 @@ class SlotTable(Protocol):
 
 
 class SizeClass:
-    """Slots of one size: `free` ones, and the policy that orders the evictable chunks in the others."""
+    """Slots of one size: `free` ones, and the policy that orders the evictable chunks in the others.
+
+    `next_review`: the stamp from which on the tier looks again for a slab of another class to take.
+    """
 
     __slots__ = (
         "free",
         "live_engines",
+        "next_review",
         "num_published",
         "num_quarantined",
         "num_reserved",
@@ -77,6 +81,7 @@ class SizeClass:
         self.free: list[int] = []
         self.slabs: dict[int, Slab] = {}
         self.live_engines = 0
+        self.next_review = 0
         self.num_reserved = 0
         self.num_published = 0
         self.num_quarantined = 0

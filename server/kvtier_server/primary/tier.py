@@ -25,8 +25,8 @@ SLICE_ITEMS = 2_048
 """Items of one slice of a long operation: keeps the owning thread free within about 2 ms."""
 
 SLAB_REVIEW_USES = 4_096
-"""Uses of chunks between two reviews whether a class should take a slab from another: a review looks at
-every chunk of the others."""
+"""Uses of chunks after which a class that found no slab to take from another looks again: at most every
+chunk of the others is looked at."""
 
 RemovedListener = Callable[[KeySpace, Sequence[bytes], str], None]
 
@@ -59,7 +59,6 @@ class PrimaryTier:
         self._unsettled: deque[Sequence[Chunk]] = deque()
         self._uses: deque[tuple[object, Sequence[Chunk | None], Sequence[int]]] = deque()
         self._draining: list[tuple[Slab, SizeClass, SizeClass]] = []
-        self._next_review = 0
         self._unwritten: dict[int, int] = {}
 
     def issue_stamps(self, count: int) -> int:
@@ -342,52 +341,53 @@ class PrimaryTier:
     def _review_slabs(self, size_class: SizeClass, protected: object | None) -> list[Chunk]:
         """Take a slab from another class if its chunks are all colder than this class's coldest.
 
-        Without any slab of its own the class takes the coldest one whatever its age; with one, at most
-        every SLAB_REVIEW_USES uses. Returns the chunks that went at once.
+        Without any slab of its own the class takes the coldest one whatever its age; with one, it does not
+        look again for SLAB_REVIEW_USES uses after it found none. Returns the chunks that went at once.
         """
         if len(self.slabs.classes) < 2 or any(taker is size_class for _, _, taker in self._draining):
             return []
-        own = size_class.policy.coldest_stamp()
+        bound = sys.maxsize
         if size_class.slabs:
-            if self._stamp < self._next_review:
+            if self._stamp < size_class.next_review:
                 return []
-            self._next_review = self._stamp + SLAB_REVIEW_USES
-            if own is None:
-                own = self._stamp
+            own = size_class.policy.coldest_stamp()
+            bound = self._stamp if own is None else own
         taken = {slab.index for slab, _, _ in self._draining}
-        coldest: tuple[int, Slab, SizeClass] | None = None
+        coldest: tuple[Slab, SizeClass] | None = None
         for foreign in self.slabs.classes.values():
             slabs = [slab for slab in foreign.slabs.values() if slab.index not in taken]
             if foreign is size_class or (foreign.live_engines and len(slabs) < 2):
                 continue
             for slab in slabs:
-                youngest = self._youngest(slab, protected)
-                if youngest is None or slab.num_units * SLOT_UNIT_BYTES < size_class.slot_bytes:
+                if slab.num_units * SLOT_UNIT_BYTES < size_class.slot_bytes:
                     continue
-                if coldest is None or youngest < coldest[0]:
-                    coldest = (youngest, slab, foreign)
+                youngest = self._youngest(slab, foreign, bound, protected)
+                if youngest is not None:
+                    coldest, bound = (slab, foreign), youngest
         if coldest is None:
+            size_class.next_review = self._stamp + SLAB_REVIEW_USES
             return []
-        youngest, slab, foreign = coldest
-        if size_class.slabs and own is not None and youngest >= own:
-            return []
-        self._draining.append((slab, foreign, size_class))
+        self._draining.append((*coldest, size_class))
         return self.drain_slice(SLICE_ITEMS)
 
-    def _youngest(self, slab: Slab, protected: object | None = None) -> int | None:
-        """Stamp of the slab's youngest chunk, -1 if it is empty; None if a slot of it cannot be emptied."""
+    def _youngest(
+        self, slab: Slab, owner: SizeClass, bound: int = sys.maxsize, protected: object | None = None
+    ) -> int | None:
+        """Stamp of the slab's youngest chunk, -1 if it is empty.
+
+        None if that is not below `bound`, or if a slot of the slab cannot be emptied.
+        """
         free = 0
         youngest = -1
         for slot_id in slab.slot_ids:
             chunk = self.by_slot.get(slot_id)
             if chunk is None:
                 free += 1
-            elif chunk.pins or (protected is not None and chunk.user is protected):
+            elif chunk.pins or chunk.stamp >= bound or (protected is not None and chunk.user is protected):
                 return None
-            else:
-                youngest = max(youngest, chunk.stamp)
+            elif chunk.stamp > youngest:
+                youngest = chunk.stamp
         if free:
-            owner = next(c for c in self.slabs.classes.values() if slab.index in c.slabs)
             slots = set(slab.slot_ids)
             if sum(slot in slots for slot in owner.free) < free:
                 return None  # the others are reserved or quarantined
@@ -409,7 +409,7 @@ class PrimaryTier:
         gone: list[Chunk] = []
         for entry in list(self._draining):
             slab, giver, taker = entry
-            if self._youngest(slab) is None:
+            if self._youngest(slab, giver) is None:
                 self._draining.remove(entry)
                 continue
             chunks = [self.by_slot[slot] for slot in slab.slot_ids if slot in self.by_slot][:left]

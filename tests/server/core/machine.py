@@ -137,9 +137,7 @@ class CoreMachine(RuleBasedStateMachine):
     # ----- lookups and loads
 
     @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS, leased=st.booleans(), wait=st.booleans())
-    def look_up(
-        self, which: int, request: str, start: int, count: int, leased: bool, wait: bool
-    ) -> None:
+    def look_up(self, which: int, request: str, start: int, count: int, leased: bool, wait: bool) -> None:
         """Each key's status is what it must be, and what is leased is there."""
         if (user := self.user(which)) is None:
             return
@@ -236,7 +234,12 @@ class CoreMachine(RuleBasedStateMachine):
         first = len(job.cells) // CELL_BYTES
         cells = job.cells + table.read(slot.slot_id + first, units - first)
         if (slot.slot_id, slot.generation) in self.rig.flipped:
-            if user is not None and verify and engine.is_attached and engine.scheduler.instance is user.instance:
+            if (
+                user is not None
+                and verify
+                and engine.is_attached
+                and engine.scheduler.instance is user.instance
+            ):
                 complaint = MismatchReport(slot.slot_id, slot.generation)
                 engine.report_load(job.rank, job.lease, mismatches=[complaint])
                 user.loads[job.lease].discard(job.rank)
@@ -431,7 +434,12 @@ class CoreMachine(RuleBasedStateMachine):
         answer = engine.prepare_store(self.keys(user, 0, 3), lease=lease)
         assert StoreVerdict.GRANTED not in answer.verdicts, "a grant came after its release"
 
-    @rule(which=WHICH, kind=st.sampled_from(["finish", "renew", "touch", "announce"]), request=REQUESTS, start=STARTS)
+    @rule(
+        which=WHICH,
+        kind=st.sampled_from(["finish", "renew", "touch", "announce"]),
+        request=REQUESTS,
+        start=STARTS,
+    )
     def small_talk(self, which: int, kind: str, request: str, start: int) -> None:
         if (user := self.user(which)) is None:
             return

@@ -190,9 +190,7 @@ class Rig:
     def resident(self) -> dict[tuple[SpaceName, bytes], int]:
         """Slot ids by space and key."""
         spaces = self.core.books.primary.spaces
-        return {
-            (space.name, key): chunk.slot_id for space in spaces for key, chunk in space.chunks.items()
-        }
+        return {(space.name, key): chunk.slot_id for space in spaces for key, chunk in space.chunks.items()}
 
     def check(self) -> None:
         """Assert what must hold after every step."""
@@ -471,9 +469,7 @@ class Engine:
         piece = cells[first * CELL_BYTES : None if end is None else end * CELL_BYTES]
         self.rig.slots.write(slot.slot_id + part * self.part_units(slot.key) + first, piece)
 
-    def report_store(
-        self, rank: int, slot: Slot, cells: bytes, *, failed: bool = False
-    ) -> ItemStatus:
+    def report_store(self, rank: int, slot: Slot, cells: bytes, *, failed: bool = False) -> ItemStatus:
         """Report one part of one slot."""
         (status,) = self.rig.core.completions.report_store(
             self.worker(rank),
@@ -514,11 +510,21 @@ class Engine:
         return statuses
 
     def store(self, numbers: Iterable[int], request: str = "r", *, group: int = 0) -> list[int]:
-        """Store chunks from beginning to end. Returns the verdicts."""
+        """Store chunks from beginning to end, four at a time. Returns the verdicts."""
         keys = to_keys(numbers, group)
-        answer = self.prepare_store(keys, request)
-        self.write_and_report(self.granted(keys, answer))
-        return answer.verdicts
+        verdicts = []
+        for first in range(0, len(keys), 4):
+            answer = self.prepare_store(keys[first : first + 4], request)
+            self.write_and_report(self.granted(keys[first : first + 4], answer))
+            verdicts += answer.verdicts
+        return verdicts
+
+    def fill(self, numbers: Iterable[int]) -> None:
+        """Store chunks of a request of their own each, so that they evict one another and all else."""
+        for number in numbers:
+            request = f"fill-{number}"
+            self.store([number], request)
+            self.finish(request)
 
     def report_load(
         self, rank: int, lease: int, *, torn: int = 0, mismatches: Sequence[MismatchReport] = ()

@@ -21,13 +21,12 @@ def test_a_leased_chunk_is_not_evicted() -> None:
     engine.store(range(4))
     engine.finish()
     engine.lookup(to_keys(range(4)), "reader", lease=1)
-    engine.store(range(10, 60), "filler")
+    engine.fill(range(10, 60))
     assert engine.hits(range(4)) == [0, 1, 2, 3]
     engine.release(1)
     engine.finish("reader")
     engine.finish("look")
-    engine.store(range(60, 90), "later")
-    engine.store(range(90, 120), "later still")
+    engine.fill(range(60, 90))
     assert engine.hits(range(4)) == []
 
 
@@ -137,7 +136,7 @@ def test_a_load_that_expired_is_told_so_and_rests_on_its_fence() -> None:  # L1,
     engine.finish("reader")
     rig.tick(301)
     assert engine.read(slot) in engine.may_read(slot.key), "nobody has taken the slot yet"
-    engine.store(range(10, 60), "filler")
+    engine.fill(range(10, 60))
     assert engine.read(slot, verify=False) is None, "the slot was rewritten: the fence says so"
     assert engine.report_load(0, 2) == EXPIRED
     assert engine.report_load(0, 2) == ALREADY

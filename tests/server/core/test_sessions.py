@@ -116,7 +116,7 @@ def test_a_zombie_writes_into_quarantined_slots_only() -> None:
     (slot,) = engine.granted(to_keys([1]), engine.prepare_store(to_keys([1])))
     engine.die(locks_freed=False)
     other = rig.engine("other")
-    other.store(range(2, 30))
+    other.fill(range(2, 30))
     engine.write(slot, 0, engine.content(slot.key))
     rig.check()
     assert other.hits([1]) == []
@@ -153,7 +153,7 @@ def test_what_was_being_written_when_the_daemon_died_waits_for_its_writers() -> 
     (slot,) = engine.granted(to_keys([2]), engine.prepare_store(to_keys([2])))
     rig.restart_daemon()
     other = rig.engine("other")
-    other.store(range(3, 40))
+    other.fill(range(3, 40))
     engine.write(slot, 0, engine.content(slot.key))
     rig.check()
     assert other.hits([2]) == []
@@ -287,7 +287,6 @@ def test_engines_and_sessions_are_limited() -> None:
     with pytest.raises(TooManyEngines):
         rig.engine("three")
     wide = Engine(rig, "two", facts(), world_size=2)
-    rig.core.books.instances.sessions.copy()
     with pytest.raises(RankTaken):
         wide.attach()
     rig = Rig(limits=Limits(max_sessions=2))
