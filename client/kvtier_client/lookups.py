@@ -86,8 +86,7 @@ class LookupCall:
         gate, link = self._gate, self._link
         if not gate.answered(link, reply.boot_id, "Lookup"):
             return LookupAnswer.missed(self._num_keys, "session_changed", reply.boot_id)
-        # Slices of repeated fields cost a quarter less than list().
-        statuses = reply.statuses[:]
+        statuses = reply.statuses
         runs = tuple([(run.first, run.count) for run in reply.leased])
         if len(statuses) != self._num_keys or not _fits(runs, reply, self._num_keys):
             self._stats.add("bad_replies")
@@ -110,7 +109,7 @@ class LookupCall:
             statuses,
             lease_id=lease_id,
             leased_runs=runs,
-            slot_ids=reply.slot_ids[:],
+            slot_ids=reply.slot_ids[:],  # a slice of a repeated field costs a quarter less than list()
             generations=reply.generations[:],
             unwanted_indexes=reply.unwanted,
             boot_id=reply.boot_id,

@@ -110,7 +110,7 @@ class OffloadService:
         )
         return pb.LookupResponse(
             boot_id=self._boot_id,
-            statuses=answer.statuses,  # type: ignore[arg-type]
+            statuses=bytes(answer.statuses),
             unwanted=answer.unwanted,
             leased=[pb.IndexRun(first=first, count=count) for first, count in answer.leased],
             slot_ids=answer.slot_ids,

@@ -115,7 +115,7 @@ class LookupBench:
 
 def _reply_bytes(keys: int, leased: bool) -> int:
     """Size of a reply in which every key hits."""
-    reply = pb.LookupResponse(boot_id="b" * 16, statuses=[pb.LOOKUP_STATUS_HIT] * keys)
+    reply = pb.LookupResponse(boot_id="b" * 16, statuses=bytes([pb.LOOKUP_STATUS_HIT]) * keys)
     if leased:
         reply.leased.add(first=0, count=keys)
         reply.slot_ids.extend(range(30_000, 30_000 + keys))

@@ -141,7 +141,7 @@ class Peer(offload_pb2_grpc.OffloadServiceServicer):
             yield event
 
     def Lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:  # noqa: N802
-        misses = [pb.LOOKUP_STATUS_MISS] * len(request.keys)
+        misses = bytes([pb.LOOKUP_STATUS_MISS]) * len(request.keys)
         return self._answer(
             "Lookup", request, context, pb.LookupResponse(boot_id=self.boot_id, statuses=misses)
         )

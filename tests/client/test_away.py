@@ -45,7 +45,7 @@ def call_everything(client: OffloadClient) -> None:
     assert not answer.leased
     pending = client.lookup_async(CTX, KEYS)
     pending.wait(LONG_S)
-    assert pending.answer().statuses == [LookupStatus.MISS] * len(KEYS)
+    assert list(pending.answer().statuses) == [LookupStatus.MISS] * len(KEYS)
     pending.cancel()
     assert client.prepare_load(CTX, KEYS) is None
     assert client.prepare_store(CTX, KEYS).verdicts == [StoreVerdict.FULL] * len(KEYS)
@@ -156,7 +156,9 @@ def test_three_missed_deadlines_open_the_breaker_and_only_an_answered_probe_clos
     def stall_lookup(request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
         if stalled.is_set():
             go_on.wait(LONG_S)
-        return pb.LookupResponse(boot_id=peer.boot_id, statuses=[pb.LOOKUP_STATUS_MISS] * len(request.keys))
+        return pb.LookupResponse(
+            boot_id=peer.boot_id, statuses=bytes([pb.LOOKUP_STATUS_MISS]) * len(request.keys)
+        )
 
     with Peer(directory / "s", directory / "pool") as peer:
         peer.scripts |= {"Describe": stall, "Lookup": stall_lookup}
@@ -222,7 +224,9 @@ def test_a_deadline_shorter_than_the_usual_one_does_not_open_the_breaker(directo
 
     def stall(request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
         go_on.wait(LONG_S)
-        return pb.LookupResponse(boot_id=peer.boot_id, statuses=[pb.LOOKUP_STATUS_MISS] * len(request.keys))
+        return pb.LookupResponse(
+            boot_id=peer.boot_id, statuses=bytes([pb.LOOKUP_STATUS_MISS]) * len(request.keys)
+        )
 
     with Peer(directory / "s", directory / "pool") as peer:
         peer.scripts["Lookup"] = stall

@@ -56,7 +56,7 @@ def hits(peer: Peer, leased: int) -> Callable[[pb.LookupRequest, Context], pb.Lo
     def answer(request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
         return pb.LookupResponse(
             boot_id=peer.boot_id,
-            statuses=[pb.LOOKUP_STATUS_HIT] * len(request.keys),
+            statuses=bytes([pb.LOOKUP_STATUS_HIT]) * len(request.keys),
             leased=[pb.IndexRun(first=0, count=leased)] if request.lease_id else [],
             slot_ids=range(10, 10 + leased) if request.lease_id else [],
             generations=range(20, 20 + leased) if request.lease_id else [],
@@ -142,7 +142,7 @@ def test_a_leased_answer_names_slots_by_index(peer: Peer, attach: Attach) -> Non
     client = attach()
     peer.scripts["Lookup"] = hits(peer, leased=2)
     for answer in (client.lookup(CTX, KEYS), client.lookup_async(CTX, KEYS).answer()):
-        assert answer.statuses == [LookupStatus.HIT] * 4
+        assert list(answer.statuses) == [LookupStatus.HIT] * 4
         assert answer.leased == {0: (10, 20), 1: (11, 21)}
         assert client.lease_valid(answer.lease_id)
     assert client.lookup(CTX, KEYS, lease=False).lease_id == 0
@@ -152,7 +152,7 @@ def test_a_leased_answer_names_slots_by_index(peer: Peer, attach: Attach) -> Non
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"statuses": [1, 1, 1]},
+        {"statuses": bytes([1, 1, 1])},
         {"slot_ids": [1]},
         {"generations": [1, 2, 3]},
         {"leased": [pb.IndexRun(first=3, count=2)]},
@@ -167,7 +167,7 @@ def test_a_reply_that_contradicts_itself_is_a_miss_and_its_lease_is_given_back(
     client = attach()
     fields: dict[str, object] = {
         "boot_id": peer.boot_id,
-        "statuses": [pb.LOOKUP_STATUS_HIT] * 4,
+        "statuses": bytes([pb.LOOKUP_STATUS_HIT]) * 4,
         "leased": [pb.IndexRun(first=0, count=2)],
         "slot_ids": [1, 2],
         "generations": [1, 2],
@@ -175,7 +175,7 @@ def test_a_reply_that_contradicts_itself_is_a_miss_and_its_lease_is_given_back(
     peer.scripts["Lookup"] = lambda request, context: pb.LookupResponse(**{**fields, **wrong})  # type: ignore[arg-type]
     answer = client.lookup(CTX, KEYS)
     assert answer.reason == "bad_reply"
-    assert answer.statuses == [LookupStatus.MISS] * 4
+    assert list(answer.statuses) == [LookupStatus.MISS] * 4
     assert client.flush_and_wait(LONG_S)
     assert released(peer) == {peer.asked("Lookup")[0].lease_id}
 
@@ -516,13 +516,13 @@ def test_until_a_reset_is_confirmed_everything_misses(peer: Peer, attach: Attach
         "Reset": lambda request, context: peer.refuse(context, grpc.StatusCode.INTERNAL, "INTERNAL"),
     }
     assert not client.reset("", LONG_S)
-    assert client.lookup(CTX, KEYS).statuses == [LookupStatus.MISS] * 4
+    assert list(client.lookup(CTX, KEYS).statuses) == [LookupStatus.MISS] * 4
     peer.wait_asked("Reset", 3)
-    assert client.lookup(CTX, KEYS).statuses == [LookupStatus.MISS] * 4
+    assert list(client.lookup(CTX, KEYS).statuses) == [LookupStatus.MISS] * 4
     assert not peer.asked("Lookup")
     del peer.scripts["Reset"]
     assert client.wait_attached(LONG_S)
-    assert client.lookup(CTX, KEYS).statuses == [LookupStatus.HIT] * 4
+    assert list(client.lookup(CTX, KEYS).statuses) == [LookupStatus.HIT] * 4
 
 
 def test_closing_tells_what_was_queued(peer: Peer, attach: Attach) -> None:

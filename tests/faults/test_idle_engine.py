@@ -26,7 +26,7 @@ def test_r5_an_engine_idle_for_a_week_is_still_attached_and_its_first_load_works
     assert not rig.notices("ended")
     lease = engine.new_lease_id()
     answer = engine.lookup(to_keys(range(8)), lease=lease)
-    assert answer.statuses == [HIT] * 8
+    assert list(answer.statuses) == [HIT] * 8
     assert None not in engine.load(range(8))
     engine.release(lease)
     assert len(engine.return_credits(credits_held)) == 4

@@ -951,10 +951,10 @@ class LookupResponse(_message.Message):
     GENERATIONS_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.str
     """Boot of the daemon that answers."""
-    @_builtins.property
-    def statuses(self) -> _containers.RepeatedScalarFieldContainer[Global___LookupStatus.ValueType]:
-        """One per key, in the order of the keys."""
-
+    statuses: _builtins.bytes
+    """One byte per key, in the order of the keys: the number of a LookupStatus. Bytes, because a list of enums
+    costs a Python client and server more than the lookup itself.
+    """
     @_builtins.property
     def unwanted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indexes of MISS keys whose store would be refused now (reuse filter, quota). Ascending."""
@@ -977,7 +977,7 @@ class LookupResponse(_message.Message):
         self,
         *,
         boot_id: _builtins.str = ...,
-        statuses: _abc.Iterable[Global___LookupStatus.ValueType] | None = ...,
+        statuses: _builtins.bytes = ...,
         unwanted: _abc.Iterable[_builtins.int] | None = ...,
         leased: _abc.Iterable[Global___IndexRun] | None = ...,
         slot_ids: _abc.Iterable[_builtins.int] | None = ...,

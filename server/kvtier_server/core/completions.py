@@ -14,6 +14,7 @@ from kvtier_server.core.instances import Instance, Role, Session
 from kvtier_server.core.leases import Lease, LeaseKind
 from kvtier_server.core.refused import BadRequest
 from kvtier_server.core.stores import ItemStatus, Reservation
+from kvtier_server.primary.index import KeySpace
 
 MAX_EARLY_LOADS = 4_096
 """Load reports kept whose load start has not come yet, per instance; both travel within one step."""
@@ -32,6 +33,8 @@ class Completions:
 
     def __init__(self, books: Books) -> None:
         self._books = books
+        self._stored: dict[KeySpace, list[bytes]] = {}
+        """What the report at hand has published, until it is recorded as one event."""
 
     def announce(
         self,
@@ -90,7 +93,7 @@ class Completions:
                 if found.announced or not found.untouched:
                     statuses.append(ItemStatus.UNKNOWN)  # it was handed out: its ranks will report
                     continue
-                self._conclude(found, ItemStatus.OK)
+                self._conclude(found)
                 session.instance.remember_ended(returned, self._books.limits.max_remembered)
                 found = ItemStatus.OK
             elif returned in session.instance.ended:
@@ -131,6 +134,9 @@ class Completions:
             if isinstance(found, Reservation):
                 found = self._take_part(found, part, key, checksum, index in failed)
             statuses.append(found)
+        for space, stored in self._stored.items():
+            self._books.events.record("stored", space.name, "store", stored)
+        self._stored.clear()
         return statuses
 
     def _take_part(
@@ -141,11 +147,11 @@ class Completions:
         reservation.parts_left &= ~(1 << part)
         reservation.checksums[part] = checksum
         reservation.failed = reservation.failed or failed
-        self._name(reservation, key)
-        status = ItemStatus.EXPIRED if reservation.expired else ItemStatus.OK
+        if reservation.key != key:
+            self._name(reservation, key)
         if not reservation.parts_left:
-            self._conclude(reservation, status)
-        return status
+            self._conclude(reservation)
+        return ItemStatus.EXPIRED if reservation.expired else ItemStatus.OK
 
     def _name(self, reservation: Reservation, key: bytes) -> None:
         """Give a credit its key. One that cannot be in such a slot makes the store fail."""
@@ -155,7 +161,7 @@ class Completions:
         else:
             self._books.reservations.name(reservation, key)
 
-    def _conclude(self, reservation: Reservation, status: ItemStatus) -> None:
+    def _conclude(self, reservation: Reservation) -> None:
         """End a reservation that nobody writes any more: as a chunk, or as a free slot."""
         books = self._books
         instance = reservation.instance
@@ -169,29 +175,31 @@ class Completions:
             books.counts["store:dropped" if whole else "store:failed"] += key is not None
             books.free_reservation(reservation)
         else:
-            books.reservations.remove(reservation)
-            request = reservation.request
-            stamp = request.stamp_of(key) if request is not None else None
-            if stamp is None:
-                stamp = books.primary.issue_stamps(1)
-            chunk = books.primary.publish(
-                space,
-                key,
-                reservation.slot_id,
-                reservation.generation,
-                reservation.size_class,
-                reservation.checksums,
-                stamp,
-                request,
-            )
-            books.counts["store:published"] += 1
-            books.events.record("stored", space.name, "store", (key,))
-            books.resolve(space, key, chunk)
-        if (
-            not reservation.lease.slot_ids
-            and books.leases.get(instance, reservation.lease.id) is reservation.lease
-        ):
-            books.end_lease(reservation.lease)
+            self._publish(reservation, space, key)
+        lease = reservation.lease
+        if not lease.slot_ids and books.leases.get(instance, lease.id) is lease:
+            books.end_lease(lease)
+
+    def _publish(self, reservation: Reservation, space: KeySpace, key: bytes) -> None:
+        books = self._books
+        books.reservations.remove(reservation)
+        request = reservation.request
+        stamp = request.stamp_of(key) if request is not None else None
+        if stamp is None:
+            stamp = books.primary.issue_stamps(1)
+        chunk = books.primary.publish(
+            space,
+            key,
+            reservation.slot_id,
+            reservation.generation,
+            reservation.size_class,
+            reservation.checksums,
+            stamp,
+            request,
+        )
+        books.counts["store:published"] += 1
+        self._stored.setdefault(space, []).append(key)
+        books.resolve(space, key, chunk)
 
     def report_load(
         self,

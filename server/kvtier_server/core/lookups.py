@@ -13,7 +13,7 @@ from kvtier_ops.prefix import GroupPresence, first_gap, usable_prefix
 from kvtier_server.core.books import Books, LookupStatus
 from kvtier_server.core.instances import Instance, Session
 from kvtier_server.core.leases import Lease, LeaseKind
-from kvtier_server.core.namespaces import check_keys
+from kvtier_server.core.namespaces import check_keys, check_number_of_keys
 from kvtier_server.core.refused import BadRequest, LeaseUnknown
 from kvtier_server.core.requests import Request
 from kvtier_server.primary.index import Chunk, KeySpace
@@ -53,7 +53,7 @@ class Lookups:
     ) -> LookupAnswer:
         """Answer one status per key; with a lease id, pin the longest prefix that all groups can use."""
         instance = session.instance
-        check_keys(keys, self._books.limits.max_keys)
+        check_number_of_keys(keys, self._books.limits.max_keys)
         if first_chunks and len(first_chunks) != len(instance.namespace.tails):
             raise BadRequest("first_chunks", f"{len(first_chunks)} entries; one per group, or none")
         if lease_id:
@@ -62,6 +62,8 @@ class Lookups:
         space = instance.space
         found = list(map(space.chunks.get, keys))
         num_missing = found.count(None)
+        if num_missing:
+            check_keys(keys, self._books.limits.max_keys)  # what is resident has a key of allowed length
         statuses: list[int] = [_HIT] * len(keys)
         unwanted: list[int] = []
         pending: set[bytes] = set()
@@ -201,7 +203,7 @@ class Lookups:
                 if found[index] is not None:
                     statuses[index] = _HIT_UNLEASED
         runs, chunks = self._runs(found, fitting)
-        waiting = {keys[i] for first, end in fitting for i in range(first, end) if keys[i] in pending}
+        waiting = pending and {k for first, end in fitting for k in keys[first:end] if k in pending}
         if not chunks and not waiting:
             return LookupAnswer(statuses, unwanted)
         lease = Lease(lease_id, LeaseKind.LOOKUP, instance, now_ns, self._books.limits.lookup_lease_ns)

@@ -24,10 +24,15 @@ MAX_KEY_BYTES = 128
 """What a slot record has room for."""
 
 
-def check_keys(keys: Sequence[bytes], max_keys: int, at_least: int = 1) -> None:
-    """Raise BadRequest unless number and lengths of the keys are allowed."""
+def check_number_of_keys(keys: Sequence[bytes], max_keys: int, at_least: int = 1) -> None:
+    """Raise BadRequest unless a call may have so many keys."""
     if not at_least <= len(keys) <= max_keys:
         raise BadRequest("keys", f"{len(keys)} keys; {at_least} to {max_keys} are allowed in a call")
+
+
+def check_keys(keys: Sequence[bytes], max_keys: int, at_least: int = 1) -> None:
+    """Raise BadRequest unless number and lengths of the keys are allowed."""
+    check_number_of_keys(keys, max_keys, at_least)
     lengths = set(map(len, keys))
     if lengths and not (min(lengths) >= MIN_KEY_BYTES and max(lengths) <= MAX_KEY_BYTES):
         wrong = next(i for i, key in enumerate(keys) if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES)

@@ -15,13 +15,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvtier_server.core.completions import MismatchReport
 from kvtier_server.core.grants import StoreVerdict
-from kvtier_server.core.instances import Instance, RankTaken, Role
+from kvtier_server.core.instances import Instance, RankTaken
 from kvtier_server.core.refused import Inflight, Refused
 from kvtier_server.core.stores import ItemStatus
 from kvtier_server.core.tiering import SpaceName
 
 from .rig import HIT, HIT_UNLEASED, MISS, Engine, Process, Rig, Slot, facts, to_keys
-from .slots_in_memory import CELL_BYTES, State, checksum
+from .slots_in_memory import CELL_BYTES, State
 
 REQUESTS = st.sampled_from(["r1", "r2", "r3"])
 WHICH = st.integers(0, 7)

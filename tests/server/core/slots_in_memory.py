@@ -38,6 +38,7 @@ class Record:
     key: bytes = b""
     checksums: tuple[int, ...] = ()
     slot_bytes: int = 0
+    recency: int = 0
 
 
 class SlotsInMemory:
@@ -88,6 +89,10 @@ class SlotsInMemory:
             )
             record.generation += 1
             record.owner = owner
+
+    def write_recency(self, slot_ids: Sequence[int], stamps: Sequence[int]) -> None:
+        for slot_id, stamp in zip(slot_ids, stamps, strict=True):
+            self.record(slot_id).recency = stamp
 
     def generation(self, slot_id: int) -> int:
         return self.record(slot_id).generation

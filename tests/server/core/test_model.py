@@ -10,5 +10,5 @@ from .machine import CoreMachine
 
 def test_no_order_of_calls_copies_and_crashes_reads_a_wrong_byte_or_leaks_a_slot() -> None:
     run_state_machine_as_test(
-        CoreMachine, settings=settings(max_examples=100, stateful_step_count=30, deadline=None)
+        CoreMachine, settings=settings(max_examples=300, stateful_step_count=40, deadline=None)
     )
