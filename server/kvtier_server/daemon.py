@@ -64,6 +64,9 @@ log = structlog.get_logger("kvtier.daemon")
 TICK_S = 0.05
 """Time between two ticks: expiry and quarantine need no finer one, and an idle daemon stays under 1 % CPU."""
 
+LAST_CALLS_S = 1.0
+"""Longest wait for calls that began while the server stopped; none of them waits for anything."""
+
 SNAPSHOT_TICKS = 20
 """Ticks between two snapshots for metrics: one a second, as scrapes are far apart."""
 
@@ -204,6 +207,7 @@ class Daemon:
             await self._drain(server, health_servicer)
         finally:
             ticks.cancel()
+            await _let_tasks_end()
             self._backing.stop()
             self._threads.shutdown(cancel_futures=True)
             if http is not None:
@@ -383,6 +387,16 @@ class Daemon:
         self._threads.shutdown(cancel_futures=True)
         self._pool.close()
         self._socket_lock.release()
+
+
+async def _let_tasks_end() -> None:
+    """Let the other tasks of the loop end, such as calls that gRPC took in its last instant.
+
+    Cancelled instead, each would leave a traceback in the log of a daemon that stops as it should.
+    """
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=LAST_CALLS_S)
 
 
 def _core_limits(config: Config) -> Limits:

@@ -22,11 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-for source in ("proto", "ops", "server", "client", "tests/server/core"):
-    sys.path.insert(0, str(ROOT / source))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from slots_in_memory import SlotsInMemory
+from tests.server.core.slots_in_memory import SlotsInMemory
 
 from kvtier_ops.layout import SLOT_UNIT_BYTES, TensorLayout
 from kvtier_ops.namespace import GroupFacts, NamespaceFacts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.server.core.rig import HIT, SECOND_NS, Rig, to_keys
+from tests.server.core.engine import HIT, to_keys
+from tests.server.core.rig import Rig
+from tests.server.core.slots_in_memory import SECOND_NS
 
 WEEK_S = 7 * 24 * 3600
 TICK_S = 5

@@ -75,7 +75,9 @@ class _LookupStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LookupSt
     attempt; not to be remembered.
     """
     LOOKUP_STATUS_PENDING: _LookupStatus.ValueType  # 3
-    """Being stored or promoted; a `resolved` event follows if the Lookup had a lease and pending_wait_ms."""
+    """Being stored or promoted; a `resolved` event follows if the Lookup had a lease and pending_wait_ms, and the
+    key lies in the prefix that the lease covers.
+    """
     LOOKUP_STATUS_MISS: _LookupStatus.ValueType  # 4
     """Not there."""
 
@@ -91,7 +93,9 @@ LOOKUP_STATUS_HIT_UNLEASED: LookupStatus.ValueType  # 2
 attempt; not to be remembered.
 """
 LOOKUP_STATUS_PENDING: LookupStatus.ValueType  # 3
-"""Being stored or promoted; a `resolved` event follows if the Lookup had a lease and pending_wait_ms."""
+"""Being stored or promoted; a `resolved` event follows if the Lookup had a lease and pending_wait_ms, and the
+key lies in the prefix that the lease covers.
+"""
 LOOKUP_STATUS_MISS: LookupStatus.ValueType  # 4
 """Not there."""
 Global___LookupStatus: _TypeAlias = LookupStatus  # noqa: Y015

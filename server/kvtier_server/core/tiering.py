@@ -75,6 +75,16 @@ class Core:
         """
         if self.books.draining:
             raise Draining("the daemon is stopping; attach again when it is back")
+        try:
+            session = self._attach(session_id, applicant, facts, now_ns)
+        except Refused:
+            self._forget_unused_classes()
+            raise
+        self._left_locks.discard(applicant.lock_file)
+        self._tell_workers(session.instance)
+        return session
+
+    def _attach(self, session_id: str, applicant: Applicant, facts: NamespaceFacts, now_ns: int) -> Session:
         namespace = self._namespace(facts, applicant.world_size)
         self.books.instances.check_same(applicant, namespace)
         holder = self.books.instances.seat_holder(applicant, now_ns)
@@ -84,22 +94,23 @@ class Core:
             if applicant.geometry is None:
                 raise BadRequest("geometry", "missing; a worker tells its tensors")
             namespace.register_geometry(applicant.rank, applicant.geometry)
+        self.namespaces.setdefault(namespace.digest, namespace)
+        namespace.num_engines += 1  # or it would look unused when the seat's holder ends
         if holder is not None:
             self.end_session(holder.id, "REPLACED")
         if applicant.previous_session:
             self.books.quarantine.clear(applicant.lock_file)
         name = SpaceName(namespace.digest, applicant.tenant, applicant.epoch)
         space = self.books.primary.spaces.get_or_add(name)
-        self.namespaces.setdefault(namespace.digest, namespace)
+        self.known_geometries.pop(namespace.digest, None)
         session = self.books.instances.open(session_id, applicant, namespace, space, now_ns)
-        self._left_locks.discard(applicant.lock_file)
         if session.role is Role.SCHEDULER:
             session.instance.space = space  # a worker that came first could not know the epoch
-        if len(session.instance.sessions) == 1:
-            namespace.num_engines += 1
+        if len(session.instance.sessions) > 1:
+            namespace.num_engines -= 1  # counted with the instance's first session
+        else:
             for size_class in namespace.classes:
                 size_class.live_engines += 1
-        self._tell_workers(session.instance)
         return session
 
     def _namespace(self, facts: NamespaceFacts, world_size: int) -> Namespace:
@@ -129,7 +140,7 @@ class Core:
                 )
             classes[group] = size_class
         namespace = Namespace(facts, digest, tuple(classes[group] for group in range(len(facts.groups))))
-        namespace.geometries.update(self.known_geometries.pop(digest, {}))
+        namespace.geometries.update(self.known_geometries.get(digest, {}))
         return namespace
 
     def geometries(self) -> dict[str, dict[int, Geometry]]:
@@ -175,6 +186,11 @@ class Core:
         for digest, namespace in list(self.namespaces.items()):
             if not namespace.num_engines and not self._has_chunks(namespace):
                 del self.namespaces[digest]
+        self._forget_unused_classes()
+
+    def _forget_unused_classes(self) -> None:
+        used = {size_class for namespace in self.namespaces.values() for size_class in namespace.classes}
+        self.books.primary.slabs.forget_unused(used)
 
     def _quarantine(self, reservations: Sequence[Reservation], guards: set[str]) -> None:
         """End reservations unpublished; their slots wait for the guards, or are free if there are none."""

@@ -154,6 +154,12 @@ class SlabMap:
         self.classes[slot_bytes] = created
         return created
 
+    def forget_unused(self, used: set[SizeClass]) -> None:
+        """Forget classes that have no slab and are not among `used`."""
+        for slot_bytes, size_class in list(self.classes.items()):
+            if not size_class.slabs and size_class not in used:
+                del self.classes[slot_bytes]
+
     def _divide(self, slot_bytes: int) -> None:
         """Cut the empty pool into slabs for slots of up to `slot_bytes`."""
         self._slabs = []

@@ -122,7 +122,7 @@ class PrimaryTier:
             if stamp > chunk.stamp:  # noqa: PLR1730 a call of max() doubles the cost of this loop
                 chunk.stamp = stamp
             used[chunk.id] = stamp
-            unwritten[chunk.slot_id] = stamp
+            unwritten[chunk.slot_id] = chunk.stamp
         for size_class, stamp_of in per_class.items():
             size_class.policy.touch(list(stamp_of), list(stamp_of.values()))
 

@@ -124,7 +124,7 @@ class Engine:
     def num_parts(self) -> int:
         return self.namespace.num_parts
 
-    # ----- sessions
+    # Sessions.
 
     def attach_process(self, process: Process, *, promise: bool = False) -> Session:
         """Attach one process; with `promise` it says that its earlier copies have ended."""
@@ -179,7 +179,7 @@ class Engine:
         assert session is not None
         return session
 
-    # ----- the scheduler's calls
+    # The scheduler's calls.
 
     def request(self, request_id: str) -> Request:
         return self.rig.core.books.request(self.scheduler.instance, request_id)
@@ -300,7 +300,7 @@ class Engine:
     def reset(self, weights_id: str = "") -> None:
         self.epoch = self.rig.core.reset(self.scheduler, weights_id)
 
-    # ----- the workers' copies and reports
+    # The workers' copies and reports.
 
     def part_units(self, key: bytes) -> int:
         groups = self.namespace.groups
@@ -356,6 +356,19 @@ class Engine:
                 self.note_written(slot, part, cells)
                 statuses.append(self.report_store(part, slot, cells))
         return statuses
+
+    def grant(self, *numbers: int, request: str = "r", lease: int = 0) -> list[Slot]:
+        """Prepare to store chunks; returns the slots granted."""
+        keys = to_keys(numbers)
+        return self.granted(keys, self.prepare_store(keys, request, lease=lease))
+
+    def write_part(self, slot: Slot, rank: int = 0, *, failed: bool = False) -> ItemStatus:
+        """Write one rank's part and report it."""
+        cells = self.content(slot.key)
+        self.write(slot, rank, cells)
+        if not failed:
+            self.note_written(slot, rank, cells)
+        return self.report_store(rank, slot, cells, failed=failed)
 
     def store(self, numbers: Iterable[int], request: str = "r", *, group: int = 0) -> list[int]:
         """Store chunks from beginning to end, four at a time. Returns the verdicts."""

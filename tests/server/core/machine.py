@@ -8,20 +8,19 @@ goes on whatever the daemon says, until its lock is free; a reader looks at the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvtier_server.core.completions import MismatchReport
 from kvtier_server.core.grants import StoreVerdict
-from kvtier_server.core.instances import Instance, RankTaken
-from kvtier_server.core.refused import Inflight, Refused
+from kvtier_server.core.refused import Inflight
 from kvtier_server.core.stores import ItemStatus
-from kvtier_server.core.tiering import SpaceName
 
-from .rig import HIT, HIT_UNLEASED, MISS, Engine, Process, Rig, Slot, facts, to_keys
-from .slots_in_memory import CELL_BYTES, State
+from .engine import HIT, HIT_UNLEASED, MISS, Engine, facts, to_keys
+from .rig import Rig
+from .slots_in_memory import State
+from .world import StoreJob, User, World
 
 REQUESTS = st.sampled_from(["r1", "r2", "r3"])
 WHICH = st.integers(0, 7)
@@ -31,64 +30,12 @@ COUNTS = st.sampled_from([1, 2, 3, 5, 8, 20])
 STEPS_S = st.sampled_from([0, 0.5, 5, 31, 61, 301, 7 * 86_400])
 
 
-@dataclass(eq=False, slots=True)
-class StoreJob:
-    """One rank's copy into one slot. `step`: 0 = not begun, 1 = half written, 2 = written."""
-
-    user: User
-    process: Process
-    slot: Slot
-    part: int
-    cells: bytes
-    step: int = 0
-    is_stale: bool = False
-    """The worker saw another generation before it began, and wrote nothing."""
-
-
-@dataclass(eq=False, slots=True)
-class LoadJob:
-    """One rank's copy out of one slot. `cells` are what has been read, None once it has failed."""
-
-    lease: int
-    rank: int
-    slot: Slot
-    space: SpaceName
-    cells: bytes | None = b""
-
-
-@dataclass(eq=False)
-class User:
-    """An engine, and what it believes to hold. Forgotten when its instance ends."""
-
-    engine: Engine
-    instance: Instance | None = None
-    lookups: dict[int, list[Slot]] = field(default_factory=dict)
-    loads: dict[int, set[int]] = field(default_factory=dict)
-    """Ranks that have not reported yet, by load lease."""
-    grants: dict[int, list[Slot]] = field(default_factory=dict)
-    """Granted slots that were not handed to workers, by lease."""
-    to_announce: list[Slot] = field(default_factory=list)
-    """Handed to workers, the scheduler has still to say so."""
-
-    def forget(self) -> None:
-        self.instance = None
-        self.lookups.clear()
-        self.loads.clear()
-        self.grants.clear()
-        self.to_announce = []
-
-
-class CoreMachine(RuleBasedStateMachine):
+class CoreMachine(World, RuleBasedStateMachine):
     """The rules, and what must hold after each."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.rig = Rig(16)
-        self.users: list[User] = []
-        self.store_jobs: list[StoreJob] = []
-        self.load_jobs: list[LoadJob] = []
-        self.zombies: list[Process] = []
-        """Dead processes of which something still maps the pool: their locks are held."""
+        RuleBasedStateMachine.__init__(self)
+        World.__init__(self)
 
     @initialize(
         policy=st.sampled_from(["lru", "arc"]),
@@ -116,25 +63,7 @@ class CoreMachine(RuleBasedStateMachine):
             for which in range(len(self.users)):
                 self.store_whole(which, "r1", 0, num_stored)
 
-    # ----- what the rules pick from
-
-    def user(self, which: int) -> User | None:
-        """An attached engine; most of the time one that is not attached does so now."""
-        user = self.users[which % len(self.users)]
-        if not user.engine.is_attached and which > 1:
-            self.attach_user(user, promise=True)
-        for other in self.users:
-            instance = other.engine.scheduler.instance if other.engine.is_attached else None
-            if other.instance is not instance:
-                other.forget()
-                other.instance = instance
-        return user if user.engine.is_attached else None
-
-    def keys(self, user: User, start: int, count: int) -> list[bytes]:
-        groups = len(user.engine.namespace.groups)
-        return [key for group in range(groups) for key in to_keys(range(start, start + count), group)]
-
-    # ----- lookups and loads
+    # Lookups and loads.
 
     @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS, leased=st.booleans(), wait=st.booleans())
     def look_up(self, which: int, request: str, start: int, count: int, leased: bool, wait: bool) -> None:
@@ -199,12 +128,6 @@ class CoreMachine(RuleBasedStateMachine):
         assert is_known or status == ItemStatus.UNKNOWN
         self.begin_load(user, lease, wanted, reported={0} if early else set())
 
-    def begin_load(self, user: User, lease: int, slots: list[Slot], reported: set[int] | None = None) -> None:
-        engine = user.engine
-        user.loads[lease] = set(range(engine.world_size)) - (reported or set())
-        for rank in user.loads[lease]:
-            self.load_jobs.extend(LoadJob(lease, rank, slot, engine.space) for slot in slots)
-
     @precondition(lambda self: self.load_jobs)
     @rule(which=WHICH, verify=st.booleans(), whole=st.booleans())
     def copy_out(self, which: int, verify: bool, whole: bool) -> None:
@@ -213,47 +136,6 @@ class CoreMachine(RuleBasedStateMachine):
         self.read(job, verify)
         if whole and job in self.load_jobs:
             self.read(job, verify)
-
-    def read(self, job: LoadJob, verify: bool) -> None:
-        user = next((u for u in self.users if job.lease in u.loads), None)
-        engine = (user or self.users[0]).engine
-        table, slot = self.rig.slots, job.slot
-        is_torn = table.generation(slot.slot_id) != slot.generation
-        namespace = next(
-            u.engine.namespace for u in self.users if u.engine.namespace.digest() == job.space.namespace
-        )
-        units = self.slot_units(namespace, slot.key)
-        half = units // 2
-        if job.cells == b"" and half:
-            job.cells = None if is_torn else table.read(slot.slot_id, half)
-            if job.cells is not None:
-                return
-        self.load_jobs.remove(job)
-        if job.cells is None or is_torn:
-            return
-        first = len(job.cells) // CELL_BYTES
-        cells = job.cells + table.read(slot.slot_id + first, units - first)
-        if (slot.slot_id, slot.generation) in self.rig.flipped:
-            if (
-                user is not None
-                and verify
-                and engine.is_attached
-                and engine.scheduler.instance is user.instance
-            ):
-                complaint = MismatchReport(slot.slot_id, slot.generation)
-                engine.report_load(job.rank, job.lease, mismatches=[complaint])
-                user.loads[job.lease].discard(job.rank)
-            return
-        allowed = self.rig.may_read.get((job.space, slot.key), set())
-        assert cells in allowed, f"a fenced load of {slot.key!r} read what was never stored under it"
-
-    @staticmethod
-    def slot_units(namespace: object, key: bytes) -> int:
-        from kvtier_ops.namespace import NamespaceFacts
-
-        assert isinstance(namespace, NamespaceFacts)
-        group = int.from_bytes(key[-4:], "big") if len(namespace.groups) > 1 else 0
-        return namespace.slot_bytes(group) // 4096
 
     @rule(which=WHICH)
     def report_load(self, which: int) -> None:
@@ -269,29 +151,13 @@ class CoreMachine(RuleBasedStateMachine):
         if not left:
             del user.loads[lease]
 
-    # ----- stores
+    # Stores.
 
     @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
     def prepare_store(self, which: int, request: str, start: int, count: int) -> None:
         if (user := self.user(which)) is None:
             return
         self.grant(user, request, self.keys(user, start, count))
-
-    def grant(self, user: User, request: str, keys: list[bytes]) -> list[Slot]:
-        engine = user.engine
-        before = self.rig.resident()
-        lease = engine.new_lease_id()
-        answer = engine.prepare_store(keys, request, lease=lease)
-        after = self.rig.resident()
-        for key, verdict in zip(keys, answer.verdicts, strict=True):
-            is_there = (engine.space, key) in after
-            assert is_there == (verdict == StoreVerdict.RESIDENT), f"{key!r}: {verdict!r}"
-        gone = {key for space, key in before.keys() - after.keys() if space == engine.space}
-        assert gone <= set(answer.evicted), "a chunk went and the call did not say so"
-        slots = engine.granted(keys, answer)
-        if slots:
-            user.grants[lease] = slots
-        return slots
 
     @rule(which=WHICH, group=st.integers(0, 1), count=COUNTS)
     def ask_for_credits(self, which: int, group: int, count: int) -> None:
@@ -345,19 +211,6 @@ class CoreMachine(RuleBasedStateMachine):
         if whole:
             self.step(job)
 
-    def step(self, job: StoreJob) -> None:
-        engine = job.user.engine
-        half = len(job.cells) // CELL_BYTES // 2
-        if job.step == 0:
-            job.is_stale = self.rig.slots.generation(job.slot.slot_id) != job.slot.generation
-            if not job.is_stale:
-                engine.write(job.slot, job.part, job.cells, end=half)
-            job.step = 1
-        elif job.step == 1:
-            if not job.is_stale:
-                engine.write(job.slot, job.part, job.cells, first=half)
-            job.step = 2
-
     @precondition(lambda self: self.store_jobs)
     @rule(
         which=WHICH,
@@ -380,37 +233,11 @@ class CoreMachine(RuleBasedStateMachine):
             status = user.engine.report_store(job.process.rank, job.slot, job.cells)
             assert status not in (ItemStatus.OK, ItemStatus.EXPIRED), f"the second report was {status!r}"
 
-    def report(self, job: StoreJob, how: str) -> None:
-        engine, slot = job.user.engine, job.slot
-        if how == "other generation":
-            other = Slot(slot.slot_id, slot.generation - 1, slot.key)
-            assert engine.report_store(job.part, other, job.cells) != ItemStatus.OK
-            how = "ok"
-        if how == "other key":
-            slot = replace(slot, key=slot.key[:-5] + b"x" + slot.key[-4:])
-        has_failed = how == "failed" or job.is_stale
-        if not has_failed:
-            engine.note_written(slot, job.part, job.cells)
-        status = engine.report_store(job.part, slot, job.cells, failed=has_failed)
-        assert not (job.is_stale and status == ItemStatus.OK), "a slot went on while a part was still owed"
-
     @rule(which=WHICH, request=REQUESTS, start=STARTS, count=COUNTS)
     def store(self, which: int, request: str, start: int, count: int) -> None:
         self.store_whole(which, request, start, count)
 
-    def store_whole(self, which: int, request: str, start: int, count: int) -> None:
-        """Store a few chunks from beginning to end: what is granted and reported ok is there."""
-        if (user := self.user(which)) is None:
-            return
-        engine = user.engine
-        slots = self.grant(user, request, self.keys(user, start, count))
-        user.grants = {lease: held for lease, held in user.grants.items() if held is not slots}
-        statuses = engine.write_and_report(slots)
-        assert all(status == ItemStatus.OK for status in statuses)
-        resident = self.rig.resident()
-        assert all((engine.space, slot.key) in resident for slot in slots)
-
-    # ----- ends
+    # Ends.
 
     @rule(which=WHICH, kind=st.sampled_from(["credits", "lookups", "grants", "loads", "unknown"]))
     def give_back(self, which: int, kind: str) -> None:
@@ -468,7 +295,7 @@ class CoreMachine(RuleBasedStateMachine):
     def tick(self, seconds: float) -> None:
         self.rig.tick(seconds)
 
-    # ----- crashes, and what comes after
+    # Crashes, and what comes after.
 
     @rule(
         kind=st.sampled_from(["attached twice", "process", "engine", "daemon", "flipped byte"]),
@@ -495,30 +322,6 @@ class CoreMachine(RuleBasedStateMachine):
         if which % 2:
             self.store_whole(which // 2, "r2", 0, 20)
 
-    def crash_a_process(self, engine: Engine, rank: int, noticed: bool, freed: bool) -> None:
-        """One process dies, and the engine puts another in its place."""
-        place = rank % len(engine.processes)
-        self.bury(engine.processes[place], engine, noticed, freed)
-        role, seat = engine.processes[place].role, engine.processes[place].rank
-        engine.processes[place] = Process(self.rig, engine.name, role, seat)
-
-    def restart_an_engine(self, engine: Engine, noticed: bool, freed: bool) -> None:
-        for process in engine.processes:
-            self.bury(process, engine, noticed, freed)
-        engine.start()
-
-    def bury(self, process: Process, engine: Engine, noticed: bool, freed: bool) -> None:
-        self.zombies.append(process)
-        if freed:
-            self.free_the_lock(process)
-        if noticed:
-            engine.cut_stream(process)
-
-    def free_the_lock(self, process: Process) -> None:
-        self.zombies.remove(process)
-        self.store_jobs = [job for job in self.store_jobs if job.process is not process]
-        self.rig.locks.free(process.lock_file)
-
     @precondition(lambda self: len(self.zombies) > 1)
     @rule(which=WHICH)
     def end_a_zombie(self, which: int) -> None:
@@ -529,41 +332,6 @@ class CoreMachine(RuleBasedStateMachine):
         """Attach what is not attached. Who promises has let its copies end."""
         self.attach_user(self.users[which % len(self.users)], promise)
 
-    def attach_user(self, user: User, promise: bool) -> None:
-        sessions = self.rig.core.books.instances.sessions
-        for process in user.engine.processes:
-            if process.session is not None and process.session.id in sessions:
-                continue
-            if promise:
-                for job in [job for job in self.store_jobs if job.process is process]:
-                    while job.step < 2:
-                        self.step(job)
-                    self.store_jobs.remove(job)
-            try:
-                user.engine.attach_process(process, promise=promise)
-            except RankTaken:
-                assert self.zombies, "a seat is taken, and nobody has died"
-
-    def attach_again(self, engine: Engine, role: int) -> None:
-        """A process attaches again although its session lives: it lost the stream before the daemon did."""
-        try:
-            engine.attach_process(engine.processes[role])
-        except Refused as refusal:
-            assert isinstance(refusal, RankTaken)
-
-    def crash_the_daemon(self) -> None:
-        before = self.rig.resident()
-        self.rig.restart_daemon()
-        for user in self.users:
-            user.forget()
-        assert self.rig.resident() == before, "a published chunk did not survive the daemon"
-
-    def flip_a_byte(self, which: int) -> None:
-        chunks = [chunk for space in self.rig.core.books.primary.spaces for chunk in space.chunks.values()]
-        if chunks:
-            chunk = chunks[which % len(chunks)]
-            self.rig.flip(chunk.slot_id, chunk.generation)
-
     @rule(which=WHICH)
     def background(self, which: int) -> None:
         """What the daemon's threads bring: hashes of complained-about slots, more backed memory."""
@@ -571,7 +339,7 @@ class CoreMachine(RuleBasedStateMachine):
         if which > 4:
             self.rig.back(self.num_units)
 
-    # ----- what always holds
+    # What always holds.
 
     @invariant()
     def nothing_is_wrong(self) -> None:

@@ -68,7 +68,9 @@ class Rig:
         old = self.core.books.primary
         spaces = [(space.id, space.name) for space in old.spaces]
         backed_bytes = old.slabs.backed_bytes
+        geometries = self.core.geometries()
         self.core = self._new_core()
+        self.core.known_geometries = geometries
         slabs = self.core.books.primary.slabs
         if any(self.slots.slot_bytes_of_slab):
             slabs.restore(self.slots.slab_bytes, self.slots.slot_bytes_of_slab)

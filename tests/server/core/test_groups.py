@@ -1,4 +1,4 @@
-"""Several KV-cache groups: what a lease covers when a group sees only a window, and classes that share a pool."""
+"""Several KV-cache groups: what a lease covers of a sliding window, and size classes that share a pool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.refused import BadRequest
 
-from .rig import HIT, HIT_UNLEASED, MISS, PENDING, Engine, Rig, facts, to_keys
+from .engine import HIT, HIT_UNLEASED, MISS, PENDING, Engine, facts, to_keys
+from .rig import Rig
 
 GRANTED, FULL = StoreVerdict.GRANTED, StoreVerdict.FULL
 HYBRID = facts("hybrid", (1, 1), windows=(0, 32))
@@ -108,7 +109,7 @@ def test_once_a_group_is_full_its_later_keys_are_and_the_other_group_has_its_own
     rig.check()
 
 
-# ----- size classes that share a pool
+# Size classes that share a pool.
 
 SMALL, LARGE = facts("small", (1,)), facts("large", (4,))
 

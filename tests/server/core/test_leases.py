@@ -10,7 +10,9 @@ from kvtier_server.core.limits import Limits
 from kvtier_server.core.refused import BadRequest, Inflight, LeaseUnknown
 from kvtier_server.core.stores import ItemStatus
 
-from .rig import HIT, HIT_UNLEASED, MISS, PENDING, SECOND_NS, Rig, to_keys
+from .engine import HIT, HIT_UNLEASED, MISS, PENDING, to_keys
+from .rig import Rig
+from .slots_in_memory import SECOND_NS
 
 OK, ALREADY, UNKNOWN, EXPIRED = ItemStatus.OK, ItemStatus.ALREADY, ItemStatus.UNKNOWN, ItemStatus.EXPIRED
 
@@ -234,7 +236,7 @@ def test_one_engine_pins_at_most_its_share() -> None:
     assert answer.statuses == [HIT] * 16 + [HIT_UNLEASED] * 4
     assert answer.leased == [(0, 16)]
     assert engine.lookup(to_keys([0]), "s", lease=2).statuses == [HIT_UNLEASED]
-    with pytest.raises(Inflight, match="limits.pin_share"):
+    with pytest.raises(Inflight, match=r"limits\.pin_share"):
         engine.prepare_load(to_keys([19]), 3)
     other = rig.engine("other")
     assert other.lookup(to_keys(range(12)), lease=4).leased == [(0, 12)], "another engine has its own share"

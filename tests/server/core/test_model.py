@@ -1,4 +1,4 @@
-"""FAULTS M1, as many examples as `make test` has time for. The full count is `tests/faults/test_m1_model.py`."""
+"""FAULTS M1, as many examples as `make test` has time for; more are in `tests/faults/test_m1_model.py`."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from kvtier_server.core.namespaces import Geometry, GeometryMismatch
 from kvtier_server.core.refused import BadRequest, Draining
 from kvtier_server.core.tiering import DoesNotFit
 
-from .rig import HIT, MISS, Engine, Rig, facts, to_keys
+from .engine import HIT, MISS, Engine, facts, to_keys
+from .rig import Rig
 
 DAY_S = 86_400
 
@@ -212,7 +213,7 @@ BASE = NamespaceFacts(
         {"groups": (GroupFacts(16, 4096, 64, ("l0", "l1")),)},
         {"groups": (GroupFacts(16, 4096, 0, ("l1", "l0")),)},
     ],
-    ids=lambda change: ",".join(change),
+    ids=",".join,
 )
 def test_namespaces_that_differ_in_one_fact_share_nothing(change: dict[str, object]) -> None:  # C2
     rig = Rig()
@@ -258,6 +259,31 @@ def test_a_geometry_is_forgotten_with_the_last_chunk_and_engine_of_its_namespace
     changed.geometry = ((TensorLayout("fused", 4096),),)
     changed.attach()
     assert changed.is_attached
+
+
+def test_a_geometry_outlives_the_daemon_however_often_another_one_is_tried() -> None:  # C1
+    rig = Rig()
+    rig.engine("one").store([1])
+    rig.restart_daemon()
+    for name in ("two", "three"):
+        other = Engine(rig, name, facts())
+        other.geometry = ((TensorLayout("fused", 4096),),)
+        with pytest.raises(GeometryMismatch):
+            other.attach_process(other.processes[1])
+    same = rig.engine("four")
+    assert same.hits([1]) == [1]
+
+
+def test_refused_sessions_leave_no_size_classes_behind() -> None:
+    rig = Rig()
+    rig.engine("one")
+    before = set(rig.core.books.primary.slabs.classes)
+    for parts in range(2, 6):
+        wide = Engine(rig, "two", facts("two", (parts,)))
+        wide.geometry = ()
+        with pytest.raises(GeometryMismatch):
+            wide.attach_process(wide.processes[1])
+    assert set(rig.core.books.primary.slabs.classes) == before
 
 
 def test_what_contradicts_its_own_instance_is_refused() -> None:

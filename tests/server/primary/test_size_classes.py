@@ -55,9 +55,9 @@ def new_map(num_units: int) -> SlabMap:
 def test_slots_of_all_classes_are_disjoint_and_inside_the_pool(num_units: int, sizes: list[int]) -> None:
     slabs = new_map(num_units)
     classes = [slabs.size_class(size * 4096) for size in sizes]
-    grown = True
-    while grown:
-        grown = any([size_class is not None and slabs.grow(size_class) for size_class in classes])
+    growing = [size_class for size_class in classes if size_class is not None]
+    while growing:
+        growing = [size_class for size_class in growing if slabs.grow(size_class)]
         slabs.check_integrity()
     units: set[int] = set()
     for size_class in slabs.classes.values():

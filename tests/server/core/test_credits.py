@@ -1,0 +1,127 @@
+"""Credits: slots ahead of the keys, and how they become chunks or are given back."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvtier_server.core.grants import StoreVerdict
+from kvtier_server.core.instances import WorkersMissing
+from kvtier_server.core.limits import Limits
+from kvtier_server.core.refused import BadRequest, LeaseUnknown
+from kvtier_server.core.stores import ItemStatus
+
+from .engine import PENDING, Engine, Slot, facts, to_key, to_keys
+from .rig import Rig
+
+OK, ALREADY, UNKNOWN = ItemStatus.OK, ItemStatus.ALREADY, ItemStatus.UNKNOWN
+WAIT = StoreVerdict.PENDING
+
+
+def test_credits_are_slots_ahead_within_a_share_and_half_of_what_can_be_had() -> None:
+    rig = Rig(64)
+    engine = rig.engine()
+    assert len(engine.credits(40)) == 16, "at most 16 in a small pool"
+    assert engine.credits(1) == []
+    small = Rig(16).engine()
+    assert len(small.credits(40)) == 4, "at most a quarter"
+    full = Rig(32, limits=Limits(pin_share=1.0))
+    engine = full.engine()
+    engine.prepare_store(to_keys(range(28)))
+    assert len(engine.credits(40)) == 2, "half of the four that are left"
+
+
+def test_a_credit_becomes_a_chunk_whichever_comes_first_announcement_or_report() -> None:
+    rig = Rig()
+    engine, other = rig.engine(), rig.engine("other")
+    first, second = engine.credits(2)
+    first = Slot(first.slot_id, first.generation, to_key(1))
+    second = Slot(second.slot_id, second.generation, to_key(2))
+    assert engine.announce([first]) == [OK]
+    assert other.statuses(to_keys([1])) == [PENDING]
+    assert other.prepare_store(to_keys([1])).verdicts == [WAIT]
+    assert engine.write_part(first) == OK
+    assert engine.write_part(second) == OK
+    assert engine.announce([second]) == [OK]
+    assert other.hits([1, 2]) == [1, 2]
+    rig.assert_nothing_is_held()
+
+
+def test_returned_credits_are_free_again_and_a_repeat_is_told_so() -> None:
+    rig = Rig()
+    engine = rig.engine()
+    slots = engine.credits(3)
+    assert engine.return_credits(slots) == [OK] * 3
+    assert engine.return_credits(slots) == [ALREADY] * 3
+    rig.assert_nothing_is_held()
+
+
+def test_a_credit_that_was_handed_out_cannot_be_returned() -> None:
+    rig = Rig()
+    engine = rig.engine(namespace=facts(num_parts=2), world_size=2)
+    announced, half = engine.credits(2)
+    announced = Slot(announced.slot_id, announced.generation, to_key(1))
+    half = Slot(half.slot_id, half.generation, to_key(2))
+    engine.announce([announced])
+    engine.write_part(half, 0)
+    assert engine.return_credits([announced, half]) == [UNKNOWN, UNKNOWN]
+    for slot, rank in ((announced, 0), (announced, 1), (half, 1)):
+        engine.write_part(slot, rank)
+    assert engine.hits([1, 2]) == [1, 2]
+    rig.assert_nothing_is_held()
+
+
+def test_credits_never_expire() -> None:
+    rig = Rig()
+    engine = rig.engine()
+    (slot,) = engine.credits(1)
+    rig.tick(86_400)
+    assert engine.write_part(Slot(slot.slot_id, slot.generation, to_key(1))) == OK
+    assert engine.hits([1]) == [1]
+
+
+def test_a_released_store_keeps_what_was_handed_out() -> None:
+    rig = Rig()
+    engine = rig.engine()
+    handed_out, _ = engine.grant(1, 2, lease=9)
+    engine.announce([handed_out])
+    assert engine.release(9)
+    assert len(rig.core.books.reservations) == 1
+    assert engine.write_part(handed_out) == OK
+    assert engine.hits([1, 2]) == [1]
+    rig.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("key", [b"", b"1234", b"x" * 129, to_key(1, group=1), to_key(1, group=7)])
+def test_a_credit_named_by_a_key_that_cannot_be_in_it_is_not_published(key: bytes) -> None:
+    rig = Rig()
+    engine = rig.engine(namespace=facts("two groups", (2, 1)))
+    announced, unannounced = engine.credits(2)
+    slot = Slot(announced.slot_id, announced.generation, key)
+    engine.announce([slot])
+    for credit in (announced, unannounced):
+        status = engine.report_store(0, Slot(credit.slot_id, credit.generation, key), b"12345678")
+        assert status == OK, "the part is over"
+    assert not rig.resident()
+    rig.assert_nothing_is_held()
+
+
+def test_credits_come_without_keys_and_within_bounds() -> None:
+    engine = Rig().engine()
+    grants = engine.rig.core.grants
+    for keys, asked in ((to_keys([1]), [(0, 1)]), ([], [(1, 1)]), ([], [(0, 0)]), ([], [(-1, 1)])):
+        with pytest.raises(BadRequest):
+            grants.prepare_store(engine.scheduler, engine.request("r"), keys, asked, 5, 0)
+    with pytest.raises(BadRequest):
+        grants.prepare_store(engine.scheduler, engine.request("r"), [], [(0, 1)], 0, 0)
+    (slot,) = engine.credits(1, lease=6)
+    with pytest.raises(LeaseUnknown):
+        engine.prepare_load(to_keys([1]), 6)
+    assert slot.generation == 1
+
+
+def test_no_credits_before_all_workers_are_attached() -> None:
+    rig = Rig()
+    engine = Engine(rig, "engine", facts())
+    engine.attach_process(engine.processes[0])
+    with pytest.raises(WorkersMissing):
+        engine.credits(1)
