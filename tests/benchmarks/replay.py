@@ -37,6 +37,7 @@ CAPACITY = 1_827
 PUBLISHED = {"lru": (0.0525, 0.00005), "arc": (0.0649, 0.003)}
 """Known hit shares of the whole trace at this capacity, and how near they must be."""
 
+HEAD = "{:8}{:>10}{:>10}{:>9}{:>9}{:>9}{:>10}{:>8}"
 ROW = "{:8}{:>10}{:>10}{:>9}{:>9.4f}{:>9.4f}{:>10.1f}{:>8.1f}"
 
 GRANTED = 1

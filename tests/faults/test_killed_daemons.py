@@ -72,6 +72,7 @@ def assert_traffic_was_right(answer: dict[str, Any]) -> None:
     assert answer["loaded"] > 0
 
 
+@pytest.mark.timeout(600)  # with full counts
 def test_r2_a_daemon_killed_under_load_costs_an_engine_misses_and_nothing_else(
     start_daemon: StartDaemon, start_engine: StartEngine
 ) -> None:
@@ -163,6 +164,7 @@ def test_r4_the_mapping_outlives_the_daemon_the_pools_removal_and_another_size(
     wait_nothing_held(daemon)
 
 
+@pytest.mark.timeout(600)  # with full counts
 def test_g1_sigterm_under_load_ends_well_and_nobody_sees_an_internal_error(
     start_daemon: StartDaemon, start_engine: StartEngine
 ) -> None:
