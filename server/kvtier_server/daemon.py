@@ -31,6 +31,7 @@ from kvtier_ops.pool import Pool, PoolBusy, PoolError, check_capacity
 from kvtier_server import __version__, admin, logs, service
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.config import Config
+from kvtier_server.core.adoption import Adopted
 from kvtier_server.core.books import HashRequest
 from kvtier_server.core.instances import Session
 from kvtier_server.core.leases import LeaseKind
@@ -144,12 +145,25 @@ class Daemon:
         self._threads = ThreadPoolExecutor(
             max(1, min(4, (os.cpu_count() or 2) - 1)), thread_name_prefix="kvtier-work"
         )
-        self._adopted = take_over(self._pool, self.core) if self._pool.kept else None
+        self._adopted = self._take_over()
         self._phase = PHASE_STARTING
         self._last_tick_ns = self._start_ns
         self._loop_lag_s = 0.0
         self._settling = False
         self._backing: Backing | None = None
+
+    def _take_over(self) -> Adopted | None:
+        """Serve what an earlier daemon left, if it left a pool. Raises StartError."""
+        if not self._pool.kept:
+            return None
+        try:
+            return take_over(self._pool, self.core)
+        except OSError as error:
+            raise StartError(
+                f"cannot take over {self._pool.path}: {error.strerror}; free memory, or drop what is in it: "
+                "kvtier serve --fresh",
+                2,
+            ) from error
 
     def _pool_info(self) -> pb.PoolInfo:
         return pb.PoolInfo(
@@ -192,8 +206,8 @@ class Daemon:
             self._config.pool.backing_piece,
             functools.partial(self._call_soon, loop, self._on_backed),
         )
-        self._backing.start()
         await server.start()
+        self._backing.start()
         self._phase = PHASE_SERVING
         for name in ("", service.SERVICE, admin.SERVICE):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -257,13 +271,12 @@ class Daemon:
         """Deliver what the call caused, and do what it put off once its reply is on the way."""
         if self.core.books.notices:
             self._sessions.dispatch()
-        if not self._settling:
+        if not self._settling and self.core.books.should_settle:
             self._settling = True
             asyncio.get_running_loop().call_soon(self._settle)
 
     def _settle(self) -> None:
         self._settling = False
-        self._start_hashes()
         if self.core.books.settle():
             self._settling = True
             asyncio.get_running_loop().call_soon(self._settle)
@@ -309,6 +322,8 @@ class Daemon:
         self.core.tick(now_ns)
         self._sessions.dispatch()
         self._start_hashes()
+        if not self._settling:
+            self._settle()
         self.core.books.primary.write_recency(SLICE_ITEMS)
         if with_snapshot:
             self._metrics.publish(self.snapshot())

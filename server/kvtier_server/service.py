@@ -28,6 +28,9 @@ from kvtier_server.rpc import CallScope
 
 SERVICE = "kvtier.v1.OffloadService"
 
+ITEMS_PER_KEY = 2
+"""Items of one Complete per key that a call may have: a step may both announce and report what it stores."""
+
 REPORT_SLICE_ITEMS = 512
 """Slots of store reports taken in one go: publishing costs about 4 us each, so 2 ms."""
 
@@ -86,6 +89,11 @@ class OffloadService:
         params = context.params_json if context.HasField("params_json") else None
         return self._core.books.request(session.instance, context.request_id, params)
 
+    def _check_number(self, field: str, number: int) -> None:
+        limit = self._core.books.limits.max_keys
+        if number > limit:
+            raise BadRequest(field, f"{number} entries; at most {limit} are allowed in a call")
+
     def describe(self, _: pb.DescribeRequest) -> pb.DescribeResponse:
         """Tell where the pool is."""
         return pb.DescribeResponse(
@@ -134,6 +142,7 @@ class OffloadService:
         """Reserve slots for keys, or credits; many keys in slices, between which other calls get in."""
         keys = list(message.keys)
         check_keys(keys, self._core.books.limits.max_keys, at_least=0)
+        self._check_number("credits", len(message.credits))
         asked_credits = [(asked.group, asked.count) for asked in message.credits]
         reply = pb.PrepareStoreResponse(boot_id=self._boot_id)
         full = False
@@ -154,7 +163,7 @@ class OffloadService:
                 self._clock(),
                 extend=start > 0,
             )
-            full = StoreVerdict.FULL in answer.verdicts
+            full = StoreVerdict.FULL in answer.verdicts or StoreVerdict.INFLIGHT in answer.verdicts
             reply.verdicts.extend(answer.verdicts)  # type: ignore[arg-type]
             reply.slot_ids.extend(answer.slot_ids)
             reply.generations.extend(answer.generations)
@@ -235,6 +244,7 @@ class OffloadService:
     def renew_leases(self, message: pb.RenewLeasesRequest) -> pb.RenewLeasesResponse:
         """Extend lookup leases."""
         session = self._session(message.session_id)
+        self._check_number("lease_ids", len(message.lease_ids))
         known = self._core.renew(session, list(message.lease_ids), self._clock())
         statuses = [_wire(ItemStatus.OK if renewed else ItemStatus.UNKNOWN) for renewed in known]
         return pb.RenewLeasesResponse(boot_id=self._boot_id, statuses=statuses)
@@ -248,6 +258,7 @@ class OffloadService:
     def finish_request(self, message: pb.FinishRequestRequest) -> pb.FinishRequestResponse:
         """Forget requests."""
         session = self._session(message.session_id)
+        self._check_number("request_ids", len(message.request_ids))
         for request_id in message.request_ids:
             self._core.finish(session.instance, request_id)
         return pb.FinishRequestResponse(boot_id=self._boot_id)
@@ -270,29 +281,35 @@ def _result(statuses: Sequence[ItemStatus]) -> pb.CompleteResult:
 
 
 def _check_columns(message: pb.CompleteRequest, max_keys: int) -> None:
-    """Refuse columns of unequal length, and more slots than one call may name."""
-    slots = 0
+    """Refuse columns of unequal length, and more items than one call may have: before anything is done."""
+    items = len(message.load_starts) + len(message.load_reports) + len(message.released_lease_ids)
+    items += len(message.finished_request_ids)
     for index, announced in enumerate(message.announcements):
-        slots += len(announced.slot_ids)
+        items += 1 + len(announced.slot_ids)
         where = f"announcements[{index}]"
         _check_column(f"{where}.generations", len(announced.generations), len(announced.slot_ids))
         _check_column(f"{where}.keys", len(announced.keys), len(announced.slot_ids))
         check_keys(announced.keys, max_keys, at_least=0)
-    for index, returned in enumerate(message.credit_returns):
-        slots += len(returned.slot_ids)
-        where = f"credit_returns[{index}].generations"
-        _check_column(where, len(returned.generations), len(returned.slot_ids))
+    for index, started in enumerate(message.load_starts):
+        items += len(started.slot_ids)
+        if not started.load_lease_id:
+            raise BadRequest(f"load_starts[{index}].load_lease_id", "0; the client chooses one")
     for index, stored in enumerate(message.store_reports):
-        slots += len(stored.slot_ids)
+        items += 1 + len(stored.slot_ids)
         where = f"store_reports[{index}]"
         _check_column(f"{where}.generations", len(stored.generations), len(stored.slot_ids))
         _check_column(f"{where}.keys", len(stored.keys), len(stored.slot_ids))
-        check_keys(stored.keys, max_keys, at_least=0)
         _check_column(f"{where}.checksums", len(stored.checksums), len(stored.slot_ids))
+        check_keys(stored.keys, max_keys, at_least=0)
         if any(failed >= len(stored.slot_ids) for failed in stored.failed):
-            raise BadRequest(f"store_reports[{index}].failed", "an index beyond its slots")
-    if slots > max_keys:
-        raise BadRequest("slot_ids", f"{slots} slots; at most {max_keys} are allowed in a call")
+            raise BadRequest(f"{where}.failed", "an index beyond its slots")
+    for index, returned in enumerate(message.credit_returns):
+        items += 1 + len(returned.slot_ids)
+        where = f"credit_returns[{index}].generations"
+        _check_column(where, len(returned.generations), len(returned.slot_ids))
+    items += sum(len(loaded.torn_slot_ids) + len(loaded.mismatches) for loaded in message.load_reports)
+    if items > ITEMS_PER_KEY * max_keys:
+        raise BadRequest("items", f"{items} items and slots; at most {ITEMS_PER_KEY * max_keys} are allowed")
 
 
 def _check_column(name: str, entries: int, slots: int) -> None:

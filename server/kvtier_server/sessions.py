@@ -54,9 +54,6 @@ class Sessions:
         """Method handler of Attach."""
         return grpc.unary_stream_rpc_method_handler(self._attach)
 
-    def __len__(self) -> int:
-        return len(self._queues)
-
     async def _attach(self, raw: bytes, context: ServicerContext) -> None:
         session_id = f"{self._scope.boot_id}-{secrets.token_hex(8)}"
         try:
@@ -69,8 +66,8 @@ class Sessions:
         queue: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
         self._queues[session_id] = queue
         self._metrics.observe_rpc(METHOD, "OK", 0.0)
-        self.dispatch()  # attaching told others, and ended a session that this one replaces
         try:
+            self.dispatch()  # attaching told others, and ended a session that this one replaces
             await context.write(first.SerializeToString())
             while (event := await queue.get()) is not None:
                 await context.write(event.SerializeToString())
@@ -85,11 +82,18 @@ class Sessions:
         request = pb.AttachRequest.FromString(raw)
         applicant = applicant_of(request)
         session = self._core.attach(session_id, applicant, facts_of(request), self._clock())
-        self._on_spaces_changed()
+        try:
+            self._on_spaces_changed()
+            return self._opened(session, request.protocol_minor)
+        except BaseException:
+            self._core.end_session(session_id, "CLOSED")  # or a session without a stream would stay
+            raise
+
+    def _opened(self, session: Session, protocol_minor: int) -> pb.AttachResponse:
         instance = session.instance
         log.info(
             "session_opened",
-            session=session_id,
+            session=session.id,
             engine=instance.engine_id,
             role=str(session.role),
             rank=session.rank,
@@ -98,12 +102,12 @@ class Sessions:
         )
         return pb.AttachResponse(
             attached=pb.Attached(
-                session_id=session_id,
+                session_id=session.id,
                 boot_id=self._scope.boot_id,
                 pool=self._pool_info(),
                 slot_bytes=[size_class.slot_bytes for size_class in instance.namespace.classes],
                 limits=self._limits_of(session),
-                protocol_minor=min(PROTOCOL_MINOR, request.protocol_minor),
+                protocol_minor=min(PROTOCOL_MINOR, protocol_minor),
                 epoch=instance.space.name.epoch,
                 missing_ranks=instance.missing_ranks(),
                 namespace_digest=instance.namespace.digest,

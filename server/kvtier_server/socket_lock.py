@@ -65,9 +65,11 @@ class SocketLock:
             self._path.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Remove socket and lock."""
+        """Remove the socket and let the lock go.
+
+        The lock's file stays: unlinked, it could be locked a second time under the same name.
+        """
         if self._fd >= 0:
             self.unlink()
-            Path(f"{self._path}.lock").unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1

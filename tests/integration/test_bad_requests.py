@@ -152,9 +152,9 @@ def test_a_refused_complete_has_done_nothing(engine: RawEngine) -> None:
     assert list(engine.lookup([to_key(1)]).statuses) == [pb.LOOKUP_STATUS_PENDING]
 
 
-def test_a_complete_names_at_most_8192_slots(engine: RawEngine) -> None:
-    returned = [pb.CreditReturn(slot_ids=range(8193), generations=[1] * 8193)]
-    assert_bad_request(refusal(lambda: engine.complete(credit_returns=returned)), "slot_ids")
+def test_a_complete_names_at_most_twice_as_many_items_as_a_call_may_have_keys(engine: RawEngine) -> None:
+    returned = [pb.CreditReturn(slot_ids=range(16_384), generations=[1] * 16_384)]
+    assert_bad_request(refusal(lambda: engine.complete(credit_returns=returned)), "items")
 
 
 def test_a_message_over_8_mib_is_refused_by_grpc_itself(daemon: DaemonProcess, engine: RawEngine) -> None:

@@ -27,6 +27,12 @@ from kvtier_server.primary.tier import SLICE_ITEMS, PrimaryTier
 
 MAX_REQUEST_ID_CHARS = 256
 
+SETTLE_AT_ITEMS = 16_384
+"""Uses and pins put off before they are settled out of turn: what a PrepareStore may find left to do, 4 ms."""
+
+SETTLE_AT_LEASES = 256
+"""Ended leases whose chunks wait to be unpinned, likewise."""
+
 
 class LookupStatus(IntEnum):
     """What became of a key in a Lookup; the numbers are the wire's."""
@@ -155,7 +161,10 @@ class Books:
             stamps = by_key
         instance.requests.add_run(request, keys, stamps)
         for start, end in ranges if used is None else used:
-            self.primary.use(request, found[start:end], stamps[start:end])
+            part = found[start:end]
+            if part.count(None) < len(part):
+                request.holds_chunks = True
+                self.primary.use(request, part, stamps[start:end])
 
     def max_pinned_bytes(self, instance: Instance) -> int:
         """Bytes of slots one instance may have pinned, and as many again reserved."""
@@ -247,6 +256,14 @@ class Books:
         scheduler = lease.instance.sessions.get((Role.SCHEDULER, 0))
         if scheduler is not None:
             self.notices.append(Notice(scheduler.id, "resolved", lease.id, key, LookupStatus.MISS))
+
+    @property
+    def should_settle(self) -> bool:
+        """Whether so much was put off that it should not wait for the next tick.
+
+        Waiting pays: a chunk pinned and unpinned between two settlements costs the policies nothing.
+        """
+        return self.primary.num_unsettled >= SETTLE_AT_ITEMS or len(self._unpinning) >= SETTLE_AT_LEASES
 
     def settle(self) -> bool:
         """Do a slice of what was put off: unpins, the policies, slabs on the move. False when all is done."""

@@ -187,6 +187,8 @@ class Completions:
         stamp = request.stamp_of(key) if request is not None else None
         if stamp is None:
             stamp = books.primary.issue_stamps(1)
+        if request is not None:
+            request.holds_chunks = True
         chunk = books.primary.publish(
             space,
             key,

@@ -157,6 +157,7 @@ class Grants:
             # What is said to be there must not make room for the rest of this very call.
             resident = [space.chunks[key] for key in keys if key in space.chunks]
             self._books.primary.keep_for(request, resident)
+            request.holds_chunks = True
         answer = StoreAnswer(verdicts, [], [], [], [])
         for group, (first, end) in enumerate(ranges):
             size_class = instance.namespace.classes[group]
@@ -172,7 +173,11 @@ class Grants:
                 continue
             granted = [keys[i] for i in wanted]
             reserved = self._books.primary.reserve(
-                size_class, len(granted), instance.nonce, [space.chunk_id(key) for key in granted], request
+                size_class,
+                len(granted),
+                instance.nonce,
+                [space.chunk_id(key) for key in granted],
+                request if request.holds_chunks else None,
             )
             count = len(reserved.slot_ids)
             for index in wanted[count:]:

@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 class Request:
     """One unfinished request of one instance."""
 
-    __slots__ = ("_stamps", "id", "lookup_leases", "num_keys", "params", "runs", "serial")
+    __slots__ = ("_stamps", "holds_chunks", "id", "lookup_leases", "num_keys", "params", "runs", "serial")
 
     def __init__(self, request_id: str, serial: int) -> None:
         self.id = request_id
         self.serial = serial
         self.params: bytes | None = None
+        self.holds_chunks = False
+        """Whether any chunk may name it as its last user: only then is there something to protect."""
         self.lookup_leases: set[int] = set()
         self.runs: list[tuple[Sequence[bytes], Sequence[int]]] = []
         self.num_keys = 0

@@ -57,6 +57,8 @@ class PrimaryTier:
         self._on_removed = on_removed
         self._stamp = 0
         self._unsettled: deque[Sequence[Chunk]] = deque()
+        self.num_unsettled = 0
+        """Uses and pins that the policies have not been told of; about what `settle` has to do."""
         self._uses: deque[tuple[object, Sequence[Chunk | None], Sequence[int]]] = deque()
         self._draining: list[tuple[Slab, SizeClass, SizeClass]] = []
         self._unwritten: dict[int, int] = {}
@@ -70,12 +72,14 @@ class PrimaryTier:
     def use(self, user: object, chunks: Sequence[Chunk | None], stamps: Sequence[int]) -> None:
         """Note that `user` used these chunks, at most once per chunk and user; None is passed over."""
         self._uses.append((user, chunks, stamps))
+        self.num_unsettled += len(chunks)
 
     def pin(self, chunks: Sequence[Chunk]) -> None:
         """Count one more lease on each chunk."""
         for chunk in chunks:
             chunk.pins += 1
         self._unsettled.append(chunks)
+        self.num_unsettled += len(chunks)
 
     def unpin(self, chunks: Sequence[Chunk]) -> None:
         """Count one lease less on each chunk; a dropped chunk's slot is freed with its last pin."""
@@ -84,6 +88,7 @@ class PrimaryTier:
             if chunk.dropped and not chunk.pins:
                 self._free_dropped(chunk)
         self._unsettled.append(chunks)
+        self.num_unsettled += len(chunks)
 
     def keep_for(self, user: object, chunks: Sequence[Chunk]) -> None:
         """Let no `reserve` that is protected for `user` evict these chunks. No use is counted."""
@@ -100,10 +105,12 @@ class PrimaryTier:
         while self._uses and left > 0:
             user, chunks, stamps = self._uses.popleft()
             self._settle_uses(user, chunks, stamps)
+            self.num_unsettled -= len(chunks)
             left -= len(chunks)
         while self._unsettled and left > 0:
             unsettled = self._unsettled.popleft()
             self._settle_pins(unsettled)
+            self.num_unsettled -= len(unsettled)
             left -= len(unsettled)
         return left
 
