@@ -19,7 +19,7 @@ from kvtier_ops.directory import PoolError
 from kvtier_ops.layout import SLOT_UNIT_BYTES
 
 POOL_FILE = "pool"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PAGE_BYTES = 4096
 MAX_SLABS = 65_536
 SLAB_ENTRY_BYTES = 8
@@ -29,11 +29,16 @@ REGISTRY_HALF_BYTES = 512 << 10
 REGISTRY_OFFSET = 1 << 20
 SLOT_TABLE_OFFSET = REGISTRY_OFFSET + 2 * REGISTRY_HALF_BYTES
 RECORD_BYTES = 512
+FIRST_GENERATION_BITS = 48
+"""Enough that two files share a generation with a chance of one in millions even after a slot was granted a
+million times, and little enough that 64 bits never run out."""
 DATA_ALIGN_BYTES = 2 << 20
 """A huge page, so that slabs can be made of them."""
 
 _MAGIC = b"KVTIERP1"
-_HEADER = struct.Struct("<8sIIQQQQQ")
+_HEADER = struct.Struct("<8sIIQQQQQQ")
+_VERSION = struct.Struct("<I")
+_VERSION_OFFSET = len(_MAGIC)
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 
@@ -49,6 +54,9 @@ class PoolHeader:
     pool_id: int
     """Random 64 bits, new with each new file: tells a kept file from a replaced one."""
     data_bytes: int
+    first_generation: int
+    """Random FIRST_GENERATION_BITS bits, new with each new file; every generation that its slots are granted
+    under is above. So a job made for the file before this one finds no slot with a generation that it names."""
 
     @property
     def num_units(self) -> int:
@@ -77,6 +85,7 @@ class PoolHeader:
             SLOT_TABLE_OFFSET,
             self.data_offset,
             self.file_bytes,
+            self.first_generation,
         )
         return body + _CRC.pack(zlib.crc32(body))
 
@@ -86,12 +95,14 @@ def read_header(page: bytes, file_bytes: int) -> PoolHeader:
     body, crc = page[: _HEADER.size], page[_HEADER.size : HEADER_BYTES]
     if len(crc) < _CRC.size or not body.startswith(_MAGIC):
         raise PoolFormatError("it does not begin like a pool")
-    if _CRC.unpack(crc)[0] != zlib.crc32(body):
-        raise PoolFormatError("its header is damaged (the CRC differs)")
-    _, version, _, pool_id, data_bytes, *_ = _HEADER.unpack(body)
+    # Before the CRC: another version may have it in another place.
+    (version,) = _VERSION.unpack_from(body, _VERSION_OFFSET)
     if version != FORMAT_VERSION:
         raise PoolFormatError(f"it has format version {version}, this program needs {FORMAT_VERSION}")
-    header = PoolHeader(pool_id, data_bytes)
+    if _CRC.unpack(crc)[0] != zlib.crc32(body):
+        raise PoolFormatError("its header is damaged (the CRC differs)")
+    _, _, _, pool_id, data_bytes, _, _, _, first_generation = _HEADER.unpack(body)
+    header = PoolHeader(pool_id, data_bytes, first_generation)
     if header.pack() != body + crc:
         raise PoolFormatError("its header has other offsets than this program uses")
     if header.file_bytes != file_bytes:

@@ -9,6 +9,7 @@ Owns the files `daemon.lock` and `owners/*` of a pool directory. What a free loc
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -82,8 +83,9 @@ class OwnerLock:
 def owner_lock_is_free(directory: Path, name: str) -> bool:
     """Tell whether no process is left that holds the owner lock `name`; unlinks its file if so.
 
-    A missing file is free. Never waits. Raises PoolDirectoryError for a name that is not lower-case hex (it
-    comes from a client and becomes part of a path).
+    A missing file is free; one that cannot be tried (no regular file, no permission, no descriptor left) is
+    not, because nothing proves it: ask again. Never waits. Raises PoolDirectoryError for a name that is not
+    lower-case hex (it comes from a client and becomes part of a path), and nothing else.
     """
     if not _OWNER_NAME.fullmatch(name):
         raise PoolDirectoryError(f"{name!r} is not the name of an owner lock: only lower-case hex is")
@@ -92,19 +94,26 @@ def owner_lock_is_free(directory: Path, name: str) -> bool:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
+    except OSError:
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         return False
     else:
-        path.unlink(missing_ok=True)
+        # Whether the file can be removed or not, nobody holds it.
+        with contextlib.suppress(OSError):
+            path.unlink()
         return True
     finally:
         os.close(fd)
 
 
 def held_owner_locks(directory: Path) -> list[str]:
-    """Names of the owner locks that living processes hold; files of dead ones are unlinked."""
+    """Names of the owner locks that are not free (`owner_lock_is_free`); files of dead owners are unlinked.
+
+    Raises OSError only where the directory cannot be listed, because then nobody knows who lives.
+    """
     owners = directory / OWNERS_DIRECTORY
     if not owners.is_dir():
         return []

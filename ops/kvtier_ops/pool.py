@@ -25,6 +25,7 @@ import numpy.typing as npt
 from kvtier_ops.capacity import PoolTooLarge, check_capacity
 from kvtier_ops.directory import PoolDirectoryError, PoolError, default_pool_directory, open_directory
 from kvtier_ops.header import (
+    FIRST_GENERATION_BITS,
     HEADER_BYTES,
     PAGE_BYTES,
     POOL_FILE,
@@ -90,7 +91,7 @@ class _Areas:
         whole = np.frombuffer(mapping, np.uint8)
         self.data = whole[header.data_offset : header.data_offset + header.data_bytes]
         table = whole[SLOT_TABLE_OFFSET : SLOT_TABLE_OFFSET + header.slot_table_bytes]
-        self.slots = SlotTable(table.view(np.uint64))
+        self.slots = SlotTable(table.view(np.uint64), header.first_generation)
         self.slabs = SlabTable(whole[SLAB_TABLE_OFFSET : SLAB_TABLE_OFFSET + SLAB_TABLE_BYTES])
         self.registry = Registry(whole[REGISTRY_OFFSET : REGISTRY_OFFSET + 2 * REGISTRY_HALF_BYTES])
 
@@ -309,7 +310,8 @@ def _find_file(path: Path, data_bytes: int) -> tuple[int, PoolHeader] | None:
 
 def _make_file(directory_fd: int, data_bytes: int) -> tuple[int, PoolHeader]:
     """Write a new pool file beside the present one, then rename it over."""
-    header = PoolHeader(secrets.randbits(64) or 1, data_bytes)
+    pool_id, first_generation = secrets.randbits(64) or 1, secrets.randbits(FIRST_GENERATION_BITS)
+    header = PoolHeader(pool_id, data_bytes, first_generation)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(_NEW_FILE, dir_fd=directory_fd)
     fd = os.open(_NEW_FILE, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory_fd)

@@ -13,7 +13,10 @@
 
 The crc covers the generation, the state, bytes 24..64, key_len bytes of the key and num_parts checksums. So a
 raised generation un-verifies a PUBLISHED record before anything else is written. A record whose covered bytes
-before the key are all zero, and its crc too, was never used and reads as FREE.
+before the key are all zero, and its crc too, was never used: it reads as FREE, with the first generation.
+
+Generations begin at a random number that each new file draws for itself, not at 0: a process that still acts
+on slots of an earlier file in the same place must not meet the generations it knows.
 
 Why single aligned stores suffice. Generation and crc|state are 8 bytes at multiples of 8 and are written by
 one machine store each, which x86-64 and ARMv8 never tear. Against a kill of the writer: a killed process
@@ -96,12 +99,15 @@ def fence() -> None:
 class SlotTable:
     """View of the slot table. `words` is its part of the mapping, uint64, 64 words a record.
 
+    `first_generation`: what a slot has before its first use, from the file's header.
+
     Every method raises IndexError naming the slot id, with nothing changed, for one outside the pool. The
     daemon calls the writing methods from one thread.
     """
 
-    def __init__(self, words: Words) -> None:
+    def __init__(self, words: Words, first_generation: int = 0) -> None:
         self._words = words
+        self._first_generation = first_generation
         self._scalars = words.data
         self._bytes = words.view(np.uint8).data
         self.num_units = len(words) // _WORDS
@@ -110,7 +116,7 @@ class SlotTable:
         """Return the slot's generation with one aligned 8-byte load."""
         self._check(slot_id)
         generation: int = self._scalars[slot_id * _WORDS]
-        return generation
+        return generation or self._first_generation
 
     def part_checksum(self, slot_id: int, part: int) -> int:
         """Return the recorded checksum of a part; 0 = not recorded. Does not verify the record."""
@@ -131,7 +137,7 @@ class SlotTable:
         raw = bytes(self._bytes[slot_id * RECORD_BYTES : (slot_id + 1) * RECORD_BYTES])
         generation, recency, crc_state, owner, space, units, word6, word7 = struct.unpack_from("<8Q", raw)
         if not (generation or crc_state or owner or space or units or word6 or word7):
-            return SlotRecord(slot_id, 0, SlotState.FREE, 0, 0, b"", (), 0, recency)
+            return SlotRecord(slot_id, self._first_generation, SlotState.FREE, 0, 0, b"", (), 0, recency)
         key_len, num_parts, state = space >> 32 & 0xFFFF, space >> 48, crc_state >> 32
         if key_len > MAX_KEY_BYTES or num_parts > MAX_PARTS or state > SlotState.QUARANTINED:
             return None
@@ -142,7 +148,7 @@ class SlotTable:
             return None
         return SlotRecord(
             slot_id,
-            generation,
+            generation or self._first_generation,
             SlotState(state),
             owner,
             space & 0xFFFF_FFFF,
@@ -153,7 +159,7 @@ class SlotTable:
         )
 
     def reserve(self, slot_ids: Sequence[int], owner: int, slot_bytes: int) -> list[int]:
-        """Give the slots to `owner` for writing: raises each generation by one, and returns the new ones.
+        """Give the slots to `owner` for writing: raises each generation, and returns the new ones.
 
         `slot_ids` must be distinct. Raising comes first, so that a reader who still holds the old generation
         fails whatever happens next.
@@ -225,7 +231,8 @@ class SlotTable:
         self._scalars[offset // 8]
 
     def _raise_generations(self, at: npt.NDArray[np.int64]) -> Words:
-        generations = self._words[at] + np.uint64(1)
+        # The maximum also lifts a damaged record above everything that an earlier file granted.
+        generations = np.maximum(self._words[at], np.uint64(self._first_generation)) + np.uint64(1)
         self._words[at] = generations
         return generations
 

@@ -62,13 +62,13 @@ from kvtier_server.warm_start import Registry, take_over
 
 log = structlog.get_logger("kvtier.daemon")
 
-TICK_S = 0.05
+TICK_S = 0.1
 """Time between two ticks: expiry and quarantine need no finer one, and an idle daemon stays under 1 % CPU."""
 
 LAST_CALLS_S = 1.0
 """Longest wait for calls that began while the server stopped; none of them waits for anything."""
 
-SNAPSHOT_TICKS = 20
+SNAPSHOT_TICKS = 10
 """Ticks between two snapshots for metrics: one a second, as scrapes are far apart."""
 
 UNARY_METHODS = (

@@ -23,7 +23,7 @@ from kvtier.v1 import offload_pb2 as pb
 from kvtier.v1 import offload_pb2_grpc
 from kvtier_server.units import parse_bytes
 
-from ..daemon_process import DaemonProcess
+from ..daemon_process import DaemonProcess, wait_until
 
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -42,6 +42,13 @@ def _own_memory_mib(pid: int) -> float:
     return (sizes["RssAnon"] + sizes["RssFile"]) / 1024
 
 
+def _serves(daemon: DaemonProcess) -> bool:
+    try:
+        return daemon.health() == "SERVING"
+    except grpc.RpcError:
+        return False
+
+
 def _loop_lag(port: int) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
         for line in page.read().decode().splitlines():
@@ -57,7 +64,9 @@ def run(pool_bytes: str, seconds: float) -> list[dict[str, object]]:
         daemon = DaemonProcess(Path(folder), pool_bytes)
         start = time.perf_counter()
         with daemon:
-            daemon.start()
+            daemon.launch()
+            wait_until(lambda: _serves(daemon), "the daemon serves")
+            wait_until(daemon._has_announced, "the daemon says where its metrics are")
             serving_s = time.perf_counter() - start
             slowest_ms, lag_s = 0.0, 0.0
             with grpc.insecure_channel(daemon.address) as channel:

@@ -174,9 +174,7 @@ def main() -> int:
     whole = not args.requests
     requests = requests[: args.requests] if args.requests else requests
     rows, failures = [], []
-    print(
-        f"{'policy':8}{'requests':>10}{'chunks':>10}{'hits':>9}{'share':>9}{'plain':>9}{'us each':>10}{'s':>8}"
-    )
+    print(HEAD.format("policy", "requests", "chunks", "hits", "share", "plain", "us each", "s"))
     for policy in args.policy or ["lru", "arc"]:
         try:
             result = replay_through_daemon(requests, policy, show=True)

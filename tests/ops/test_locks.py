@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import socket
 import stat
 import time
 from pathlib import Path
 
 import pytest
 
-from kvtier_ops.locks import DaemonLock, OwnerLock, PoolBusy, owner_lock_is_free
+from kvtier_ops.locks import DaemonLock, OwnerLock, PoolBusy, held_owner_locks, owner_lock_is_free
 from kvtier_ops.pool import PoolDirectoryError
 
 from .conftest import StartChild
@@ -101,6 +103,40 @@ def test_a_released_lock_is_free_and_its_file_gone(pool_directory: Path) -> None
 def test_a_lock_name_that_is_not_hex_is_refused(pool_directory: Path, name: str) -> None:
     with pytest.raises(PoolDirectoryError, match="hex"):
         owner_lock_is_free(pool_directory, name)
+
+
+@pytest.mark.parametrize("kind", ["directory", "link", "dangling link", "socket", "unreachable"])
+def test_a_lock_that_cannot_be_tried_is_not_free(pool_directory: Path, kind: str) -> None:
+    held = OwnerLock.acquire(pool_directory)
+    path = pool_directory / "owners" / "abc"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(pool_directory)
+    elif kind == "dangling link":
+        path.symlink_to("nowhere")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    else:
+        (pool_directory / "owners").rename(pool_directory / "aside")
+        (pool_directory / "owners").touch()
+    assert not owner_lock_is_free(pool_directory, "abc")
+    if kind != "unreachable":
+        assert set(held_owner_locks(pool_directory)) == {held.name, "abc"}
+    held.release()
+
+
+def test_a_lock_is_not_free_for_who_has_no_descriptor_left_to_try_it(pool_directory: Path) -> None:
+    held = OwnerLock.acquire(pool_directory)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        is_free = owner_lock_is_free(pool_directory, held.name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not is_free
+    held.release()
 
 
 def test_a_second_daemon_is_told_the_pid_of_the_first(pool_directory: Path, start_child: StartChild) -> None:

@@ -128,17 +128,17 @@ pool.slabs.configure(1 << 19, 2)
 pool.slabs.assign(1, 8192)
 pool.registry.write(b"namespaces")
 for _ in range(3):
-    pool.slots.reserve([2, 4], 6, 8192)
+    generations = pool.slots.reserve([2, 4], 6, 8192)
 pool.slot_view(2, 8192)[:] = 17
 pool.slots.publish(2, 3, b"a key", [11, 12])
 pool.slots.write_recency([2], [1234])
-print(pool.pool_id, flush=True)
+print(pool.pool_id, *generations, flush=True)
 sys.stdin.read()
 """,
         pool_directory,
     )
     assert daemon.stdout is not None
-    pool_id = int(daemon.stdout.readline())
+    pool_id, *generations = map(int, daemon.stdout.readline().split())
     with pytest.raises(PoolBusy, match=str(daemon.pid)):
         Pool.create(pool_directory, MIB)
     daemon.kill()
@@ -148,12 +148,16 @@ sys.stdin.read()
     assert pool.pool_id == pool_id
     published, reserved = pool.slots.read(2), pool.slots.read(4)
     assert published is not None
-    assert (published.state, published.generation, published.key) == (SlotState.PUBLISHED, 3, b"a key")
+    assert (published.state, published.generation, published.key) == (
+        SlotState.PUBLISHED,
+        generations[0],
+        b"a key",
+    )
     assert (published.space_id, published.checksums, published.recency) == (3, (11, 12), 1234)
     assert published.slot_bytes == 8192
     assert reserved is not None
-    assert (reserved.state, reserved.owner, reserved.generation) == (SlotState.RESERVED, 6, 3)
-    assert pool.slots.reserve([2], 1, 8192) == [4]
+    assert (reserved.state, reserved.owner, reserved.generation) == (SlotState.RESERVED, 6, generations[1])
+    assert pool.slots.reserve([2], 1, 8192) == [generations[0] + 1]
     assert (pool.slot_view(2, 8192) == 17).all()
     assert pool.slabs.read() == (1 << 19, [0, 8192])
     assert pool.registry.read() == b"namespaces"
@@ -172,6 +176,26 @@ def test_a_replaced_file_leaves_the_mapping_of_the_old_one_whole(pool_directory:
     new.data[:] = 9
     assert (client.data == 5).all()
     client.close()
+    new.close()
+
+
+@pytest.mark.parametrize("change", ["fresh", "size", "removed"])
+def test_no_slot_of_a_new_file_has_a_generation_of_the_file_before_it(
+    pool_directory: Path, change: str
+) -> None:
+    slots = range(256)
+    old = backed_pool(pool_directory)
+    granted = set(old.slots.reserve(slots, 1, 4096))
+    if change == "removed":
+        old.remove()
+    else:
+        old.close()
+    size = 2 * MIB if change == "size" else MIB
+    new = backed_pool(pool_directory, data_bytes=size, fresh=change == "fresh")
+    unused = {new.generation(slot) for slot in slots}
+    assert unused.isdisjoint(granted)
+    for _ in range(3):
+        assert (granted | unused).isdisjoint(new.slots.reserve(slots, 1, 4096))
     new.close()
 
 
@@ -196,11 +220,11 @@ def test_only_what_was_backed_takes_memory(pool_directory: Path) -> None:
 
 def test_backing_keeps_what_is_there(pool: Pool) -> None:
     pool.data[:] = 3
-    pool.slots.reserve([1], 1, 4096)
+    (generation,) = pool.slots.reserve([1], 1, 4096)
     pool.back(0, pool.data_bytes)
     pool.back_records(range(2048))
     assert (pool.data == 3).all()
-    assert pool.generation(1) == 1
+    assert pool.generation(1) == generation
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-4096, 4096), (0, 8 * MIB + 1), (8 * MIB, 1), (0, 0)])

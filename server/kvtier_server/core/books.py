@@ -28,7 +28,7 @@ from kvtier_server.primary.tier import SLICE_ITEMS, PrimaryTier
 MAX_REQUEST_ID_CHARS = 256
 
 SETTLE_AT_ITEMS = 16_384
-"""Uses and pins put off before they are settled out of turn: what a PrepareStore may find left to do, 4 ms."""
+"""Uses and pins put off before they are settled out of turn: 4 ms that a PrepareStore may find left to do."""
 
 SETTLE_AT_LEASES = 256
 """Ended leases whose chunks wait to be unpinned, likewise."""

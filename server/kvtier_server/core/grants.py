@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 from kvtier_server.core.books import Books, Notice
 from kvtier_server.core.instances import Instance, Role, Session
@@ -176,7 +177,7 @@ class Grants:
                 size_class,
                 len(granted),
                 instance.nonce,
-                [space.chunk_id(key) for key in granted],
+                partial(list, map(space.chunk_id, granted)),
                 request if request.holds_chunks else None,
             )
             count = len(reserved.slot_ids)

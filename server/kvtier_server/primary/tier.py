@@ -173,17 +173,17 @@ class PrimaryTier:
         size_class: SizeClass,
         count: int,
         owner: int,
-        incoming: Sequence[ChunkId] = (),
+        incoming: Callable[[], Sequence[ChunkId]] | None = None,
         protected: object | None = None,
     ) -> Reserved:
         """Reserve up to `count` slots, evicting what is coldest but nothing `protected` used last.
 
-        `incoming` names the keys about to be stored, where they are known. Fewer slots than asked means the
-        rest is pinned, protected or not there. Never waits.
+        `incoming` names the keys about to be stored, for policies that learn from them. Fewer slots than
+        asked means the rest is pinned, protected or not there. Never waits.
         """
         self.settle()
-        if incoming:
-            size_class.policy.incoming(incoming)
+        if incoming is not None and type(size_class.policy).incoming is not CachePolicy.incoming:
+            size_class.policy.incoming(incoming())
         while len(size_class.free) < count and self.slabs.grow(size_class):
             pass
         evicted: list[Chunk] = []

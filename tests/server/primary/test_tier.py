@@ -70,7 +70,7 @@ class Tier:
     def store(self, number: int, user: object = None) -> Chunk | None:
         """Reserve and publish; None if there was no slot."""
         key = b"key%05d" % number
-        reserved = self.tier.reserve(self.size_class, 1, 7, [self.space.chunk_id(key)], user)
+        reserved = self.tier.reserve(self.size_class, 1, 7, lambda: [self.space.chunk_id(key)], user)
         if not reserved.slot_ids:
             return None
         ((slot_id,), (generation,)) = (reserved.slot_ids, reserved.generations)
