@@ -50,7 +50,7 @@ class LookupAnswer:
 
     `statuses[i]` belongs to `keys[i]` (LookupStatus numbers). The pinned keys are the runs `(first, count)`
     of `leased_runs`, ascending and disjoint; `slot_ids` and `generations` belong to them in that order.
-    `lease_id` is 0 when there is nothing to release.
+    `lease_id` is 0 when there is nothing to release. `pool_id` names the pool that the slots are in.
     """
 
     __slots__ = (
@@ -60,6 +60,7 @@ class LookupAnswer:
         "generations",
         "lease_id",
         "leased_runs",
+        "pool_id",
         "reason",
         "slot_ids",
         "statuses",
@@ -77,6 +78,7 @@ class LookupAnswer:
         unwanted_indexes: Sequence[int] = (),
         reason: str = "",
         boot_id: str = "",
+        pool_id: int = 0,
     ) -> None:
         self.statuses = statuses
         self.lease_id = lease_id
@@ -86,6 +88,7 @@ class LookupAnswer:
         self.unwanted_indexes = unwanted_indexes
         self.reason = reason
         self.boot_id = boot_id
+        self.pool_id = pool_id
         self._leased: dict[int, tuple[int, int]] | None = None
         self._unwanted: frozenset[int] | None = None
 
@@ -118,16 +121,20 @@ class LookupAnswer:
 
 @dataclass(frozen=True, slots=True)
 class LoadGrant:
-    """All keys are pinned under a load lease. Columns in the order of the keys."""
+    """All keys are pinned under a load lease, in pool `pool_id`. Columns in the order of the keys."""
 
     lease_id: int
     slot_ids: list[int]
     generations: list[int]
+    pool_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class StoreGrant:
-    """One verdict per key (StoreVerdict numbers); slots of the GRANTED keys, in the order of the keys."""
+    """One verdict per key (StoreVerdict numbers); slots of the GRANTED keys, in the order of the keys.
+
+    The slots are in pool `pool_id`.
+    """
 
     verdicts: Sequence[int]
     lease_id: int = 0
@@ -135,6 +142,7 @@ class StoreGrant:
     generations: Sequence[int] = ()
     evicted_keys: Sequence[bytes] = ()
     reason: str = ""
+    pool_id: int = 0
 
     @classmethod
     def refused(cls, num_keys: int, reason: str) -> StoreGrant:
@@ -144,15 +152,12 @@ class StoreGrant:
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """What the daemon takes from this session; announced in Attach."""
+    """What the daemon takes from this session, as far as a client has to heed it; announced in Attach."""
 
     max_keys: int
-    max_message_bytes: int
     max_params_bytes: int
     lookup_lease_ms: int
-    copy_lease_ms: int
     max_credit_bytes: int
-    max_pinned_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ from kvtier_ops.pool import MappedPool
 PROTOCOL_MINOR = 0
 """Newest minor version of kvtier.v1 that this client speaks."""
 
+END_WAIT_S = 1.0
+"""How long the end of a cancelled stream is waited for; it comes at once, unless the listener hangs."""
+
 _ROLES = {
     Role.SCHEDULER: offload_pb2.SESSION_ROLE_SCHEDULER,
     Role.WORKER: offload_pb2.SESSION_ROLE_WORKER,
@@ -115,12 +118,9 @@ def session_info(attached: offload_pb2.Attached, pool: MappedPool | None) -> Ses
         slot_bytes=tuple(attached.slot_bytes),
         limits=SessionLimits(
             max_keys=limits.max_keys,
-            max_message_bytes=limits.max_message_bytes,
             max_params_bytes=limits.max_params_bytes,
             lookup_lease_ms=limits.lookup_lease_ms,
-            copy_lease_ms=limits.copy_lease_ms,
             max_credit_bytes=limits.max_credit_bytes,
-            max_pinned_bytes=limits.max_pinned_bytes,
         ),
         epoch=attached.epoch,
         missing_ranks=tuple(attached.missing_ranks),
@@ -160,11 +160,14 @@ class EventStream:
         self._released.set()
 
     def close(self) -> None:
-        """End the stream, which ends the session, and wait for the thread."""
+        """End the stream, which ends the session, and wait for the thread, END_WAIT_S at most.
+
+        A thread that the listener holds longer reads nothing more when it comes back.
+        """
         self._closed = True
         self._call.cancel()
         self._released.set()
-        self._thread.join()
+        self._thread.join(END_WAIT_S)
 
     def _read(self) -> None:
         reason = "the daemon closed the stream"

@@ -8,6 +8,7 @@ the session is `keeper.py`'s; whether a call may go out, `gate.py`'s.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import count
@@ -32,6 +33,9 @@ from kvtier_client.sender import CompletionSender
 from kvtier_client.stats import ClientStats
 from kvtier_ops.layout import TensorLayout
 from kvtier_ops.namespace import NamespaceFacts
+
+CLOSE_S = 2.0
+"""What `OffloadClient.close` may take, however the daemon and running copies behave."""
 
 
 class OffloadClient:
@@ -99,19 +103,21 @@ class OffloadClient:
     def close(self, drained: bool = True) -> None:
         """Tell what is queued, end the session, unmap the pool and let the lock file go. For good.
 
-        `drained=False`: copies may still run; then pool and lock file stay until the process ends. Not to be
-        called by the listener. Repeating it does nothing.
+        Takes CLOSE_S at most. Pool and lock file stay until the process ends if copies still run by then
+        (`ClientListener.drain` is asked), or with `drained=False`. Not to be called by the listener.
+        Repeating it does nothing.
         """
         gate = self._gate
         if gate.forked or gate.closing:
             return
-        self._sender.wait_flushed(self._prepare_deadline_s)
+        give_up_at = time.monotonic() + CLOSE_S
+        self._sender.wait_flushed(min(self._prepare_deadline_s, CLOSE_S / 2))
         with gate.lock:
             gate.closing = True
             gate.away_reason = "closed"
             gate.changed.notify_all()
         if self._keeper is not None:
-            self._keeper.stop(drained=drained)
+            self._keeper.stop(drained=drained, timeout_s=max(0.0, give_up_at - time.monotonic()))
 
     @property
     def options(self) -> ClientOptions:
@@ -131,6 +137,11 @@ class OffloadClient:
     def attached(self) -> bool:
         """Whether a session is open."""
         return self._gate.link is not None and not self._gate.forked
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is the copy of a fork's child, in which every call misses; see `start`."""
+        return self._gate.forked
 
     @property
     def ready(self) -> bool:
@@ -156,7 +167,7 @@ class OffloadClient:
         return self._gate.away_reason
 
     def new_lease_id(self) -> int:
-        """Return an id for a lease to ask for; never 0, unique in this engine instance."""
+        """Return an id for a lease to ask for; never 0, unique in this engine instance, later ones larger."""
         return self._lease_prefix | (next(self._lease_numbers) & 0xFFFF_FFFF)
 
     def lookup(
@@ -176,13 +187,12 @@ class OffloadClient:
         that its first key belongs to. `timeout_s` takes the place of `lookup_deadline_ms`; a shorter one
         is no missed deadline for the breaker.
         """
-        link = self._enter_lookup(ctx, keys, lease)
-        if isinstance(link, str):
-            return LookupAnswer.missed(len(keys), link)
-        call = self._lookup_call(link, ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms)
+        call = self._lookup_call(ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms)
+        if isinstance(call, str):
+            return LookupAnswer.missed(len(keys), call)
         deadline_s = self._lookup_deadline_s if timeout_s is None else timeout_s
         try:
-            reply = link.stub.Lookup(call.request, timeout=deadline_s)
+            reply = call.send(deadline_s)
         except (grpc.RpcError, ValueError) as error:
             return call.failed(error, counts=deadline_s >= self._lookup_deadline_s)
         return call.answered(reply)
@@ -199,13 +209,12 @@ class OffloadClient:
         timeout_s: float | None = None,
     ) -> PendingLookup:
         """Ask as `lookup` does, and return at once."""
-        link = self._enter_lookup(ctx, keys, lease)
-        if isinstance(link, str):
-            return PendingLookup.settled(self._gate, LookupAnswer.missed(len(keys), link))
-        call = self._lookup_call(link, ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms)
+        call = self._lookup_call(ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms)
+        if isinstance(call, str):
+            return PendingLookup.settled(self._gate, LookupAnswer.missed(len(keys), call))
         deadline_s = self._lookup_deadline_s if timeout_s is None else timeout_s
         pending = PendingLookup(self._gate, len(keys))
-        pending.send(call, link, deadline_s, counts=deadline_s >= self._lookup_deadline_s)
+        pending.send(call, deadline_s, counts=deadline_s >= self._lookup_deadline_s)
         return pending
 
     def prepare_load(self, ctx: ReqContext, keys: Sequence[bytes]) -> LoadGrant | None:
@@ -309,20 +318,12 @@ class OffloadClient:
         return self._sender.wait_flushed(timeout_s)
 
     def keep_lease(self, lease_id: int) -> None:
-        """Have a lookup's lease renewed in the background until it is released, forgotten or finished."""
+        """Have a lookup's lease renewed in the background until it is released or its request finished."""
         if self._gate.forked:
             return
         with self._gate.lock:
             if self._gate.link is not None:
                 self._gate.link.leases.keep(lease_id)
-
-    def forget_lease(self, lease_id: int) -> None:
-        """Renew a lease no more; the daemon ends it in time. `release` ends it at once."""
-        if self._gate.forked:
-            return
-        with self._gate.lock:
-            if self._gate.link is not None:
-                self._gate.link.leases.forget(lease_id)
 
     def lease_valid(self, lease_id: int) -> bool:
         """Tell whether a load may start under a lookup's lease.
@@ -348,24 +349,22 @@ class OffloadClient:
             return "finishing"
         return link
 
-    def _enter_lookup(self, ctx: ReqContext, keys: Sequence[bytes], lease: bool) -> Link | str:
-        link = self._enter(ctx, len(keys))
-        if isinstance(link, Link):
-            if lease and link.info.missing_ranks:
-                return "workers_missing"
-            self.stats.add("rpc_lookup")
-        return link
-
     def _lookup_call(
         self,
-        link: Link,
         ctx: ReqContext,
         keys: Sequence[bytes],
         lease: bool,
         first_chunks: Sequence[int],
         max_tokens: int | None,
         pending_wait_ms: int,
-    ) -> LookupCall:
+    ) -> LookupCall | str:
+        """Return a lookup to send, or the reason why its keys miss at once."""
+        link = self._enter(ctx, len(keys))
+        if isinstance(link, str):
+            return link
+        if lease and link.info.missing_ranks:
+            return "workers_missing"
+        self.stats.add("rpc_lookup")
         return LookupCall(
             self._gate,
             link,

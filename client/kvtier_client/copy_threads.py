@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -14,13 +15,15 @@ from dataclasses import dataclass
 
 from kvtier_client.jobs import JobId, JobKind
 
+logger = logging.getLogger(__name__)
+
 MAX_THREADS = 2
 """Two saturate the memory of most hosts; more would only fight the engine's forward pass for the GIL."""
 
 
 @dataclass(eq=False, slots=True)
 class CopyTask:
-    """A piece of a job. `run` must not raise."""
+    """A piece of a job. A `run` that raises is logged and over; it has to note its end all the same."""
 
     job_id: JobId
     kind: JobKind
@@ -46,12 +49,15 @@ class CopyThreads:
         self._threads: list[threading.Thread] = []
 
     def submit(self, tasks: Iterable[CopyTask]) -> None:
-        """Queue tasks. Must not be called after `close`."""
+        """Queue tasks. Must not be called after `close`.
+
+        Raises RuntimeError, with nothing queued, where the system has no thread left to run them.
+        """
         with self._changed:
             assert not self._closing, "a task was submitted after close"
+            self._start_threads()
             for task in tasks:
                 heapq.heappush(self._queue, (_rank(task, hurried=False), next(self._order), task))
-            self._start_threads()
             self._changed.notify_all()
 
     def hurry(self, job_ids: Collection[JobId]) -> None:
@@ -92,12 +98,20 @@ class CopyThreads:
             # Daemon: an engine that dies without `close` must not hang on them.
             name = f"kvtier-copy-{len(self._threads)}"
             thread = threading.Thread(target=self._work, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                if not self._threads:
+                    raise
+                return  # one copies as well, only slower
             self._threads.append(thread)
-            thread.start()
 
     def _work(self) -> None:
         while (task := self._next()) is not None:
-            task.run()
+            try:
+                task.run()
+            except Exception:
+                logger.exception("a task of job %d failed; the thread goes on", task.job_id)
             # A task holds views of the pool, which keep its mapping: let go before waiting for the next.
             del task
             with self._changed:

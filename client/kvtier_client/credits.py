@@ -3,8 +3,7 @@
 Owns which slots this engine holds unused, and how many it should hold: twice what the largest of the last
 100 storing steps took. Sends nothing: the scheduler shim asks `shortfall` and `surplus` and does the talking.
 
-Credits are used oldest first. The daemon ends store leases after `copy_lease_ms` as a guard against leaks, so
-a credit that lay unused for a third of that goes back rather than into a store.
+Credits are used oldest first. They do not age: the daemon never takes one, it asks for them.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Credit:
 
     slot_id: int
     generation: int
-    granted_at: float
+    pool_id: int
 
 
 @dataclass(slots=True)
@@ -42,10 +41,6 @@ class _Group:
     held: deque[Credit]
     asked: int = 0
     asked_at: float = 0.0
-    unanswered: int = 0
-    """Requests on their way."""
-    outdated: int = 0
-    """How many of them were sent before the last reset."""
     ask_after: float = 0.0
     foreseen: int = 0
     largest: int = 0
@@ -58,17 +53,18 @@ class CreditBook:
         self._lock = threading.Lock()
         self._groups: list[_Group] = []
         self._max_bytes = 0
-        self._max_age_s = 0.0
+        self._pool_id = 0
+        self._first_lease_id = 0
         self._steps: deque[tuple[int, ...]] = deque(maxlen=WINDOW_STEPS)
         self._step: list[int] = []
         self._last_use = 0.0
 
-    def open(self, slot_bytes: Sequence[int], max_bytes: int, lease_s: float, now: float) -> None:
+    def open(self, slot_bytes: Sequence[int], max_bytes: int, pool_id: int, now: float) -> None:
         """Begin a session with no credits. The memory of past steps stays if the groups are as before."""
         with self._lock:
             self._groups = [_Group(size, deque()) for size in slot_bytes]
             self._max_bytes = max_bytes
-            self._max_age_s = lease_s / 3
+            self._pool_id = pool_id
             self._last_use = now
             if len(self._step) != len(self._groups):
                 self._steps.clear()
@@ -87,24 +83,22 @@ class CreditBook:
             return len(self._groups[group].held) if group < len(self._groups) else 0
 
     def grant(
-        self, group: int, slot_ids: Sequence[int], generations: Sequence[int], now: float
+        self, group: int, slot_ids: Sequence[int], generations: Sequence[int], lease_id: int, now: float
     ) -> list[Credit]:
         """Add the answer to one request; fewer than asked means that the daemon had no more.
 
-        Returns what must go back at once: the answer to a request from before a reset.
+        Returns what must go back at once: what was asked for, under `lease_id`, before a reset.
         """
-        granted = [
-            Credit(slot_id, generation, now)
-            for slot_id, generation in zip(slot_ids, generations, strict=True)
-        ]
         with self._lock:
             if group >= len(self._groups):
                 return []
-            entry = self._groups[group]
-            entry.unanswered = max(0, entry.unanswered - 1)
-            if entry.outdated:
-                entry.outdated -= 1
+            granted = [
+                Credit(slot_id, generation, self._pool_id)
+                for slot_id, generation in zip(slot_ids, generations, strict=True)
+            ]
+            if granted and lease_id < self._first_lease_id:
                 return granted
+            entry = self._groups[group]
             if len(granted) < entry.asked:
                 entry.ask_after = now + RETRY_S
             entry.asked = 0
@@ -151,12 +145,11 @@ class CreditBook:
                 # A quarter of slack: topping up after every step would cost an RPC a step.
                 if missing * 4 >= target > 0 and missing > 0 and now >= entry.ask_after:
                     entry.asked, entry.asked_at = missing, now
-                    entry.unanswered += 1
                     asks.append((group, missing))
             return asks
 
     def surplus(self, now: float) -> list[Credit]:
-        """Take out what should go back: all when idle, the too old, and what exceeds twice the target."""
+        """Take out what should go back: all when idle, else what exceeds twice the target."""
         with self._lock:
             if now - self._last_use >= IDLE_RETURN_S:
                 for entry in self._groups:
@@ -164,9 +157,7 @@ class CreditBook:
                 return self._take_newest(sum(len(entry.held) for entry in self._groups))
             back: list[Credit] = []
             for entry, target in zip(self._groups, self._targets(), strict=True):
-                while entry.held and (
-                    len(entry.held) > 2 * target or now - entry.held[0].granted_at > self._max_age_s
-                ):
+                while len(entry.held) > 2 * target:
                     back.append(entry.held.popleft())
             return back
 
@@ -177,11 +168,16 @@ class CreditBook:
                 entry.ask_after = now + IDLE_RETURN_S
             return self._take_newest(count)
 
-    def reset(self) -> list[Credit]:
-        """Take out every credit, those still on their way too: no slot of the old epoch can be published."""
+    def reset(self, first_lease_id: int) -> list[Credit]:
+        """Take out every credit: no slot of the old epoch can be published.
+
+        Those on their way go back when they come, in whatever order: their lease ids are below
+        `first_lease_id`, those of later requests are not.
+        """
         with self._lock:
+            self._first_lease_id = first_lease_id
             for entry in self._groups:
-                entry.asked, entry.outdated = 0, entry.unanswered
+                entry.asked = 0
             return self._take_newest(sum(len(entry.held) for entry in self._groups))
 
     def _measure(self) -> None:

@@ -27,6 +27,12 @@ class Batch:
     sealed: bool = False
     """Takes nothing more: it was sent, or what comes next must not be in one message with it."""
 
+    @property
+    def ends_holds(self) -> bool:
+        """Whether it ends something that the daemon otherwise keeps until the session ends."""
+        request = self.request
+        return bool(request.store_reports or request.load_reports or request.credit_returns)
+
 
 class CompletionBuffer:
     """The queue of one session: at most one batch in flight, the others behind it.

@@ -43,17 +43,18 @@ class GrantCalls:
             session_id=link.session_id, context=link.context_message(ctx), keys=keys, lease_id=lease_id
         )
         self._stats.add("rpc_prepare_load")
+        epoch = link.info.epoch
         try:
             reply = link.stub.PrepareLoad(request, timeout=self._deadline_s)
         except (grpc.RpcError, ValueError) as error:
             self._failed(link, error, lease_id)
             return None
-        if not self._usable(link, ctx, reply.boot_id, lease_id):
+        if not self._usable(link, epoch, ctx, reply.boot_id, lease_id):
             return None
         if not len(reply.slot_ids) == len(reply.generations) == len(keys):
             self._contradicts(lease_id)
             return None
-        return LoadGrant(lease_id, list(reply.slot_ids), list(reply.generations))
+        return LoadGrant(lease_id, list(reply.slot_ids), list(reply.generations), link.info.pool_id)
 
     def prepare_store(self, link: Link, ctx: ReqContext, keys: Sequence[bytes], lease_id: int) -> StoreGrant:
         """Reserve what can be reserved."""
@@ -61,11 +62,12 @@ class GrantCalls:
             session_id=link.session_id, context=link.context_message(ctx), keys=keys, lease_id=lease_id
         )
         self._stats.add("rpc_prepare_store")
+        epoch = link.info.epoch
         try:
             reply = link.stub.PrepareStore(request, timeout=self._deadline_s)
         except (grpc.RpcError, ValueError) as error:
             return StoreGrant.refused(len(keys), self._failed(link, error, lease_id))
-        if not self._usable(link, ctx, reply.boot_id, lease_id):
+        if not self._usable(link, epoch, ctx, reply.boot_id, lease_id):
             return StoreGrant.refused(len(keys), "session_changed")
         verdicts: list[int] = list(reply.verdicts)
         granted = verdicts.count(offload_pb2.STORE_VERDICT_GRANTED)
@@ -78,6 +80,7 @@ class GrantCalls:
             list(reply.slot_ids),
             list(reply.generations),
             list(reply.evicted_keys),
+            pool_id=link.info.pool_id,
         )
 
     def request_credits(self, link: Link, group: int, count: int, lease_id: int) -> bool:
@@ -121,13 +124,19 @@ class GrantCalls:
             link, self._gate.listener.on_credits, group, slot_ids, generations, lease_id if slot_ids else 0
         )
 
-    def _usable(self, link: Link, ctx: ReqContext, boot_id: str, lease_id: int) -> bool:
-        """Note an answer; False if it grants nothing because the session or the epoch is over."""
-        if not self._gate.answered(link, boot_id, "Prepare"):
+    def _usable(self, link: Link, epoch: int, ctx: ReqContext, boot_id: str, lease_id: int) -> bool:
+        """Note an answer; False if it grants nothing because the session or the epoch is over.
+
+        `epoch`: the session's before the call was sent. What was granted in another holds old bytes, or can
+        never be published.
+        """
+        gate = self._gate
+        if not gate.answered(link, boot_id, "Prepare"):
             return False
-        with self._gate.lock:
-            link.mark_seen(ctx)
-            void = self._gate.resetting
+        with gate.lock:
+            void = gate.link is not link or gate.resetting or link.info.epoch != epoch
+            if not void:
+                link.mark_seen(ctx)
         if void:
             self._give_back(lease_id)
         return not void

@@ -30,12 +30,15 @@ class JobKind(Enum):
 class Job:
     """Copy between device blocks and slots.
 
+    The slots are those of pool `pool_id` (of the grant that named them) and of no other: a worker that has
+    another one mapped fails the job. 0 = there are no slots.
     `slot_ids`, `generations` and `keys` are columns, one entry per chunk in the order of `plan`.
     `block_ids`, `group_sizes` and `block_indices` are as `plan_job` takes them: blocks group after group, how
     many each group has, and the place in the request of each group's first block.
     """
 
     job_id: JobId
+    pool_id: int
     slot_ids: tuple[int, ...]
     generations: tuple[int, ...]
     keys: tuple[bytes, ...]

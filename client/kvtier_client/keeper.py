@@ -28,6 +28,10 @@ from kvtier_ops.pool import PoolError
 
 logger = logging.getLogger(__name__)
 
+_ENDED = "the daemon ended the session: "
+_USUAL_ENDS = frozenset({_ENDED + reason for reason in ("INSTANCE_LOST", "REPLACED", "DRAINING")})
+"""Another process of the instance, its successor or the daemon comes or goes as intended: no warning."""
+
 
 class CannotAttach(Exception):
     """No session this time. The message goes to `away_reason`; the next attempt comes after a pause."""
@@ -66,11 +70,28 @@ class SessionKeeper:
         """Begin to attach."""
         self._thread.start()
 
-    def stop(self, *, drained: bool) -> None:
-        """End the session and the thread; without running copies also let go of pool and lock file."""
-        self._thread.join()
-        if drained:
+    def stop(self, *, drained: bool, timeout_s: float) -> None:
+        """Wait for the end of session and thread, which the gate's `closing` brings about.
+
+        Lets go of pool and lock file if `drained` and the listener says within the time that no copy runs.
+        If not, both stay until the process ends: a free lock would tell the daemon that nothing is written.
+        """
+        give_up_at = time.monotonic() + timeout_s
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.warning("the session does not end in time; pool and lock file stay until the process ends")
+        elif drained and self._no_copy_runs(max(0.0, give_up_at - time.monotonic())):
             self._place.leave()
+
+    def _no_copy_runs(self, timeout_s: float) -> bool:
+        try:
+            if self._gate.listener.drain(timeout_s):
+                return True
+        except Exception:
+            self._stats.add("listener_errors")
+            logger.exception("the listener's drain failed")
+        logger.warning("copies are still running; pool and lock file stay until the process ends")
+        return False
 
     def _run(self) -> None:
         pauses = pauses_s(self._options)
@@ -255,7 +276,7 @@ class SessionKeeper:
                     gate.changed.notify_all()
                 gate.deliver(link, listener.on_workers_changed, missing_ranks)
             case "ended":
-                gate.lose(link, f"the daemon ended the session: {message.ended.reason}")
+                gate.lose(link, _ENDED + message.ended.reason)
             case other:
                 logger.debug("an event of a newer daemon was passed over: %s", other)
 
@@ -265,7 +286,8 @@ class SessionKeeper:
             self._gate.away_reason = reason
         if reason != self._logged_reason:
             self._logged_reason = reason
-            logger.warning("not attached, everything is a miss: %s", reason)
+            level = logging.INFO if reason in _USUAL_ENDS else logging.WARNING
+            logger.log(level, "not attached, everything is a miss: %s", reason)
 
     def _pause(self, seconds: float) -> None:
         with self._gate.lock:

@@ -24,8 +24,9 @@ class ClientListener:
     def drain(self, timeout_s: float) -> bool:
         """Wait until no copy of this process runs any more; False = not within `timeout_s`, ask again.
 
-        Called after `on_detached`, before the client attaches again: naming the previous session promises the
-        daemon that none of its slots is still written.
+        Called after `on_detached`, before the client attaches again, because naming the previous session
+        promises the daemon that none of its slots is still written; and by `OffloadClient.close`, because
+        its lock file let go promises the same.
         """
         return True
 
@@ -38,7 +39,11 @@ class ClientListener:
     def on_credits(
         self, group: int, slot_ids: Sequence[int], generations: Sequence[int], lease_id: int
     ) -> None:
-        """The answer to one `request_credits`; no slots (and lease 0) when nothing was granted."""
+        """The answer to one `request_credits`; no slots (and lease 0) when nothing was granted.
+
+        Slots asked for before a reset can never be published: give them back. `lease_id` tells, because
+        later requests have larger ones.
+        """
 
     def on_credits_wanted(self, count: int) -> None:
         """The daemon wants up to `count` unused credits back; see `return_credits`."""

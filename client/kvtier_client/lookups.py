@@ -34,9 +34,9 @@ class LookupCall:
         "_lease_id",
         "_link",
         "_num_keys",
+        "_request",
         "_sent_at",
         "_stats",
-        "request",
     )
 
     def __init__(
@@ -61,7 +61,7 @@ class LookupCall:
         self._num_keys = len(keys)
         self._lease_id = lease_id
         self._epoch = link.info.epoch
-        self.request = offload_pb2.LookupRequest(
+        self._request = offload_pb2.LookupRequest(
             session_id=link.session_id,
             context=link.context_message(ctx),
             keys=keys,
@@ -72,6 +72,14 @@ class LookupCall:
         )
         # Before it is sent: the daemon's count can only begin later.
         self._sent_at = lease_time()
+
+    def send(self, timeout_s: float) -> offload_pb2.LookupResponse:
+        """Send it and wait for the reply. Raises grpc.RpcError; ValueError if the channel was closed."""
+        return self._link.stub.Lookup(self._request, timeout=timeout_s)
+
+    def send_async(self, timeout_s: float) -> grpc.Future[offload_pb2.LookupResponse]:
+        """Send it. Raises ValueError if the channel was closed."""
+        return self._link.stub.Lookup.future(self._request, timeout=timeout_s)
 
     def failed(self, error: Exception, *, counts: bool) -> LookupAnswer:
         """Read a failure."""
@@ -93,7 +101,7 @@ class LookupCall:
             self.abandon()
             return LookupAnswer.missed(self._num_keys, "bad_reply", reply.boot_id)
         lease_id = self._lease_id
-        if lease_id and not runs and not (self.request.pending_wait_ms and _PENDING in statuses):
+        if lease_id and not runs and not (self._request.pending_wait_ms and _PENDING in statuses):
             lease_id = 0  # nothing is pinned and nothing will be: there is no lease
         with gate.lock:
             # The epoch too: what was leased before a reset holds bytes of the old weights.
@@ -113,6 +121,7 @@ class LookupCall:
             generations=reply.generations[:],
             unwanted_indexes=reply.unwanted,
             boot_id=reply.boot_id,
+            pool_id=link.info.pool_id,
         )
 
     def missed(self, reason: str) -> LookupAnswer:
@@ -178,14 +187,14 @@ class PendingLookup:
             self._call.abandon()
             self._answer = LookupAnswer.missed(self._num_keys, "cancelled", answer.boot_id)
 
-    def send(self, call: LookupCall, link: Link, timeout_s: float, *, counts: bool) -> None:
+    def send(self, call: LookupCall, timeout_s: float, *, counts: bool) -> None:
         """Send it. Called once, by the client that made it."""
         self._call = call
         self._counts = counts
         # The deadline is grpc's to keep; the margin is for the thread that brings its verdict.
         self._give_up_at = time.monotonic() + timeout_s + 0.05
         try:
-            self._future = link.stub.Lookup.future(call.request, timeout=timeout_s)
+            self._future = call.send_async(timeout_s)
         except ValueError:  # the channel was closed meanwhile
             self._settle("session_changed")
             return

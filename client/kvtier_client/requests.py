@@ -130,6 +130,8 @@ class RequestState:
     answered_from: int = 0
     """Computed tokens that the present answer was asked with."""
     lease_id: int = 0
+    pool_id: int = 0
+    """The pool that the pins are in."""
     pending_until: float = 0.0
     """PENDING chunks are worth waiting for until then."""
     refresh_after: float = 0.0
@@ -204,6 +206,7 @@ class RequestState:
         """
         self.drop_pins()
         self.answered, self.answered_from, self.lease_id = True, asked.computed_tokens, answer.lease_id
+        self.pool_id = answer.pool_id
         missing: list[ChunkRef] = []
         index = 0
         for group, (first, count) in enumerate(zip(asked.first_chunks, asked.counts, strict=True)):

@@ -19,6 +19,7 @@ a lock of its own, everything else into a queue that the next call reads.
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 from collections import Counter, deque
@@ -78,6 +79,7 @@ class SchedulerShim(ClientListener):
         self._credits = CreditBook()
         self._recent = RecentStores()
         self._events: deque[Callable[[], None]] = deque()
+        self._pid = os.getpid()
         client.listener = self
         if client.session is not None:
             self.on_attached(client.session)
@@ -96,6 +98,7 @@ class SchedulerShim(ClientListener):
         `keys[g]` names every full chunk of group g that is known now. At most `max_lookup_tokens` leading
         tokens will be loaded; 0 = none.
         """
+        self._notice_fork()
         assert req_id not in self._requests, f"request {req_id} was added before and has not finished"
         state = RequestState.build(ReqContext(req_id, params), self._facts, keys, max_lookup_tokens)
         self._requests[req_id] = state
@@ -131,8 +134,9 @@ class SchedulerShim(ClientListener):
         most `lookup_wait_ms`; says None for at most `lookup_deadline_ms`, or `promotion_wait_ms` for chunks
         on their way from a lower tier.
         """
-        state = self._requests[req_id]
+        self._notice_fork()
         self._read_events()
+        state = self._requests[req_id]
         if not state.may_load:
             return 0
         return self._pins.tokens(state, num_computed_tokens)
@@ -166,6 +170,9 @@ class SchedulerShim(ClientListener):
         the request of the first of them, by default such that the last one holds the last token. Cannot fail:
         a chunk that is not pinned becomes a load that fails.
         """
+        self._notice_fork()
+        # A session that has ended took its pins along.
+        self._read_events()
         state = self._requests[req_id]
         end = num_computed_tokens + num_tokens
         if block_indices is None:
@@ -175,9 +182,11 @@ class SchedulerShim(ClientListener):
             ]
         refs = self._refs(block_ids, block_indices)
         pins = [state.groups[ref.group].pinned[ref.chunk] or SlotRef(NO_SLOT, 0) for ref in refs]
+        slots = [pin.slot_id for pin in pins if pin.slot_id != NO_SLOT]
         flat, sizes = flatten(block_ids)
         job = LoadJob(
             job_id=JobId(next(self._job_ids)),
+            pool_id=state.pool_id if slots else 0,
             slot_ids=tuple(pin.slot_id for pin in pins),
             generations=tuple(pin.generation for pin in pins),
             keys=tuple(state.groups[ref.group].keys[ref.chunk] for ref in refs),
@@ -186,7 +195,6 @@ class SchedulerShim(ClientListener):
             block_indices=tuple(block_indices),
             load_lease_id=self._client.new_lease_id(),
         )
-        slots = [slot_id for slot_id in job.slot_ids if slot_id != NO_SLOT]
         if slots:
             # Before the release: the pins move to the load lease first, then the rest of them ends.
             self._client.start_load(state.lease_id, job.load_lease_id, slots)
@@ -227,6 +235,7 @@ class SchedulerShim(ClientListener):
         `num_computed_tokens` counts the tokens whose KV will be there when the step ends; `block_ids[g]` is
         the whole block table of group g. Each chunk is offered once: what finds no credit now is given up.
         """
+        self._notice_fork()
         state = self._requests[req_id]
         if state.asked is not None and not self._pins.settle(state, 0):
             self._pins.abandon(state)
@@ -271,6 +280,9 @@ class SchedulerShim(ClientListener):
         flat, sizes = flatten(blocks)
         job = StoreJob(
             job_id=JobId(next(self._job_ids)),
+            # The last one's: if a session ended since the first was taken, the slots of its pool fail in the
+            # worker by their generations.
+            pool_id=taken[-1][1].pool_id,
             slot_ids=tuple(slot.slot_id for _, slot in taken),
             generations=tuple(slot.generation for _, slot in taken),
             keys=tuple(state.groups[ref.group].keys[ref.chunk] for ref, _ in taken),
@@ -293,6 +305,7 @@ class SchedulerShim(ClientListener):
 
     def end_step(self) -> None:
         """Send what the step has to say; sends nothing where it has nothing to say."""
+        self._notice_fork()
         self._read_events()
         now = self._clock()
         self._credits.end_step()
@@ -306,20 +319,21 @@ class SchedulerShim(ClientListener):
         Waits for the daemon. Call it when no request computes and every store has finished. False = the
         daemon has not confirmed yet; until it does the client answers every lookup with misses.
         """
+        self._notice_fork()
         self._read_events()
         for state in self._requests.values():
             self._pins.abandon(state)
             self._pins.release(state)
             state.forget()
         self._recent.clear()
-        self._return(self._credits.reset())
+        self._return(self._credits.reset(self._client.new_lease_id()))
         return self._client.reset(weights_id)
 
     def _ask_for_credits(self, now: float) -> None:
         if self._client.ready:
             for group, count in self._credits.shortfall(now):
                 if not self._client.request_credits(group, count):
-                    self._credits.grant(group, (), (), now)
+                    self._credits.grant(group, (), (), 0, now)
 
     def _return(self, slots: Sequence[Credit]) -> None:
         if slots:
@@ -329,10 +343,8 @@ class SchedulerShim(ClientListener):
 
     def on_attached(self, session: SessionInfo) -> None:
         """Begin with no credits; what is needed is asked for in the next step."""
-        limits = session.limits
-        self._credits.open(
-            session.slot_bytes, limits.max_credit_bytes, limits.copy_lease_ms / 1000, self._clock()
-        )
+        max_bytes = session.limits.max_credit_bytes
+        self._credits.open(session.slot_bytes, max_bytes, session.pool_id, self._clock())
 
     def on_detached(self, reason: str) -> None:
         """Let every pin and credit go. Jobs under way are the workers' to end."""
@@ -347,8 +359,11 @@ class SchedulerShim(ClientListener):
     def on_credits(
         self, group: int, slot_ids: Sequence[int], generations: Sequence[int], lease_id: int
     ) -> None:
-        """Take the slots."""
-        self._return(self._credits.grant(group, slot_ids, generations, self._clock()))
+        """Take the slots; give those back at once that were asked for before a reset."""
+        outdated = self._credits.grant(group, slot_ids, generations, lease_id, self._clock())
+        if outdated:
+            self._return(outdated)
+            self._client.flush()
 
     def on_credits_wanted(self, count: int) -> None:
         """Give back what is unused, at once: an idle engine takes no step that could do it."""
@@ -358,6 +373,17 @@ class SchedulerShim(ClientListener):
     def on_draining(self, deadline_ms: int) -> None:
         """Give every unused credit back: the daemon waits for what is out."""
         self.on_credits_wanted(sys.maxsize)
+
+    def _notice_fork(self) -> None:
+        """In the child of a fork begin anew: its parent's pins and credits are not its own.
+
+        The book's lock may be held for good by a thread that does not exist here, so the book is a new one.
+        """
+        if self._pid != os.getpid() and self._client.forked:
+            self._pid = os.getpid()
+            self._credits = CreditBook()
+            self._events.clear()
+            self._forget_session()
 
     def _forget_session(self) -> None:
         self._pins.void(self._requests.values())

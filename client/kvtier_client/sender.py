@@ -28,7 +28,11 @@ _FINE = frozenset({offload_pb2.COMPLETE_STATUS_OK, offload_pb2.COMPLETE_STATUS_A
 
 
 class CompletionSender:
-    """Queues items for the open session and sends them when a flush asks for it. Thread-safe, never waits."""
+    """Queues items for the open session and sends them when a flush asks for it. Thread-safe, never waits.
+
+    What the daemon holds for this process until it is told otherwise (slots to be written, pins of loads,
+    credits) is told for certain or the session ends, which frees it as the death of the process would.
+    """
 
     def __init__(self, gate: Gate, options: ClientOptions, stats: ClientStats) -> None:
         self._gate = gate
@@ -36,14 +40,24 @@ class CompletionSender:
         self._stats = stats
 
     def add(self, put: Callable[[Link], None]) -> None:
-        """Queue an item in the open session. Without one it is void, like the lease it is about."""
+        """Queue an item in the open session. Without one it is void, like the lease it is about.
+
+        Raises what `put` raises for an item that no message can carry; the session is over then.
+        """
         gate = self._gate
         if gate.forked:
             return
-        with gate.lock:
-            link = gate.link
+        link: Link | None = None
+        try:
+            with gate.lock:
+                link = gate.link
+                if link is not None:
+                    put(link)
+        except Exception:
             if link is not None:
-                put(link)
+                # Half of it may be queued, and what it was about would stay taken as long as the session.
+                gate.lose(link, "a report or release could not be queued, which is a bug of whoever made it")
+            raise
         if link is None:
             self._stats.add("queued_dropped")
         elif link.buffer.entries > self._options.max_queued_entries:
@@ -119,6 +133,8 @@ class CompletionSender:
                 self._repeat_later(link, batch)
                 return
             self._stats.add("flush_dropped")
+            if batch.ends_holds:
+                gate.lose(link, f"the daemon did not take reports of copies: {failure.reason}")
         else:
             gate.answered(link, reply.boot_id, "Complete")
             if not_ok := sum(status not in _FINE for status in _statuses(reply)):
@@ -143,5 +159,6 @@ def _statuses(reply: offload_pb2.CompleteResponse) -> Iterable[int]:
         for result in results:
             yield from result.statuses
     yield from reply.load_starts
-    yield from reply.load_reports
+    # UNKNOWN: a rank was done before the scheduler had told of the load; the daemon remembers it.
+    yield from (status for status in reply.load_reports if status != offload_pb2.COMPLETE_STATUS_UNKNOWN)
     yield from reply.released_leases

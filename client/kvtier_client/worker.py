@@ -15,6 +15,7 @@ client's threads.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -49,6 +50,8 @@ TASK_BYTES = 32 << 20
 """A job is cut into tasks of about this size: a few ms each, so that both threads work on a large load and a
 load does not wait for the whole of a large store."""
 
+_NO_SESSION = -1
+
 
 class _Outcome(Enum):
     """How the copy of one chunk ended."""
@@ -74,7 +77,7 @@ class _Progress:
     job: Job
     kind: JobKind
     session: int
-    """Counts sessions: the one in which the job was submitted."""
+    """Counts sessions: the one in which the job was submitted; _NO_SESSION if there was none of its pool."""
     copies: tuple[ChunkCopy, ...] = ()
     outcomes: list[_Outcome] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
@@ -116,23 +119,38 @@ class WorkerShim(ClientListener):
         self._part = part
         self._verify_every = {"always": 1, "sampled": SAMPLE_EVERY, "off": 0}[verify_loads]
         self._stores = client.facts.num_parts > 1 or client.identity.rank == 0
-        self._threads = CopyThreads(num_threads)
+        self._num_threads = num_threads
         self._loaded_chunks = count()
+        self._session = 0
+        self._closed = False
+        self._begin()
+        client.listener = self
+        if client.session is not None:
+            self.on_attached(client.session)
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._threads = CopyThreads(self._num_threads)
         self._changed = threading.Condition()
         self._jobs: dict[JobId, _Progress] = {}
         self._finished: list[JobResult] = []
         self._pool: MappedPool | None = None
-        self._session = 0
-        self._closed = False
-        client.listener = self
-        if client.session is not None:
-            self.on_attached(client.session)
+
+    def _notice_fork(self) -> None:
+        """In the child of a fork begin anew, without a pool: every job fails at once.
+
+        The parent's slots are not the child's to write, its copy threads do not exist here, and a lock that
+        one of them held will never be free.
+        """
+        if self._pid != os.getpid() and self._client.forked:
+            self._begin()
 
     # The engine's calls
 
     def submit_store(self, job: StoreJob) -> None:
         """Queue a store. The blocks must stay unchanged until its result, or until `wait` returns."""
-        if self._stores:
+        self._notice_fork()
+        if self._stores or self._client.forked:
             self._submit(job, JobKind.STORE)
         else:
             with self._changed:
@@ -140,16 +158,24 @@ class WorkerShim(ClientListener):
 
     def submit_load(self, job: LoadJob) -> None:
         """Queue a load. The blocks hold nothing of use until its result says so."""
+        self._notice_fork()
         self._submit(job, JobKind.LOAD)
 
     def get_finished(self) -> list[JobResult]:
         """Return the jobs that ended since the last call, each once, in any order."""
+        self._notice_fork()
         with self._changed:
             finished, self._finished = self._finished, []
         return finished
 
     def wait(self, job_ids: Collection[JobId]) -> None:
-        """Wait until these jobs have ended, and copy them before all others. Unknown ids are passed over."""
+        """Wait until these jobs have ended, and copy them before all others. Unknown ids are passed over.
+
+        Has no bound, because who waits is about to give the blocks away and a copy may still use them. It
+        ends all the same: a job ends with its last task, whatever that raises, a task is a copy in memory,
+        and the threads that take tasks outlive every error.
+        """
+        self._notice_fork()
         wanted = frozenset(job_ids)
         self._threads.hurry(wanted)
         with self._changed:
@@ -157,6 +183,7 @@ class WorkerShim(ClientListener):
 
     def close(self) -> None:
         """Fail what is queued, let running copies finish and end the threads. Results can still be got."""
+        self._notice_fork()
         with self._changed:
             self._closed = True
         self._fail_queued()
@@ -183,11 +210,15 @@ class WorkerShim(ClientListener):
     # Jobs
 
     def _submit(self, job: Job, kind: JobKind) -> None:
-        """Cut a job into tasks, or fail it at once. A job that contradicts itself fails, and is logged."""
+        """Cut a job into tasks, or fail it at once where no session of its pool is open.
+
+        A job that contradicts itself fails, and is logged.
+        """
         with self._changed:
             assert job.job_id not in self._jobs, f"job {job.job_id} was submitted twice"
-            pool = None if self._closed else self._pool
-            progress = _Progress(job, kind, self._session)
+            is_of_session = self._pool is not None and self._pool.pool_id == job.pool_id
+            pool = self._pool if is_of_session and not self._closed else None
+            progress = _Progress(job, kind, self._session if is_of_session else _NO_SESSION)
             progress.outcomes = [_Outcome.FAILED] * len(job.slot_ids)
             progress.checksums = [0] * len(job.slot_ids)
             self._jobs[job.job_id] = progress
@@ -199,11 +230,21 @@ class WorkerShim(ClientListener):
                 if pool is not None
             ]
             progress.tasks_left = len(tasks)
-            if tasks:
-                # Under the lock: a session that ends now finds the tasks in the queue and fails them.
-                self._threads.submit(tasks)
+            if tasks and self._queue(tasks):
                 return
         self._end(progress)
+
+    def _queue(self, tasks: Sequence[CopyTask]) -> bool:
+        """Hand tasks to the threads; False where there are none.
+
+        With the lock held, so that a session that ends now finds the tasks in the queue and fails them.
+        """
+        try:
+            self._threads.submit(tasks)
+        except RuntimeError:
+            logger.exception("no thread can be started to copy; the engine computes instead")
+            return False
+        return True
 
     def _plan(self, job: Job) -> tuple[ChunkCopy, ...]:
         try:
@@ -232,6 +273,12 @@ class WorkerShim(ClientListener):
 
     def _run(self, progress: _Progress, pool: MappedPool, piece: range) -> None:
         """Copy a piece of a job, on a copy thread."""
+        try:
+            self._copy(progress, pool, piece)
+        finally:
+            self._end_task(progress)
+
+    def _copy(self, progress: _Progress, pool: MappedPool, piece: range) -> None:
         if progress.started_at is None:
             progress.started_at = time.monotonic()
         copy_slot: Callable[[_Progress, MappedPool, int], _Outcome]
@@ -242,7 +289,6 @@ class WorkerShim(ClientListener):
             except Exception:
                 # The pool of a broken daemon, blocks that do not exist: the engine computes all the same.
                 logger.exception("slot %d of job %d was not copied", index, progress.job.job_id)
-        self._end_task(progress)
 
     def _load_slot(self, progress: _Progress, pool: MappedPool, index: int) -> _Outcome:
         job, copy = progress.job, progress.copies[index]
@@ -294,12 +340,25 @@ class WorkerShim(ClientListener):
             self._end_task(progress)
 
     def _end(self, progress: _Progress) -> None:
-        """Report a job whose last task is over to the daemon, then to the engine."""
+        """Report a job whose last task is over to the daemon, then to the engine. Never raises."""
+        job = progress.job
+        result = JobResult(job.job_id, progress.kind, ok=False)
+        try:
+            result = self._conclude(progress)
+        except Exception:
+            logger.exception("job %d could not be reported; this is a bug of whoever made it", job.job_id)
+        with self._changed:
+            del self._jobs[job.job_id]
+            self._finished.append(result)
+            self._changed.notify_all()
+
+    def _conclude(self, progress: _Progress) -> JobResult:
+        """Report a job to the daemon, if it was one of the session that is open, and return how it ended."""
         job, kind = progress.job, progress.kind
         seconds = 0.0 if progress.started_at is None else time.monotonic() - progress.started_at
         num_bytes = self._copied_bytes(progress)
         with self._changed:
-            same_session = progress.session == self._session and self._pool is not None
+            same_session = progress.session == self._session
         if same_session:
             report = self._report_load if kind is JobKind.LOAD else self._report_store
             report(progress, num_bytes, seconds)
@@ -310,10 +369,7 @@ class WorkerShim(ClientListener):
             # What was stored for a session that is over will not be published.
             if outcome is not _Outcome.OK or (kind is JobKind.STORE and not same_session)
         )
-        with self._changed:
-            del self._jobs[job.job_id]
-            self._finished.append(JobResult(job.job_id, kind, not failed, failed, num_bytes, seconds))
-            self._changed.notify_all()
+        return JobResult(job.job_id, kind, not failed, failed, num_bytes, seconds)
 
     def _copied_bytes(self, progress: _Progress) -> int:
         total = 0

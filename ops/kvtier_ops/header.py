@@ -55,8 +55,8 @@ class PoolHeader:
     """Random 64 bits, new with each new file: tells a kept file from a replaced one."""
     data_bytes: int
     first_generation: int
-    """Random FIRST_GENERATION_BITS bits, new with each new file; every generation that its slots are granted
-    under is above. So a job made for the file before this one finds no slot with a generation that it names."""
+    """Random FIRST_GENERATION_BITS bits, new with each new file; its slots are granted under larger ones.
+    So a job that was made for the file before this one finds no slot with a generation that it names."""
 
     @property
     def num_units(self) -> int:

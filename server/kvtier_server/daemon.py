@@ -292,6 +292,8 @@ class Daemon:
 
     def _hash(self, request: HashRequest) -> bool:
         recorded = self._pool.part_checksum(request.slot_id, request.part)
+        if not recorded:
+            return True  # none was computed when it was stored: there is nothing to be different from
         offset = part_offset(request.part_bytes, request.part)
         return part_checksum(self._pool.part_view(request.slot_id, offset, request.part_bytes)) == recorded
 

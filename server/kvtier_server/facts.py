@@ -54,6 +54,7 @@ def applicant_of(request: pb.AttachRequest) -> Applicant:
         world_size=request.world_size,
         tenant=request.tenant,
         lock_file=request.lock_file,
+        mapped_pool_id=request.mapped_pool_id,
         previous_session=request.previous_session,
         epoch=request.epoch if role is Role.SCHEDULER else 0,
         geometry=_geometry_of(request) if role is Role.WORKER else None,

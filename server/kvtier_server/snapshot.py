@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from kvtier_server.core.books import Books
-from kvtier_server.core.leases import Lease
+from kvtier_server.core.leases import LeaseKind
 from kvtier_server.stats import LEASE_KINDS, PRIMARY_TIER, LeaseStats, SessionStats, TierStats
 
 NAMESPACE_DIGITS = 12
@@ -31,7 +31,7 @@ def primary_stats(books: Books, health: str) -> TierStats:
     def total(field: str, unit_bytes: bool) -> int:
         return sum(getattr(c, field) * (c.slot_bytes if unit_bytes else 1) for c in classes)
 
-    free_slots = sum(len(c.free) for c in classes)
+    free_slots = sum(len(slab.free) for c in classes for slab in c.slabs.values())
     quarantined_bytes = total("num_quarantined", unit_bytes=True)
     return TierStats(
         name=PRIMARY_TIER,
@@ -73,16 +73,12 @@ def session_stats(books: Books, now_ns: int) -> tuple[SessionStats, ...]:
 
 def lease_stats(books: Books, now_ns: int) -> tuple[LeaseStats, ...]:
     """Number and oldest age of the leases, by kind."""
-    oldest: dict[str, Lease] = {}
-    counts: Counter[str] = Counter()
-    for lease in books.leases:
-        counts[lease.kind] += 1
-        if lease.kind not in oldest or lease.created_ns < oldest[lease.kind].created_ns:
-            oldest[lease.kind] = lease
-    return tuple(
-        LeaseStats(kind, counts[kind], (now_ns - oldest[kind].created_ns) / 1e9 if kind in oldest else 0.0)
-        for kind in LEASE_KINDS
-    )
+    rows = []
+    for kind in LEASE_KINDS:
+        oldest = books.leases.oldest(LeaseKind(kind))
+        age_s = 0.0 if oldest is None else (now_ns - oldest.created_ns) / 1e9
+        rows.append(LeaseStats(kind, books.leases.count(LeaseKind(kind)), age_s))
+    return tuple(rows)
 
 
 def tenant_bytes(books: Books) -> dict[str, int]:

@@ -40,10 +40,10 @@ class Registry:
         ]
         geometries = {
             digest: {
-                str(rank): [[[t.name, t.page_bytes] for t in tensors] for tensors in geometry]
-                for rank, geometry in by_rank.items()
+                str(part): [[[t.name, t.page_bytes] for t in tensors] for tensors in geometry]
+                for part, geometry in by_part.items()
             }
-            for digest, by_rank in self._core.geometries().items()
+            for digest, by_part in self._core.geometries().items()
         }
         payload = {"version": PAYLOAD_VERSION, "spaces": spaces, "geometries": geometries}
         raw = json.dumps(payload, separators=(",", ":")).encode()
@@ -66,9 +66,12 @@ def take_over(pool: Pool, core: Core) -> Adopted | None:
         return None
     core.books.primary.slabs.restore(slab_bytes, sizes)
     spaces, geometries = _read_registry(pool)
-    core.known_geometries.update(geometries)
     guards = set(held_owner_locks(pool.directory))
-    return adopt(core.books, spaces, _slots(pool, core), guards)
+    adopted = adopt(core.books, spaces, _slots(pool, core), guards)
+    # Where no chunk is left, there is nothing that another geometry could contradict.
+    left = {space.name.namespace for space in core.books.primary.spaces}
+    core.known_geometries.update({digest: known for digest, known in geometries.items() if digest in left})
+    return adopted
 
 
 def _slots(pool: Pool, core: Core) -> Iterator[KeptSlot]:
@@ -102,11 +105,11 @@ def _read_registry(pool: Pool) -> tuple[list[tuple[int, SpaceName]], dict[str, d
     ]
     geometries = {
         digest: {
-            int(rank): tuple(
+            int(part): tuple(
                 tuple(TensorLayout(name, size) for name, size in tensors) for tensors in geometry
             )
-            for rank, geometry in by_rank.items()
+            for part, geometry in by_part.items()
         }
-        for digest, by_rank in payload["geometries"].items()
+        for digest, by_part in payload["geometries"].items()
     }
     return spaces, geometries

@@ -67,7 +67,7 @@ class Bench:
             NUM_SLOTS * SLOT_UNIT_BYTES,
             table,
             lambda capacity: make_policy(policy, capacity),
-            lambda _: True,
+            lambda _: False,
             lambda: next(serial),
             Limits(max_leases=1 << 20),
         )
@@ -79,7 +79,7 @@ class Bench:
 
     def _attach(self, role: Role) -> Session:
         geometry = ((TensorLayout("layer", SLOT_UNIT_BYTES),),) if role is Role.WORKER else None
-        applicant = Applicant("bench", 1, role, 0, 1, "", f"lock-{role}", geometry=geometry)
+        applicant = Applicant("bench", 1, role, 0, 1, "", f"lock-{role}", 0, geometry=geometry)
         return self.core.attach(f"session-{role}", applicant, FACTS, 0)
 
     def new_keys(self) -> list[bytes]:

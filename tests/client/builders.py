@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 
@@ -45,6 +47,19 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20) 
     while not condition():
         assert time.monotonic() < deadline, f"did not happen in {timeout_s} s: {what}"
         time.sleep(0.002)
+
+
+def wait_for_child(pid: int, timeout_s: float = 20) -> int:
+    """Wait for a forked child and return its exit status; kill it and return -1 if it hangs."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -1
 
 
 class Notes(ClientListener):

@@ -6,6 +6,7 @@ For tests of the shims only. How the real client behaves is tested against a rea
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,13 +22,13 @@ from kvtier_ops.pool import MappedPool
 
 LIMITS = SessionLimits(
     max_keys=8192,
-    max_message_bytes=8 << 20,
     max_params_bytes=64 << 10,
     lookup_lease_ms=30_000,
-    copy_lease_ms=300_000,
     max_credit_bytes=1 << 30,
-    max_pinned_bytes=1 << 30,
 )
+
+
+POOL_ID = 1
 
 
 def session(
@@ -37,7 +38,7 @@ def session(
         session_id="session",
         boot_id="0123456789abcdef",
         pool=pool,
-        pool_id=1,
+        pool_id=POOL_ID if pool is None else pool.pool_id,
         slot_bytes=tuple(slot_bytes),
         limits=limits,
         epoch=1,
@@ -69,6 +70,7 @@ class ManualLookup(PendingLookup):
             slot_ids=[100 + index for index in pinned],
             generations=[7] * len(pinned),
             unwanted_indexes=unwanted,
+            pool_id=POOL_ID,
         )
 
     def fail(self, reason: str) -> None:
@@ -125,6 +127,7 @@ class RecordingClient(OffloadClient):
         self._listener = ClientListener()
         self._info: SessionInfo | None = None
         self._ids = itertools.count(1000)
+        self._pid = os.getpid()
 
     @property
     def options(self) -> ClientOptions:
@@ -141,6 +144,10 @@ class RecordingClient(OffloadClient):
     @property
     def session(self) -> SessionInfo | None:
         return self._info
+
+    @property
+    def forked(self) -> bool:
+        return os.getpid() != self._pid
 
     @property
     def attached(self) -> bool:

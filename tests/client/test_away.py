@@ -58,7 +58,6 @@ def call_everything(client: OffloadClient) -> None:
     client.return_credits([1], [1])
     client.release(1)
     client.keep_lease(1)
-    client.forget_lease(1)
     assert not client.lease_valid(1)
     client.finish("r1")
     client.flush()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvtier_client.copy_threads import CopyTask, CopyThreads
+from kvtier_client.copy_threads import MAX_THREADS, CopyTask, CopyThreads
 from kvtier_client.jobs import JobId, JobKind
 
 LONG_S = 20.0
@@ -87,6 +87,17 @@ def test_idle_is_when_nothing_runs(threads: CopyThreads) -> None:
     assert gate.entered.wait(LONG_S)
     assert not threads.wait_idle(0)
     gate.opened.set()
+    assert threads.wait_idle(LONG_S)
+
+
+def test_a_task_that_raises_leaves_its_thread_at_work(threads: CopyThreads) -> None:
+    def fail() -> None:
+        raise OSError("the device is gone")
+
+    threads.submit([task(number, JobKind.LOAD, fail) for number in range(2 * MAX_THREADS)])
+    done = threading.Event()
+    threads.submit([task(9, JobKind.STORE, done.set)])
+    assert done.wait(LONG_S)
     assert threads.wait_idle(LONG_S)
 
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvtier_client.credits import IDLE_RETURN_S, WINDOW_STEPS, Credit, CreditBook
 
@@ -10,7 +11,7 @@ SLOT = 4096
 
 def book(max_slots: int = 1000, groups: int = 1) -> CreditBook:
     made = CreditBook()
-    made.open([SLOT] * groups, max_slots * SLOT, lease_s=300.0, now=0.0)
+    made.open([SLOT] * groups, max_slots * SLOT, pool_id=1, now=0.0)
     return made
 
 
@@ -54,7 +55,7 @@ def test_a_small_gap_is_not_worth_an_rpc() -> None:
     made = book()
     step(made, 8)
     made.shortfall(now=0.0)
-    made.grant(0, list(range(16)), [1] * 16, now=0.0)
+    made.grant(0, list(range(16)), [1] * 16, 5, now=0.0)
 
     step(made, 3)
     assert made.shortfall(now=1.0) == []
@@ -66,7 +67,7 @@ def test_a_short_grant_is_not_asked_again_at_once() -> None:
     made = book()
     step(made, 8)
     made.shortfall(now=0.0)
-    made.grant(0, [1, 2], [1, 1], now=0.0)
+    made.grant(0, [1, 2], [1, 1], 5, now=0.0)
 
     assert made.shortfall(now=0.05) == []
     assert made.shortfall(now=0.2) == [(0, 14)]
@@ -94,7 +95,7 @@ def test_a_foreseen_request_counts_until_a_step_says_what_it_took() -> None:
     made = book()
     made.foresee(0, 32, now=0.0)
     assert made.shortfall(now=0.0) == [(0, 32)]
-    made.grant(0, list(range(32)), [1] * 32, now=0.0)
+    made.grant(0, list(range(32)), [1] * 32, 5, now=0.0)
     step(made, 4)
 
     assert len(made.surplus(now=0.0)) == 12  # down to twice the target of 8
@@ -102,8 +103,8 @@ def test_a_foreseen_request_counts_until_a_step_says_what_it_took() -> None:
 
 def test_credits_are_used_in_the_order_they_came() -> None:
     made = book()
-    made.grant(0, [5, 6], [1, 1], now=0.0)
-    made.grant(0, [7], [1], now=1.0)
+    made.grant(0, [5, 6], [1, 1], 5, now=0.0)
+    made.grant(0, [7], [1], 5, now=1.0)
 
     assert [credit.slot_id for credit in made.take(0, 2, now=1.0)] == [5, 6]
     assert [credit.slot_id for credit in made.take(0, 2, now=1.0)] == [7]
@@ -112,53 +113,68 @@ def test_credits_are_used_in_the_order_they_came() -> None:
 def test_after_five_seconds_without_stores_everything_goes_back() -> None:
     made = book()
     step(made, 8)
-    made.grant(0, list(range(16)), [1] * 16, now=0.0)
+    made.grant(0, list(range(16)), [1] * 16, 5, now=0.0)
 
     assert made.surplus(now=IDLE_RETURN_S - 0.1) == []
     assert len(made.surplus(now=IDLE_RETURN_S)) == 16
     assert made.shortfall(now=IDLE_RETURN_S) == []
 
 
-def test_a_credit_goes_back_before_its_lease_could_end() -> None:
+def test_a_credit_that_is_wanted_never_gets_too_old() -> None:
     made = book()
-    made.grant(0, [1], [1], now=0.0)
-    made.grant(0, [2], [1], now=50.0)
-    step(made, 0, now=101.0)
-    made.foresee(0, 2, now=101.0)
+    made.grant(0, [1, 2], [1, 1], 5, now=0.0)
+    made.foresee(0, 2, now=86_400.0)
 
-    assert [credit.slot_id for credit in made.surplus(now=101.0)] == [1]
+    assert made.surplus(now=86_400.0) == []
+    assert [credit.slot_id for credit in made.take(0, 2, now=86_400.0)] == [1, 2]
+
+
+def test_a_credit_names_the_pool_of_its_session() -> None:
+    made = book()
+    made.grant(0, [1], [1], 5, now=0.0)
+    assert [credit.pool_id for credit in made.take(0, 1, now=0.0)] == [1]
+    made.void()
+    made.open([SLOT], 1000 * SLOT, pool_id=2, now=1.0)
+    made.grant(0, [1], [1], 6, now=1.0)
+
+    assert [credit.pool_id for credit in made.take(0, 1, now=1.0)] == [2]
 
 
 def test_what_the_daemon_wants_back_is_not_asked_for_again_at_once() -> None:
     made = book()
     step(made, 8)
-    made.grant(0, list(range(16)), [1] * 16, now=0.0)
+    made.grant(0, list(range(16)), [1] * 16, 5, now=0.0)
 
     assert len(made.give_back(10, now=1.0)) == 10
     assert made.shortfall(now=1.1) == []
     assert made.held(0) == 6
 
 
-def test_after_a_reset_credits_that_were_on_their_way_go_back() -> None:
+@pytest.mark.parametrize("order", [(6, 7), (7, 6)])
+def test_after_a_reset_credits_that_were_on_their_way_go_back_whichever_reply_comes_first(
+    order: tuple[int, int],
+) -> None:
     made = book()
     step(made, 4)
     made.shortfall(now=0.0)
-    made.grant(0, [1, 2], [1, 1], now=0.0)
+    made.grant(0, [1, 2], [1, 1], 5, now=0.0)
     made.shortfall(now=1.0)
 
-    assert [credit.slot_id for credit in made.reset()] == [2, 1]
+    assert [credit.slot_id for credit in made.reset(first_lease_id=7)] == [2, 1]
     assert made.shortfall(now=1.0) == [(0, 8)]
-    assert [credit.slot_id for credit in made.grant(0, [3], [1], now=1.0)] == [3]
-    assert made.grant(0, [4], [1], now=1.0) == []
-    assert made.held(0) == 1
+    replies = {6: 3, 7: 4}  # lease id -> slot: the first was asked for before the reset
+    for lease_id in order:
+        back = made.grant(0, [replies[lease_id]], [1], lease_id, now=1.0)
+        assert [credit.slot_id for credit in back] == ([3] if lease_id == 6 else [])
+    assert [credit.slot_id for credit in made.take(0, 9, now=1.0)] == [4]
 
 
 def test_a_voided_book_has_nothing_and_takes_nothing() -> None:
     made = book()
     step(made, 8)
-    made.grant(0, [1], [1], now=0.0)
+    made.grant(0, [1], [1], 5, now=0.0)
     made.void()
-    made.grant(0, [2], [1], now=0.0)
+    made.grant(0, [2], [1], 5, now=0.0)
 
     assert made.take(0, 1, now=0.0) == []
     assert made.shortfall(now=0.0) == []
@@ -169,7 +185,7 @@ def test_the_demand_outlives_a_session() -> None:
     made = book()
     step(made, 8)
     made.void()
-    made.open([SLOT], 1000 * SLOT, lease_s=300.0, now=1.0)
+    made.open([SLOT], 1000 * SLOT, pool_id=1, now=1.0)
 
     assert made.shortfall(now=1.0) == [(0, 16)]
 
@@ -185,11 +201,13 @@ class CreditBooks(RuleBasedStateMachine):
         self.now = 0.0
         self.next_slot = 0
         self.inside: set[int] = set()
-        self.asked: dict[int, int] = {}
+        self.asked: list[tuple[int, int, int]] = []
+        self.lease_id = 1
+        self.reset_at = 0
 
     @initialize()
     def open(self) -> None:
-        self.book.open([SLOT, 2 * SLOT], self.MAX_SLOTS * SLOT, lease_s=300.0, now=0.0)
+        self.book.open([SLOT, 2 * SLOT], self.MAX_SLOTS * SLOT, pool_id=1, now=0.0)
 
     @rule(seconds=st.sampled_from([0.0, 0.01, 0.2, 1.5, 6.0, 120.0]))
     def pass_time(self, seconds: float) -> None:
@@ -214,20 +232,26 @@ class CreditBooks(RuleBasedStateMachine):
         for group, count in self.book.shortfall(self.now):
             assert count > 0
             assert (self.book.held(group) + count) * SLOT * (group + 1) <= self.MAX_SLOTS * SLOT
-            self.asked[group] = count
+            self.asked.append((self.lease_id, group, count))
+            self.lease_id += 1
 
-    @rule(share=st.floats(0, 1))
-    def grant(self, share: float) -> None:
-        for group, count in self.asked.items():
-            slots = list(range(self.next_slot, self.next_slot + int(count * share)))
-            self.next_slot += len(slots)
-            self.inside.update(slots)
-            self._leave(self.book.grant(group, slots, [1] * len(slots), self.now))
-        self.asked.clear()
+    @precondition(lambda self: self.asked)
+    @rule(share=st.floats(0, 1), data=st.data())
+    def grant(self, share: float, data: st.DataObject) -> None:
+        reply = data.draw(st.sampled_from(self.asked))
+        self.asked.remove(reply)
+        lease_id, group, count = reply
+        slots = list(range(self.next_slot, self.next_slot + int(count * share)))
+        self.next_slot += len(slots)
+        self.inside.update(slots)
+        back = self.book.grant(group, slots, [1] * len(slots), lease_id, self.now)
+        assert [credit.slot_id for credit in back] == (slots if lease_id < self.reset_at else [])
+        self._leave(back)
 
     @rule()
     def reset(self) -> None:
-        self._leave(self.book.reset())
+        self.reset_at = self.lease_id
+        self._leave(self.book.reset(self.lease_id))
         assert not self.inside
 
     @rule()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,8 @@ from kvtier_client.jobs import NO_SLOT, LoadJob, StoreJob
 from kvtier_client.requests import SkipReason
 from kvtier_client.scheduler import SchedulerShim
 
-from .doubles import LIMITS, RecordingClient, Told, session
+from .builders import wait_for_child
+from .doubles import LIMITS, POOL_ID, RecordingClient, Told, session
 from .test_requests import CHUNK, TOKENS, facts, keys
 
 TABLE = list(range(1, 201))
@@ -573,6 +575,73 @@ def test_when_the_daemon_is_gone_every_pin_and_credit_is_void() -> None:
     assert engine.shim.lookup("r", 0) == 0
     assert engine.shim.prepare_store("r", 2 * CHUNK, [TABLE]) is None
     assert engine.told.released == []
+
+
+def test_a_load_that_is_prepared_after_the_session_ended_has_no_slots() -> None:
+    engine = Engine()
+    engine.ask("H")
+    assert engine.shim.lookup("r", 0) == CHUNK
+    engine.client.detach()
+    engine.client.attach(replace(session(), pool_id=POOL_ID + 1))
+
+    job = engine.shim.prepare_load("r", 0, CHUNK, [[1, 2]])
+    assert set(job.slot_ids) == {NO_SLOT}
+    assert engine.told.started_loads == []
+
+
+def test_a_job_names_the_pool_of_its_slots() -> None:
+    engine = Engine()
+    engine.grant(4)
+    engine.ask("HM")
+    engine.shim.lookup("r", 0)
+    load = engine.shim.prepare_load("r", 0, CHUNK, [[1, 2]])
+    store = engine.shim.prepare_store("r", 2 * CHUNK, [TABLE])
+    assert store is not None
+    assert (load.pool_id, store.pool_id) == (POOL_ID, POOL_ID)
+
+    engine.client.detach()
+    engine.client.attach(replace(session(), pool_id=POOL_ID + 1))
+    engine.ask("M", req_id="s")
+    engine.grant(4)
+    store = engine.shim.prepare_store("s", CHUNK, [TABLE])
+    assert store is not None
+    assert store.pool_id == POOL_ID + 1
+
+
+def test_in_the_child_of_a_fork_there_are_no_pins_and_no_credits() -> None:
+    engine = Engine()
+    engine.grant(4)
+    engine.ask("HM")
+    assert engine.shim.lookup("r", 0) == CHUNK
+    with engine.shim._credits._lock:  # as one of the client's threads may at the fork
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                job = engine.shim.prepare_load("r", 0, CHUNK, [[1, 2]])
+                assert set(job.slot_ids) == {NO_SLOT}
+                assert engine.shim.prepare_store("r", 2 * CHUNK, [TABLE]) is None
+                engine.shim.end_step()
+                engine.shim.finish("r")
+                status = 0
+            finally:
+                os._exit(status)
+    assert wait_for_child(child) == 0
+    assert engine.shim.prepare_store("r", 2 * CHUNK, [TABLE]) is not None
+
+
+def test_credits_asked_for_before_a_reset_go_back_when_they_come() -> None:
+    engine = Engine()
+    early, late = engine.client.new_lease_id(), engine.client.new_lease_id
+    assert engine.shim.reset("weights-2")
+    engine.shim.on_credits(0, [8], [3], late())
+    engine.shim.on_credits(0, [7], [3], early)
+
+    assert engine.told.returned == [7]
+    engine.ask("MM")
+    store = engine.shim.prepare_store("r", 2 * CHUNK, [TABLE])
+    assert store is not None
+    assert store.slot_ids == (8,)
 
 
 def test_a_reset_voids_everything_that_was_known() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_client import ClientOptions, LookupStatus, OffloadClient, ReqContext, Role, StoreVerdict
+from kvtier_client.answers import StoreGrant
+from kvtier_client.reports import LoadReportItem, StoreReportItem
 from kvtier_ops.locks import owner_lock_is_free
 
 from .builders import KEYS, Notes, make_client, wait_until
@@ -106,6 +109,37 @@ def test_closing_with_copies_running_keeps_the_lock(peer: Peer, attach: Attach) 
     assert not owner_lock_is_free(Path(peer.pool.directory), name)
     assert client._keeper is not None
     client._keeper._place.leave()
+
+
+def test_closing_keeps_the_lock_while_the_listener_knows_of_a_copy(peer: Peer, attach: Attach) -> None:
+    notes = Notes()
+    notes.drained = False
+    client = attach(notes, role=Role.WORKER)
+    name = peer.asked("Attach")[0].lock_file
+    client.close()
+    assert not owner_lock_is_free(Path(peer.pool.directory), name)
+
+
+def test_close_comes_back_though_the_listener_does_not(peer: Peer, attach: Attach) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Hanging(Notes):
+        def on_workers_changed(self, missing_ranks: tuple[int, ...]) -> None:
+            entered.set()
+            go_on.wait(5 * LONG_S)
+
+    client = attach(Hanging(), role=Role.WORKER)
+    peer.send(pb.AttachResponse(workers_changed=pb.WorkersChanged()))
+    assert entered.wait(LONG_S)
+    closing = threading.Thread(target=client.close)
+    closing.start()
+    closing.join(LONG_S)
+    came_back = not closing.is_alive()
+    name = peer.asked("Attach")[0].lock_file
+    assert not owner_lock_is_free(Path(peer.pool.directory), name)
+    go_on.set()
+    closing.join(LONG_S)
+    assert came_back
 
 
 def test_parameters_travel_until_a_call_that_had_them_was_answered(peer: Peer, attach: Attach) -> None:
@@ -361,6 +395,48 @@ def test_a_refused_report_is_not_repeated(peer: Peer, attach: Attach) -> None:
     assert client.stats.snapshot()["flush_dropped"] == 1
 
 
+@pytest.mark.parametrize("what", ["store report", "load report", "credits"])
+def test_what_the_daemon_holds_until_it_is_told_ends_with_the_session_when_it_is_refused(
+    peer: Peer, attach: Attach, what: str
+) -> None:
+    client = attach()
+    peer.scripts["Complete"] = lambda request, context: peer.refuse(
+        context, grpc.StatusCode.INTERNAL, "INTERNAL", "a bug of the daemon"
+    )
+    if what == "store report":
+        client.report_store(StoreReportItem(0, [1], [2], KEYS[:1]))
+    elif what == "load report":
+        client.report_load(LoadReportItem(7))
+    else:
+        client.return_credits([1], [2])
+    client.flush()
+    peer.wait_asked("Attach", 2)
+    assert client.wait_attached(LONG_S)
+    assert len(peer.asked("Complete")) == 1
+
+
+def test_a_report_that_no_message_can_carry_ends_the_session(peer: Peer, attach: Attach) -> None:
+    client = attach()
+    with pytest.raises(TypeError):
+        client.report_store(StoreReportItem(0, [1], [2], ["no bytes"]))  # type: ignore[list-item]
+    peer.wait_asked("Attach", 2)
+    assert client.wait_attached(LONG_S)
+    assert client.flush_and_wait(LONG_S)
+    assert not peer.asked("Complete")
+
+
+def test_a_load_report_that_came_before_its_announcement_is_no_trouble(peer: Peer, attach: Attach) -> None:
+    client = attach()
+    unknown = pb.COMPLETE_STATUS_UNKNOWN
+    peer.scripts["Complete"] = lambda request, context: pb.CompleteResponse(
+        boot_id=peer.boot_id, load_reports=[unknown], released_leases=[unknown]
+    )
+    client.report_load(LoadReportItem(7))
+    client.release(8)
+    assert client.flush_and_wait(LONG_S)
+    assert client.stats.snapshot()["items_not_ok"] == 1
+
+
 def test_a_daemon_that_takes_no_reports_loses_the_session(peer: Peer, attach: Attach) -> None:
     notes = Notes()
     client = attach(notes, options=ClientOptions(max_queued_entries=10))
@@ -509,6 +585,49 @@ def test_after_a_reset_only_the_new_epoch_is_used_also_by_later_sessions(peer: P
     assert client.session.epoch == 2
 
 
+@pytest.mark.parametrize("call", ["PrepareLoad", "PrepareStore"])
+def test_a_grant_that_was_asked_for_before_a_reset_is_given_back(
+    peer: Peer, attach: Attach, call: str
+) -> None:
+    client = attach()
+    go_on = threading.Event()
+
+    def slow(request: pb.PrepareLoadRequest, context: Context) -> object:
+        assert go_on.wait(LONG_S)
+        if call == "PrepareLoad":
+            return pb.PrepareLoadResponse(boot_id=peer.boot_id, slot_ids=[1], generations=[2])
+        verdicts = [pb.STORE_VERDICT_GRANTED]
+        return pb.PrepareStoreResponse(boot_id=peer.boot_id, verdicts=verdicts, slot_ids=[1], generations=[2])
+
+    peer.scripts[call] = slow
+    prepare = client.prepare_load if call == "PrepareLoad" else client.prepare_store
+    answers: list[object] = []
+    asking = threading.Thread(target=lambda: answers.append(prepare(CTX, KEYS[:1])))
+    asking.start()
+    (request,) = peer.wait_asked(call)
+    assert client.reset("weights-2", LONG_S)
+    go_on.set()
+    asking.join(LONG_S)
+    assert answers == [None if call == "PrepareLoad" else StoreGrant.refused(1, "session_changed")]
+    assert client.flush_and_wait(LONG_S)
+    assert request.lease_id in released(peer)
+
+
+@pytest.mark.parametrize(
+    ("reason", "warns"), [("INSTANCE_LOST", 0), ("REPLACED", 0), ("DRAINING", 0), ("SLOW_READER", 1)]
+)
+def test_only_an_end_that_nobody_meant_is_a_warning(
+    peer: Peer, attach: Attach, caplog: pytest.LogCaptureFixture, reason: str, warns: int
+) -> None:
+    client = attach()
+    with caplog.at_level(logging.INFO):
+        peer.send(pb.AttachResponse(ended=pb.SessionEnded(reason=reason)))
+        peer.wait_asked("Attach", 2)
+        assert client.wait_attached(LONG_S)
+    told = [record for record in caplog.records if reason in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.WARNING if warns else logging.INFO]
+
+
 def test_until_a_reset_is_confirmed_everything_misses(peer: Peer, attach: Attach) -> None:
     client = attach()
     peer.scripts |= {
@@ -531,7 +650,7 @@ def test_closing_tells_what_was_queued(peer: Peer, attach: Attach) -> None:
     client.release(3)
     client.close()
     assert released(peer) == {3}
-    assert notes.told[-1] == ("detached", "closed")
+    assert notes.told[-2:] == [("detached", "closed"), ("drain",)]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvtier-")]
 
 

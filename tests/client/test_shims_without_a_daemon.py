@@ -85,7 +85,7 @@ def test_a_load_that_was_prepared_all_the_same_fails_in_the_worker(
 
 
 def test_jobs_of_a_worker_that_was_never_attached_come_back_failed(worker: WorkerShim) -> None:
-    columns = ((8,), (1,), (b"key-0",), (1,), (1,), (0,))
+    columns = (1, (8,), (1,), (b"key-0",), (1,), (1,), (0,))
     worker.submit_store(StoreJob(JobId(1), *columns))
     worker.submit_load(LoadJob(JobId(2), *columns, load_lease_id=9))
 

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 
 from kvtier_client import worker as worker_module
 from kvtier_client.jobs import NO_SLOT, JobId, JobKind, JobResult, LoadJob, StoreJob
+from kvtier_client.reports import StoreReportItem
 from kvtier_client.worker import VerifyLoads, WorkerShim
 from kvtier_ops import faults
 from kvtier_ops.checksum import part_checksum
@@ -23,6 +26,7 @@ from kvtier_ops.layout import GroupLayout, TensorLayout, part_offset, slot_bytes
 from kvtier_ops.namespace import GroupFacts, NamespaceFacts
 from kvtier_ops.pool import Pool
 
+from .builders import wait_for_child
 from .doubles import RecordingClient, session
 
 LONG_S = 20.0
@@ -136,9 +140,12 @@ def reserve(rank: Rank, count: int) -> tuple[list[int], list[int]]:
     return slots, rank.pool.slots.reserve(slots, OWNER, rank.slot_bytes)
 
 
-def store_job(slots: Sequence[int], generations: Sequence[int], blocks: Sequence[int]) -> StoreJob:
+def store_job(
+    rank: Rank, slots: Sequence[int], generations: Sequence[int], blocks: Sequence[int]
+) -> StoreJob:
     return StoreJob(
         job_id=JobId(next(_job_ids)),
+        pool_id=rank.pool.pool_id,
         slot_ids=tuple(slots),
         generations=tuple(generations),
         keys=tuple(key_of(slot_id) for slot_id in slots),
@@ -149,10 +156,11 @@ def store_job(slots: Sequence[int], generations: Sequence[int], blocks: Sequence
 
 
 def load_job(
-    slots: Sequence[int], generations: Sequence[int], blocks: Sequence[int], first_block: int = 0
+    rank: Rank, slots: Sequence[int], generations: Sequence[int], blocks: Sequence[int], first_block: int = 0
 ) -> LoadJob:
     return LoadJob(
         job_id=JobId(next(_job_ids)),
+        pool_id=rank.pool.pool_id,
         slot_ids=tuple(slots),
         generations=tuple(generations),
         keys=tuple(key_of(slot_id) for slot_id in slots),
@@ -166,7 +174,7 @@ def load_job(
 def store_and_publish(rank: Rank, blocks: Sequence[int]) -> tuple[list[int], list[int]]:
     """Store whole chunks, and publish them with the checksums the rank reported."""
     slots, generations = reserve(rank, len(blocks) // BLOCKS_PER_CHUNK)
-    rank.shim.submit_store(store_job(slots, generations, blocks))
+    rank.shim.submit_store(store_job(rank, slots, generations, blocks))
     assert rank.result().ok
     for slot_id, checksum in zip(slots, rank.client.told.store_reports[-1].checksums, strict=True):
         rank.pool.slots.publish(slot_id, 1, key_of(slot_id), [checksum])
@@ -192,7 +200,7 @@ class Hold:
 def test_what_was_stored_is_loaded_into_other_blocks(rank: Rank) -> None:
     stored = rank.chunk([3, 7]), rank.chunk([8, 1])
     slots, generations = store_and_publish(rank, [3, 7, 8, 1])
-    rank.shim.submit_load(load_job(slots, generations, [10, 11, 12, 13]))
+    rank.shim.submit_load(load_job(rank, slots, generations, [10, 11, 12, 13]))
 
     assert rank.result().ok
     assert (rank.chunk([10, 11]), rank.chunk([12, 13])) == stored
@@ -200,7 +208,7 @@ def test_what_was_stored_is_loaded_into_other_blocks(rank: Rank) -> None:
 
 def test_a_store_is_reported_to_the_daemon_with_the_checksums_of_its_parts(rank: Rank) -> None:
     slots, generations = reserve(rank, 2)
-    rank.shim.submit_store(store_job(slots, generations, [3, 7, 8, 1]))
+    rank.shim.submit_store(store_job(rank, slots, generations, [3, 7, 8, 1]))
     result = rank.result()
 
     (report,) = rank.client.told.store_reports
@@ -215,7 +223,7 @@ def test_a_store_is_reported_to_the_daemon_with_the_checksums_of_its_parts(rank:
 
 def test_a_load_is_reported_to_the_daemon_under_its_lease(rank: Rank) -> None:
     slots, generations = store_and_publish(rank, [3, 7])
-    rank.shim.submit_load(load_job(slots, generations, [10, 11]))
+    rank.shim.submit_load(load_job(rank, slots, generations, [10, 11]))
     rank.result()
 
     (report,) = rank.client.told.load_reports
@@ -228,7 +236,7 @@ def test_a_load_may_start_and_end_inside_chunks(rank: Rank) -> None:
     second_of_first, first_of_second = rank.device[:, 7].copy(), rank.device[:, 8].copy()
     slots, generations = store_and_publish(rank, [3, 7, 8, 1])
     untouched = rank.device[:, 12:].copy()
-    rank.shim.submit_load(load_job(slots, generations, [10, 11], first_block=1))
+    rank.shim.submit_load(load_job(rank, slots, generations, [10, 11], first_block=1))
 
     assert rank.result().ok
     assert np.array_equal(rank.device[:, 10], second_of_first)
@@ -240,7 +248,7 @@ def test_each_rank_writes_its_own_part(pool: Pool) -> None:
     ranks = [Rank(pool, rank=index, num_parts=2, world_size=2) for index in range(2)]
     slots, generations = reserve(ranks[0], 1)
     for rank in ranks:
-        rank.shim.submit_store(store_job(slots, generations, [3, 7]))
+        rank.shim.submit_store(store_job(rank, slots, generations, [3, 7]))
         assert rank.result().ok
         rank.shim.close()
 
@@ -251,7 +259,7 @@ def test_each_rank_writes_its_own_part(pool: Pool) -> None:
 def test_where_ranks_hold_equal_bytes_only_rank_0_stores(pool: Pool) -> None:
     rank = Rank(pool, rank=1, num_parts=1, world_size=2)
     slots, generations = reserve(rank, 1)
-    job = store_job(slots, generations, [3, 7])
+    job = store_job(rank, slots, generations, [3, 7])
     rank.shim.submit_store(job)
 
     assert rank.shim.get_finished() == [JobResult(job.job_id, JobKind.STORE, ok=True)]
@@ -263,7 +271,7 @@ def test_a_large_job_is_cut_into_tasks_and_ends_once(rank: Rank, monkeypatch: py
     monkeypatch.setattr(worker_module, "TASK_BYTES", rank.layout.part_bytes)
     blocks = list(range(1, 15))
     slots, generations = reserve(rank, 7)
-    rank.shim.submit_store(store_job(slots, generations, blocks))
+    rank.shim.submit_store(store_job(rank, slots, generations, blocks))
 
     assert rank.result().ok
     for index, slot_id in enumerate(slots):
@@ -277,7 +285,7 @@ def test_a_large_job_is_cut_into_tasks_and_ends_once(rank: Rank, monkeypatch: py
 def test_a_load_of_a_slot_that_was_given_away_fails(rank: Rank) -> None:
     slots, generations = store_and_publish(rank, [3, 7, 8, 1])
     rank.pool.slots.retire(slots[1:])
-    rank.shim.submit_load(load_job(slots, generations, [10, 11, 12, 13]))
+    rank.shim.submit_load(load_job(rank, slots, generations, [10, 11, 12, 13]))
 
     result = rank.result()
     assert not result.ok
@@ -288,7 +296,7 @@ def test_a_load_of_a_slot_that_was_given_away_fails(rank: Rank) -> None:
 def test_a_slot_given_away_during_the_copy_is_a_failed_load(rank: Rank) -> None:
     slots, generations = store_and_publish(rank, [3, 7])
     hold = Hold("load.after_copy")
-    rank.shim.submit_load(load_job(slots, generations, [10, 11]))
+    rank.shim.submit_load(load_job(rank, slots, generations, [10, 11]))
     assert hold.reached.wait(LONG_S)
     rank.pool.slots.retire(slots)
     hold.released.set()
@@ -299,7 +307,7 @@ def test_a_slot_given_away_during_the_copy_is_a_failed_load(rank: Rank) -> None:
 def test_bytes_that_differ_from_their_checksum_are_a_failed_load(rank: Rank) -> None:
     slots, generations = store_and_publish(rank, [3, 7])
     rank.part_of(slots[0])[5] ^= 1
-    rank.shim.submit_load(load_job(slots, generations, [10, 11]))
+    rank.shim.submit_load(load_job(rank, slots, generations, [10, 11]))
 
     assert rank.result().failed_keys == {key_of(slots[0])}
     (mismatch,) = rank.client.told.load_reports[0].mismatches
@@ -311,10 +319,10 @@ def test_without_verification_the_fence_still_holds(pool: Pool) -> None:
     rank = Rank(pool, verify_loads="off")
     slots, generations = store_and_publish(rank, [3, 7])
     rank.part_of(slots[0])[5] ^= 1
-    rank.shim.submit_load(load_job(slots, generations, [10, 11]))
+    rank.shim.submit_load(load_job(rank, slots, generations, [10, 11]))
     assert rank.result().ok  # what "off" means
     rank.pool.slots.retire(slots)
-    rank.shim.submit_load(load_job(slots, generations, [10, 11]))
+    rank.shim.submit_load(load_job(rank, slots, generations, [10, 11]))
     assert not rank.result().ok
     rank.shim.close()
 
@@ -325,7 +333,7 @@ def test_a_sampled_load_verifies_one_of_sixteen(pool: Pool) -> None:
     rank.part_of(slots[0])[5] ^= 1
     oks = []
     for _ in range(32):
-        rank.shim.submit_load(load_job(slots, generations, [10, 11]))
+        rank.shim.submit_load(load_job(rank, slots, generations, [10, 11]))
         oks.append(rank.result().ok)
 
     assert oks.count(False) == 2
@@ -334,7 +342,7 @@ def test_a_sampled_load_verifies_one_of_sixteen(pool: Pool) -> None:
 
 def test_a_load_without_a_slot_fails_alone(rank: Rank) -> None:
     slots, generations = store_and_publish(rank, [3, 7])
-    job = load_job([slots[0], NO_SLOT], [generations[0], 0], [10, 11, 12, 13])
+    job = load_job(rank, [slots[0], NO_SLOT], [generations[0], 0], [10, 11, 12, 13])
     rank.shim.submit_load(job)
 
     assert rank.result().failed_keys == {key_of(NO_SLOT)}
@@ -343,7 +351,7 @@ def test_a_load_without_a_slot_fails_alone(rank: Rank) -> None:
 
 def test_a_chunk_that_is_not_whole_is_reported_failed_and_not_written(rank: Rank) -> None:
     slots, generations = reserve(rank, 2)
-    rank.shim.submit_store(store_job(slots, generations, [3, 7, 8]))
+    rank.shim.submit_store(store_job(rank, slots, generations, [3, 7, 8]))
 
     assert rank.result().failed_keys == {key_of(slots[1])}
     assert list(rank.client.told.store_reports[0].failed) == [1]
@@ -362,7 +370,7 @@ def test_a_store_writes_nothing_into_a_slot_that_is_not_its_own_any_more(rank: R
             rank.pool.slots.quarantine(slots, OWNER)
         case _:
             rank.pool.slots.reserve(slots, OWNER + 1, rank.slot_bytes)
-    rank.shim.submit_store(store_job(slots, generations, [3, 7]))
+    rank.shim.submit_store(store_job(rank, slots, generations, [3, 7]))
 
     assert not rank.result().ok
     assert not rank.part_of(slots[0]).any()
@@ -373,7 +381,7 @@ def test_a_copy_that_raises_fails_its_chunk_and_no_other(
 ) -> None:
     slots, generations = reserve(rank, 2)
     with caplog.at_level(logging.CRITICAL):
-        rank.shim.submit_store(store_job(slots, generations, [3, 7, 8, BLOCKS]))
+        rank.shim.submit_store(store_job(rank, slots, generations, [3, 7, 8, BLOCKS]))
         result = rank.result()
 
     assert result.failed_keys == {key_of(slots[1])}
@@ -382,7 +390,7 @@ def test_a_copy_that_raises_fails_its_chunk_and_no_other(
 
 def test_a_job_that_contradicts_itself_fails_and_harms_nothing(rank: Rank) -> None:
     slots, generations = reserve(rank, 1)
-    rank.shim.submit_store(store_job(slots, generations, [3, 7, 8, 1]))
+    rank.shim.submit_store(store_job(rank, slots, generations, [3, 7, 8, 1]))
 
     assert not rank.result().ok
     assert not rank.part_of(slots[0]).any()
@@ -394,7 +402,7 @@ def test_a_job_that_contradicts_itself_fails_and_harms_nothing(rank: Rank) -> No
 
 def test_wait_returns_when_the_jobs_have_ended_and_their_results_still_come(rank: Rank) -> None:
     slots, generations = reserve(rank, 1)
-    job = store_job(slots, generations, [3, 7])
+    job = store_job(rank, slots, generations, [3, 7])
     rank.shim.submit_store(job)
     rank.shim.wait([job.job_id, JobId(123_456)])
 
@@ -406,11 +414,11 @@ def test_when_the_session_ends_queued_jobs_fail_and_a_running_load_finishes(rank
     slots, generations = store_and_publish(rank, [3, 7])
     stored = rank.chunk([3, 7])
     hold = Hold("load.before_copy")
-    jobs = [load_job(slots, generations, [10 + index, 13 - index]) for index in range(2)]
+    jobs = [load_job(rank, slots, generations, [10 + index, 13 - index]) for index in range(2)]
     for job in jobs:
         rank.shim.submit_load(job)
     assert hold.reached.wait(LONG_S)
-    queued = [load_job(slots, generations, [14, 15]) for _ in range(5)]
+    queued = [load_job(rank, slots, generations, [14, 15]) for _ in range(5)]
     # Both threads are held: the first in the point, the second as well or about to be.
     for job in queued:
         rank.shim.submit_load(job)
@@ -431,7 +439,7 @@ def test_when_the_session_ends_queued_jobs_fail_and_a_running_load_finishes(rank
 def test_a_store_that_runs_when_the_session_ends_does_not_count(rank: Rank) -> None:
     slots, generations = reserve(rank, 1)
     hold = Hold("worker.after_store_copy")
-    job = store_job(slots, generations, [3, 7])
+    job = store_job(rank, slots, generations, [3, 7])
     rank.shim.submit_store(job)
     assert hold.reached.wait(LONG_S)
     rank.client.detach()
@@ -445,7 +453,7 @@ def test_a_store_that_runs_when_the_session_ends_does_not_count(rank: Rank) -> N
 def test_what_is_submitted_while_the_daemon_is_away_fails_at_once(rank: Rank) -> None:
     slots, generations = reserve(rank, 1)
     rank.client.detach()
-    load, store = load_job(slots, generations, [10, 11]), store_job(slots, generations, [3, 7])
+    load, store = load_job(rank, slots, generations, [10, 11]), store_job(rank, slots, generations, [3, 7])
     rank.shim.submit_load(load)
     rank.shim.submit_store(store)
 
@@ -459,9 +467,82 @@ def test_after_attaching_again_jobs_are_copied_again(rank: Rank) -> None:
     assert rank.shim.drain(LONG_S)
     rank.client.attach(session([rank.slot_bytes], rank.pool))
     slots, generations = reserve(rank, 1)
-    rank.shim.submit_store(store_job(slots, generations, [3, 7]))
+    rank.shim.submit_store(store_job(rank, slots, generations, [3, 7]))
 
     assert rank.result().ok
+
+
+@pytest.mark.parametrize("kind", ["load", "store"])
+def test_a_job_for_another_pool_than_the_mapped_one_fails_and_is_not_reported(rank: Rank, kind: str) -> None:
+    slots, generations = store_and_publish(rank, [3, 7])
+    told = len(rank.client.told.store_reports)
+    before = rank.part_of(slots[0]).tobytes()
+    other = rank.pool.pool_id ^ 1
+    if kind == "load":
+        rank.shim.submit_load(replace(load_job(rank, slots, generations, [10, 11]), pool_id=other))
+    else:
+        granted = rank.pool.slots.reserve(slots, OWNER, rank.slot_bytes)
+        rank.shim.submit_store(replace(store_job(rank, slots, granted, [8, 1]), pool_id=other))
+
+    (result,) = rank.shim.get_finished()
+    assert not result.ok
+    assert result.failed_keys == {key_of(slots[0])}
+    assert rank.part_of(slots[0]).tobytes() == before
+    assert rank.client.told.load_reports == []
+    assert len(rank.client.told.store_reports) == told
+
+
+def test_a_job_whose_end_cannot_be_reported_ends_all_the_same(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(item: StoreReportItem) -> None:
+        raise TypeError("a key that is no bytes")
+
+    slots, generations = reserve(rank, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(rank.client, "report_store", fail)
+        jobs = [store_job(rank, [slots[n]], [generations[n]], [3, 7]) for n in range(3)]
+        for job in jobs:
+            rank.shim.submit_store(job)
+        rank.shim.wait([job.job_id for job in jobs])
+    results = rank.shim.get_finished()
+    assert {result.job_id for result in results} == {job.job_id for job in jobs}
+    assert not any(result.ok for result in results)
+    assert rank.shim.drain(LONG_S)
+    rank.shim.submit_store(store_job(rank, slots[3:], generations[3:], [3, 7]))
+    assert rank.result().ok
+
+
+def test_in_the_child_of_a_fork_every_job_fails_at_once(rank: Rank) -> None:
+    slots, generations = reserve(rank, 1)
+    rank.shim.submit_store(store_job(rank, slots, generations, [3, 7]))
+    assert rank.result().ok
+    stored = rank.part_of(slots[0]).tobytes()
+    hold = Hold("worker.before_load")
+    running = load_job(rank, slots, generations, [10, 11])
+    rank.shim.submit_load(running)
+    assert hold.reached.wait(LONG_S)
+    with rank.shim._changed:  # as a copy thread may at the fork
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                store = store_job(rank, slots, generations, [8, 1])
+                load = load_job(rank, slots, generations, [8, 1])
+                rank.shim.submit_store(store)
+                rank.shim.submit_load(load)
+                rank.shim.wait([store.job_id, load.job_id, running.job_id])
+                results = rank.shim.get_finished()
+                assert [result.job_id for result in results] == [store.job_id, load.job_id]
+                assert not any(result.ok for result in results)
+                rank.shim.close()
+                status = 0
+            finally:
+                os._exit(status)
+    assert wait_for_child(child) == 0
+    assert rank.part_of(slots[0]).tobytes() == stored
+    hold.released.set()
+    assert rank.result().job_id == running.job_id
 
 
 def test_close_fails_what_is_queued_and_ends_the_threads(pool: Pool) -> None:
@@ -469,7 +550,7 @@ def test_close_fails_what_is_queued_and_ends_the_threads(pool: Pool) -> None:
     rank = Rank(pool)
     slots, generations = reserve(rank, 1)
     hold = Hold("worker.before_store")
-    jobs = [store_job(slots, generations, [3, 7]) for _ in range(6)]
+    jobs = [store_job(rank, slots, generations, [3, 7]) for _ in range(6)]
     for job in jobs:
         rank.shim.submit_store(job)
     assert hold.reached.wait(LONG_S)
@@ -477,7 +558,7 @@ def test_close_fails_what_is_queued_and_ends_the_threads(pool: Pool) -> None:
     rank.shim.close()
 
     assert threading.active_count() == before
-    late = store_job(slots, generations, [3, 7])
+    late = store_job(rank, slots, generations, [3, 7])
     rank.shim.submit_store(late)
     assert {result.job_id for result in rank.shim.get_finished()} == {job.job_id for job in [*jobs, late]}
 
@@ -498,8 +579,8 @@ def test_over_many_sessions_each_job_ends_once_and_a_drained_worker_writes_nothi
 
     def run_engine() -> None:
         while not stop.is_set():
-            store = store_job(slots, granted[-1], [1, 2, 3, 4, 5, 6, 7, 8])
-            load = load_job(slots, granted[-1], [8, 9, 10, 11, 12, 13, 14, 15])
+            store = store_job(rank, slots, granted[-1], [1, 2, 3, 4, 5, 6, 7, 8])
+            load = load_job(rank, slots, granted[-1], [8, 9, 10, 11, 12, 13, 14, 15])
             rank.shim.submit_store(store)
             rank.shim.submit_load(load)
             submitted.extend([store.job_id, load.job_id])

@@ -76,6 +76,7 @@ class Engine:
         self._results: dict[JobId, JobResult] = {}
         self._direct_jobs = iter(range(1 << 40, 1 << 41))
         self._traffic: Traffic | None = None
+        self._made_loads: dict[str, LoadJob] = {}
         self._kept_data: Bytes | None = None
         self._errors = ErrorRecords()
         self._heartbeat = Heartbeat()
@@ -213,10 +214,15 @@ class Engine:
 
     def load(self, req: str, num_chunks: int) -> dict[str, Any]:
         """Load the first chunks of a request that was looked up."""
-        names, blocks = self._tables[req]
         if not num_chunks:
             return {"loaded": [], "failed": [], "wrong": []}
-        job = self._timed(
+        self.make_load(req, num_chunks)
+        return self.submit_load(req)
+
+    def make_load(self, req: str, num_chunks: int) -> None:
+        """Make the job that loads them, which is on its way to the worker from now on."""
+        _, blocks = self._tables[req]
+        self._made_loads[req] = self._timed(
             "prepare_load",
             self._scheduler.prepare_load,
             req,
@@ -224,11 +230,16 @@ class Engine:
             num_chunks * CHUNK_TOKENS,
             [blocks[: num_chunks * BLOCKS_PER_CHUNK]],
         )
+
+    def submit_load(self, req: str) -> dict[str, Any]:
+        """Let the job arrive at the worker, and wait for its result."""
+        job = self._made_loads.pop(req)
+        names, blocks = self._tables[req]
         self._worker.submit_load(job)
         self._timed("end_step", self._scheduler.end_step)
         result = self._result_of(job.job_id)
         self._scheduler.load_finished(job.job_id, result.ok, result.failed_keys)
-        return self._judge(names[:num_chunks], blocks, result)
+        return self._judge(names[: len(job.keys)], blocks, result)
 
     def compute(self, req: str) -> dict[str, Any]:
         """Compute a request's chunks and store them, a few in each step. Every chunk has one fate."""
@@ -288,6 +299,7 @@ class Engine:
         if granted:
             job = StoreJob(
                 job_id=JobId(next(self._direct_jobs)),
+                pool_id=grant.pool_id,
                 slot_ids=tuple(grant.slot_ids),
                 generations=tuple(grant.generations),
                 keys=tuple(keys[i] for i in granted),
@@ -372,6 +384,7 @@ class Engine:
         blocks = self._device.allocate(len(names))
         job = LoadJob(
             job_id=JobId(next(self._direct_jobs)),
+            pool_id=grant.pool_id,
             slot_ids=tuple(grant.slot_ids),
             generations=tuple(grant.generations),
             keys=tuple(keys),
@@ -457,7 +470,7 @@ class Engine:
 
         def is_decided() -> bool:
             self._scheduler.end_step()
-            is_asked = any(group.unanswered for group in book._groups)
+            is_asked = any(group.asked for group in book._groups)
             return book.held(0) >= count or not self._ask.ready or not is_asked
 
         _wait_for(is_decided, "an answer to the request for credits")

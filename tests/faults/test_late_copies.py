@@ -139,6 +139,29 @@ def test_r10_a_load_from_a_slot_that_was_given_away_fails(
     check_everything(daemon, writer, stored)
 
 
+@pytest.mark.parametrize("change", [("--fresh",), ("--pool-bytes", "2MiB")])
+def test_a_job_made_for_a_pool_that_was_replaced_loads_nothing_from_the_new_one(
+    change: tuple[str, ...], start_daemon: StartDaemon, start_engine: StartEngine
+) -> None:
+    """It is on its way from scheduler to worker while a pool of other bytes takes the old one's place."""
+    daemon = start_daemon(pool_bytes=SMALL_POOL)
+    names = chunk_names("prompt", 4)
+    reader = start_engine("reader").attach(daemon)
+    assert reader.ask("run", req="first", names=names)["stored"] == names
+    assert reader.ask("begin", req="second", names=names)["num_hits"] == 4
+    reader.ask("make_load", req="second", num_chunks=4)
+
+    boot_id = daemon.status().boot_id
+    daemon.restart(*change)
+    writer = start_engine("writer").attach(daemon)
+    stored = fill(writer, "other", num_requests=4)
+    reader.ask("wait_ready", not_boot=boot_id)
+    answer = reader.ask("submit_load", req="second")
+    assert (answer["loaded"], answer["failed"], answer["right_in_memory"]) == ([], names, [])
+    assert answer["untouched"] == names
+    check_everything(daemon, writer, stored)
+
+
 def metrics_text(daemon: DaemonProcess) -> str:
     """What the daemon shows to Prometheus."""
     with urllib.request.urlopen(f"http://127.0.0.1:{daemon.metrics_port}/metrics", timeout=5) as reply:

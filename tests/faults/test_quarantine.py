@@ -8,6 +8,7 @@ from tests.raw_engine import RawEngine, to_key, to_keys
 from tests.raw_engine_process import RawEngineProcess
 
 from kvtier.v1 import offload_pb2 as pb
+from kvtier_ops.locks import OwnerLock
 
 POOL_SLOTS = 256
 SHARE = POOL_SLOTS // 2
@@ -74,6 +75,7 @@ def attach_worker_again(engine: RawEngine, *, promise: bool) -> None:
     lost = engine.workers[0]
     request = engine.attach_request(pb.SESSION_ROLE_WORKER)
     request.previous_session = lost.id if promise else ""
+    request.mapped_pool_id = engine.describe().pool.pool_id
     engine.workers[0] = engine.open_session(request, lock=lost.lock)
 
 
@@ -90,6 +92,25 @@ def test_a_worker_that_attaches_again_clears_its_quarantine_only_by_its_promise(
     assert quarantined(daemon) == 8
     attach_worker_again(engine, promise=True)
     assert quarantined(daemon) == 0
+
+
+def test_slots_of_an_earlier_daemon_do_not_wait_for_a_process_that_mapped_no_pool(
+    start_daemon: StartDaemon, make_engine: MakeEngine
+) -> None:
+    daemon = start_daemon(pool_bytes="1MiB")
+    engine = make_engine(daemon).attach()
+    engine.prepare_store(to_keys(range(8)))
+    late = make_engine(daemon)
+    locks = [OwnerLock.acquire(daemon.pool_directory) for _ in range(2)]
+    daemon.kill()
+    engine.close()
+    daemon.start()
+    assert quarantined(daemon) == 8, "either of the two processes that live might be the writer"
+    late.open_session(late.attach_request(pb.SESSION_ROLE_SCHEDULER), lock=locks[0])
+    let_time_pass(daemon)
+    assert quarantined(daemon) == 8
+    late.open_session(late.attach_request(pb.SESSION_ROLE_WORKER), lock=locks[1])
+    wait_until(lambda: quarantined(daemon) == 0, "nobody is left who could be writing")
 
 
 def test_slots_with_two_writers_wait_for_both(start_daemon: StartDaemon, make_engine: MakeEngine) -> None:

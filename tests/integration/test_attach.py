@@ -13,6 +13,7 @@ from tests.raw_engine import PART_BYTES, namespace, refusal
 from tests.raw_engine_process import RawEngineProcess
 
 from kvtier.v1 import offload_pb2 as pb
+from kvtier_ops.locks import OwnerLock
 from kvtier_ops.pool import MappedPool
 
 WORKER = pb.SESSION_ROLE_WORKER
@@ -117,6 +118,16 @@ def test_ranks_may_differ_from_each_other(daemon: DaemonProcess, make_engine: Ma
     engine.open_session(request)
 
 
+def test_ranks_that_hold_equal_bytes_may_not(daemon: DaemonProcess, make_engine: MakeEngine) -> None:
+    facts = namespace(tensor_parallel_size=2, weights_id="equal bytes")
+    engine = make_engine(daemon, world_size=2, facts=facts)
+    engine.attach_worker(0)
+    request = engine.attach_request(WORKER, rank=1)
+    request.geometry[0].tensors[0].name = "another.layer"
+    failed = refusal(lambda: engine.open_session(request))
+    assert (failed.reason, failed.metadata["given"]) == ("GEOMETRY_MISMATCH", "another.layer")
+
+
 # -- Fields of Attach --
 
 BAD_FIELDS: list[tuple[str, dict[str, object]]] = [
@@ -164,6 +175,20 @@ def test_a_lock_file_must_have_the_name_of_one(
     request.lock_file = name
     failed = refusal(lambda: next(engine.stub.Attach(request)))
     assert (failed.reason, failed.metadata["field"]) == ("BAD_REQUEST", "lock_file")
+
+
+@pytest.mark.parametrize("role", [SCHEDULER, WORKER])
+def test_a_lock_file_that_nobody_holds_is_refused(
+    daemon: DaemonProcess, make_engine: MakeEngine, role: pb.SessionRole.ValueType
+) -> None:
+    engine = make_engine(daemon)
+    request = engine.attach_request(role)
+    lock = OwnerLock.acquire(daemon.pool_directory)
+    lock.release()
+    for request.lock_file in (lock.name, "ab" * 16):
+        failed = refusal(lambda: next(engine.stub.Attach(request)))
+        assert (failed.reason, failed.metadata["field"]) == ("BAD_REQUEST", "lock_file")
+        assert "nobody holds" in failed.message
 
 
 def test_the_minor_version_before_is_served_and_others_are_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from tests.daemon_process import DaemonProcess
 from tests.raw_engine import to_key, to_keys
 
 from kvtier.v1 import offload_pb2 as pb
+from kvtier_ops.pool import MappedPool
 
 Refuse = Callable[..., tuple[int, str]]
 
@@ -144,3 +146,25 @@ def test_a_policy_from_outside_the_project_decides_what_is_evicted(
     engine.store([to_key(1000)], request_id="one more")
     kept = list(engine.lookup([oldest]).statuses) == [pb.LOOKUP_STATUS_HIT]
     assert kept == (policy == "lru")
+
+
+def test_geometries_of_namespaces_that_left_no_chunk_do_not_outlive_the_daemon(
+    start_daemon: StartDaemon, make_engine: MakeEngine
+) -> None:
+    daemon = start_daemon()
+    with make_engine(daemon) as keeper:
+        kept = keeper.attach_scheduler().attached.namespace_digest
+        keeper.attach_worker()
+        keeper.store([to_key(1)])
+    idle = make_engine(daemon).attach()
+    daemon.kill()
+    idle.close()
+    daemon.start()
+    engine = make_engine(daemon)
+    new = engine.attach_scheduler().attached.namespace_digest
+    engine.attach_worker()
+    pool = MappedPool.open(daemon.pool_file, engine.describe().pool.pool_id)
+    registry = json.loads(pool.registry.read() or b"{}")
+    pool.close()
+    assert set(registry["geometries"]) == {kept, new}
+    assert {namespace for _, namespace, _, _ in registry["spaces"]} == {kept, new}

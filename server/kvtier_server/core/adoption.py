@@ -1,8 +1,8 @@
 """Taking over the pool of an earlier daemon: what was published is served again.
 
 Owns the rule what a record may become. A record that does not verify, or that somebody may still be
-writing, never becomes a chunk: its slot waits until every process that was alive before this daemon, and may
-have it mapped, is gone or has attached anew.
+writing, never becomes a chunk: its slot waits until every process that was alive before this daemon is gone,
+or has attached with the word that it has no pool mapped, or that its copies have ended.
 """
 
 from __future__ import annotations
@@ -65,8 +65,14 @@ def adopt(
         books.primary.adopt(space, key, slot.slot_id, slot.generation, slot.slot_bytes)
         published += 1
     books.primary.adopt_free([(slot.slot_id, slot.slot_bytes) for slot in free])
+    per_class: dict[int, list[int]] = {}
     for slot in unsettled:
-        size_class = books.primary.slabs.classes[slot.slot_bytes]
-        books.primary.adopt_quarantined(size_class, [slot.slot_id])
-        books.quarantine.add(size_class, [slot.slot_id], guards)
+        per_class.setdefault(slot.slot_bytes, []).append(slot.slot_id)
+    for slot_bytes, slot_ids in per_class.items():
+        size_class = books.primary.slabs.classes[slot_bytes]
+        books.primary.adopt_quarantined(size_class, slot_ids)
+        books.quarantine.add(size_class, slot_ids, guards)
+    for space in known.values():
+        if not space.chunks:
+            books.primary.spaces.forget(space)
     return Adopted(published, len(free), len(unsettled))

@@ -7,7 +7,7 @@ are in `lookups.py`, `grants.py`, `completions.py`; the order of a daemon's life
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -87,7 +87,7 @@ class Books:
     ) -> None:
         self.limits = limits
         self.counts: Counter[str] = Counter()
-        self.events = EventLog(limits.max_events)
+        self.events = EventLog(limits.max_events, limits.max_event_keys)
         self.primary = PrimaryTier(pool_bytes, table, make_policy, self._on_removed)
         self.instances = Instances(limits, lock_is_free)
         self.leases = LeaseBook(limits.tombstone_ns)
@@ -96,12 +96,17 @@ class Books:
         self.filter = reuse_filter
         self.draining = False
         self.notices: deque[Notice] = deque()
-        self.hash_requests: deque[HashRequest] = deque(maxlen=1_024)
+        self.hash_requests: deque[HashRequest] = deque()
+        """For the daemon's threads; `completions` sees to it that they are few, and different."""
         self._waiters: dict[tuple[KeySpace, bytes], list[Lease]] = {}
         self._unpinning: deque[list[Chunk]] = deque()
+        self._put_off: deque[Iterator[int]] = deque()
 
     def check_may_lease(self, instance: Instance) -> None:
-        """Raise Draining, or WorkersMissing before all ranks are attached."""
+        """Raise Draining, or WorkersMissing before all ranks are attached.
+
+        Only the scheduler's session can ask (`Session.for_scheduling`), so the scheduler is.
+        """
         if self.draining:
             raise Draining("the daemon is stopping; nothing new is leased")
         if len(instance.sessions) <= instance.world_size:
@@ -202,7 +207,7 @@ class Books:
         if lease.kind is LeaseKind.LOOKUP:
             request = lease.instance.requests.get(lease.request_id)
             if request is not None:
-                request.lookup_leases.discard(lease.id)
+                lease.instance.requests.remove_lease(request, lease.id)
 
     def add_load_lease(self, instance: Instance, lease_id: int, request_id: str, now_ns: int) -> Lease:
         """Enter a load lease that every rank has to report the end of; reports that came early count."""
@@ -263,11 +268,34 @@ class Books:
 
         Waiting pays: a chunk pinned and unpinned between two settlements costs the policies nothing.
         """
-        return self.primary.num_unsettled >= SETTLE_AT_ITEMS or len(self._unpinning) >= SETTLE_AT_LEASES
+        if self.primary.num_unsettled >= SETTLE_AT_ITEMS or len(self._unpinning) >= SETTLE_AT_LEASES:
+            return True
+        return bool(self._put_off) or self.quarantine.has_unguarded or self.primary.is_draining
+
+    def put_off(self, work: Iterator[int]) -> None:
+        """Do a slice of what was put off now, and `work` behind the rest of it.
+
+        It is advanced until it ends; each value it yields says how many items it has done since the last.
+        """
+        self._put_off.append(work)
+        self._go_on(SLICE_ITEMS)
+
+    def _go_on(self, max_items: int) -> int:
+        left = max_items
+        while self._put_off and left > 0:
+            done = next(self._put_off[0], None)
+            if done is None:
+                self._put_off.popleft()
+            else:
+                left -= done
+        return left
 
     def settle(self) -> bool:
-        """Do a slice of what was put off: unpins, the policies, slabs on the move. False when all is done."""
-        left = SLICE_ITEMS
+        """Do a slice of what was put off: ends of sessions, quarantines, unpins, policies, slabs on the move.
+
+        False when all is done.
+        """
+        left = self.quarantine.free_slice(self._go_on(SLICE_ITEMS))
         while self._unpinning and left > 0:
             chunks = self._unpinning.popleft()
             left -= len(chunks)
@@ -275,6 +303,8 @@ class Books:
         left = self.primary.settle(left)
         if left > 0:
             self.primary.drain_slice(left)
+        if self._put_off or self.quarantine.has_unguarded:
+            return True
         return bool(self._unpinning or self.primary.has_unsettled or self.primary.is_draining)
 
     def unpin_all(self) -> None:

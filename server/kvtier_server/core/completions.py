@@ -19,6 +19,9 @@ from kvtier_server.primary.index import KeySpace
 MAX_EARLY_LOADS = 4_096
 """Load reports kept whose load start has not come yet, per instance; both travel within one step."""
 
+MAX_HASHES = 1_024
+"""Hashes under way at once; further complaints are passed over."""
+
 
 @dataclass(frozen=True, slots=True)
 class MismatchReport:
@@ -35,6 +38,8 @@ class Completions:
         self._books = books
         self._stored: dict[KeySpace, list[bytes]] = {}
         """What the report at hand has published, until it is recorded as one event."""
+        self._hashing: set[tuple[int, int, int]] = set()
+        """(slot, generation, part) of the hashes that were asked for and are not there yet."""
 
     def announce(
         self,
@@ -65,13 +70,13 @@ class Completions:
         """Move pins from a lookup lease to a load lease. Without the former the load rests on its fence."""
         instance = session.instance
         leases = self._books.leases
+        if not load_lease_id:
+            return ItemStatus.UNKNOWN  # the client chooses one; other items of the call may be done already
         if leases.get(instance, load_lease_id) is not None or ("lease", load_lease_id) in instance.ended:
             return ItemStatus.ALREADY
         lookup = leases.get(instance, lookup_lease_id)
         if lookup is None or lookup.kind is not LeaseKind.LOOKUP or leases.is_buried(instance, load_lease_id):
             return ItemStatus.UNKNOWN
-        if not load_lease_id:
-            raise BadRequest("load_starts.load_lease_id", "0; the client chooses one")
         wanted = set(slot_ids)
         moved = [chunk for chunk in lookup.chunks if chunk.slot_id in wanted]
         lookup.chunks = [chunk for chunk in lookup.chunks if chunk.slot_id not in wanted]
@@ -217,7 +222,7 @@ class Completions:
         books = self._books
         books.counts["load:torn"] += num_torn
         for mismatch in mismatches:
-            self._ask_for_hash(mismatch, instance, instance.part_of(session.rank))
+            self._ask_for_hash(mismatch, instance, instance.namespace.part_of(session.rank))
         if ("load", lease_id, session.rank) in instance.ended:
             return ItemStatus.ALREADY
         instance.remember_ended(("load", lease_id, session.rank), books.limits.max_remembered)
@@ -246,12 +251,20 @@ class Completions:
             or chunk.space.name.namespace != instance.space.name.namespace
         ):
             return
+        asked = (chunk.slot_id, chunk.generation, part)
+        if asked in self._hashing or len(self._hashing) >= MAX_HASHES:
+            return  # whoever finds the bytes wrong later says so again
+        self._hashing.add(asked)
         group = instance.namespace.group_of(chunk.key)
         part_bytes = instance.namespace.facts.groups[group].part_bytes
         self._books.hash_requests.append(HashRequest(chunk.slot_id, chunk.generation, part, part_bytes))
 
     def hashed(self, request: HashRequest, matches: bool) -> None:
-        """Act on a hash computed over a slot: a real mismatch is quarantined, a false one counted."""
+        """Act on a hash computed over a slot: a real mismatch is quarantined, a false one counted.
+
+        Must be called once per request, whatever came of it.
+        """
+        self._hashing.discard((request.slot_id, request.generation, request.part))
         chunk = self._books.primary.by_slot.get(request.slot_id)
         if chunk is None or chunk.generation != request.generation or chunk.dropped:
             return

@@ -25,10 +25,16 @@ class OffloadingEvent:
 
 
 class EventLog:
-    """The last `max_events` events. Who asks for older ones is told that they are gone."""
+    """The last `max_events` events, fewer if they have more than `max_keys` keys together.
 
-    def __init__(self, max_events: int) -> None:
-        self._events: deque[OffloadingEvent] = deque(maxlen=max_events)
+    Who asks for older ones is told that they are gone.
+    """
+
+    def __init__(self, max_events: int, max_keys: int) -> None:
+        self._events: deque[OffloadingEvent] = deque()
+        self._max_events = max_events
+        self._max_keys = max_keys
+        self._num_keys = 0
         self.next_sequence = 1
 
     def record(
@@ -37,6 +43,9 @@ class EventLog:
         """Append one event."""
         self._events.append(OffloadingEvent(self.next_sequence, kind, space, tier, reason, tuple(keys)))
         self.next_sequence += 1
+        self._num_keys += len(keys)
+        while len(self._events) > self._max_events or self._num_keys > self._max_keys:
+            self._num_keys -= len(self._events.popleft().keys)
 
     def since(self, sequence: int) -> list[OffloadingEvent] | None:
         """Events from `sequence` on, or None if the first of them is no longer kept."""

@@ -60,7 +60,7 @@ class Grants:
         self, session: Session, request: Request, keys: Sequence[bytes], lease_id: int, now_ns: int
     ) -> list[Chunk]:
         """Pin all keys under a load lease, or none. Raises NotResident, Inflight, WorkersMissing."""
-        instance = session.instance
+        instance = session.for_scheduling()
         check_keys(keys, self._books.limits.max_keys)
         self._books.check_may_lease(instance)
         if not lease_id:
@@ -109,7 +109,7 @@ class Grants:
         with `extend` the keys are further ones of the same call, which came in slices. Raises WorkersMissing,
         Draining, BadRequest; all else is a verdict.
         """
-        instance = session.instance
+        instance = session.for_scheduling()
         check_keys(keys, self._books.limits.max_keys, at_least=0)
         self._books.check_may_lease(instance)
         if not lease_id:
@@ -125,10 +125,11 @@ class Grants:
         known = self._books.leases.get(instance, lease_id)
         if known is not None and known.kind not in (LeaseKind.STORE, LeaseKind.CREDIT):
             raise LeaseUnknown(f"lease {lease_id:#x} is a {known.kind} lease")
-        if known is not None and not extend:
+        if known is not None and not extend and not known.expired:
             return self._repeat_store(known, keys, asked_credits)
         if (
-            self._books.leases.is_buried(instance, lease_id)
+            (known is not None and known.expired)
+            or self._books.leases.is_buried(instance, lease_id)
             or instance.num_leases >= self._books.limits.max_leases
         ):
             verdict = StoreVerdict.INFLIGHT
@@ -233,7 +234,7 @@ class Grants:
             )
             self._books.primary.settle()
             available = (
-                len(size_class.free)
+                size_class.num_free
                 + len(size_class.policy)
                 + self._books.primary.slabs.growable_slots(size_class)
             )

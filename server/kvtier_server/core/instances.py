@@ -64,7 +64,11 @@ class TooManySessions(Refused):
 
 @dataclass(frozen=True, slots=True)
 class Applicant:
-    """Who wants to attach. `namespace` is registered already."""
+    """Who wants to attach, with which tensors.
+
+    `mapped_pool_id`: pool the process has mapped; 0 is its word that it can be writing none.
+    `previous_session`: not empty is its word that none of its copies still runs.
+    """
 
     engine_id: str
     nonce: int
@@ -73,6 +77,7 @@ class Applicant:
     world_size: int
     tenant: str
     lock_file: str
+    mapped_pool_id: int
     previous_session: str = ""
     epoch: int = 0
     geometry: Geometry | None = None
@@ -110,10 +115,6 @@ class Instance:
         """Worker ranks that are not attached."""
         return [rank for rank in range(self.world_size) if (Role.WORKER, rank) not in self.sessions]
 
-    def part_of(self, rank: int) -> int:
-        """Part of a slot that a rank reads: its own, or the only one where ranks hold equal bytes."""
-        return 0 if self.namespace.facts.num_parts == 1 else rank
-
     def remember_ended(self, item: object, max_remembered: int) -> None:
         """Remember that an item ended, so that a repeat is told ALREADY."""
         self.ended[item] = None
@@ -133,6 +134,15 @@ class Session:
         self.rank = applicant.rank
         self.lock_file = applicant.lock_file
         self.attached_ns = now_ns
+
+    def for_scheduling(self) -> Instance:
+        """Return the instance. Raises BadRequest for a worker's session.
+
+        Only the scheduler knows the epoch, and so which chunks may be asked for.
+        """
+        if self.role is not Role.SCHEDULER:
+            raise BadRequest("session_id", "a worker's; only the scheduler's session may make this call")
+        return self.instance
 
 
 class Instances:

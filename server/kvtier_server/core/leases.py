@@ -11,6 +11,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from enum import StrEnum
+from itertools import chain
 
 from kvtier_server.core.instances import Instance
 from kvtier_server.primary.index import Chunk
@@ -29,11 +30,16 @@ class LeaseKind(StrEnum):
 
 
 class Lease:
-    """One lease. Lookup and load leases hold `chunks`, store and credit leases reserved `slot_ids`."""
+    """One lease. Lookup and load leases hold `chunks`, store and credit leases reserved `slot_ids`.
+
+    `expired`: nothing under it will be published any more. A store lease stays in the book meanwhile, as long
+    as it holds slots: they are taken back when their ranks have reported, or at the scheduler's release.
+    """
 
     __slots__ = (
         "chunks",
         "created_ns",
+        "expired",
         "expires_ns",
         "id",
         "instance",
@@ -53,6 +59,7 @@ class Lease:
         self.instance = instance
         self.created_ns = now_ns
         self.expires_ns = None if ttl_ns is None else now_ns + ttl_ns
+        self.expired = False
         self.request_id = ""
         self.chunks: list[Chunk] = []
         self.slot_ids: set[int] = set()
@@ -65,33 +72,48 @@ class LeaseBook:
     """The leases of all instances, by instance and id."""
 
     def __init__(self, tombstone_ns: int) -> None:
-        self._leases: dict[tuple[int, int], Lease] = {}
+        self._of_instance: dict[int, dict[int, Lease]] = {}
+        self._of_kind: dict[LeaseKind, dict[Lease, None]] = {kind: {} for kind in LeaseKind}
+        """In the order they were made, so that the oldest is the first."""
         self._expiry: list[tuple[int, int, Lease]] = []
         self._tombstones: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._tombstone_ns = tombstone_ns
         self._serial = 0
 
     def __iter__(self) -> Iterator[Lease]:
-        return iter(self._leases.values())
+        return chain.from_iterable(self._of_kind.values())
 
     def __len__(self) -> int:
-        return len(self._leases)
+        return sum(map(len, self._of_kind.values()))
+
+    def count(self, kind: LeaseKind) -> int:
+        """Return the number of leases of this kind."""
+        return len(self._of_kind[kind])
+
+    def oldest(self, kind: LeaseKind) -> Lease | None:
+        """Return the lease of this kind that was made first."""
+        return next(iter(self._of_kind[kind]), None)
 
     def get(self, instance: Instance, lease_id: int) -> Lease | None:
-        """Return a living lease of this instance."""
-        return self._leases.get((instance.serial, lease_id))
+        """Return a lease of this instance that has not ended."""
+        leases = self._of_instance.get(instance.serial)
+        return None if leases is None else leases.get(lease_id)
 
     def add(self, lease: Lease) -> None:
         """Enter a new lease. Its id must not be known for this instance."""
-        key = (lease.instance.serial, lease.id)
-        assert key not in self._leases, f"lease {lease.id:#x} exists"
-        self._leases[key] = lease
+        leases = self._of_instance.setdefault(lease.instance.serial, {})
+        assert lease.id not in leases, f"lease {lease.id:#x} exists"
+        leases[lease.id] = lease
+        self._of_kind[lease.kind][lease] = None
         lease.instance.num_leases += 1
         self._schedule(lease)
 
     def remove(self, lease: Lease) -> None:
         """Take a lease out of the book."""
-        del self._leases[(lease.instance.serial, lease.id)]
+        leases = self._of_instance[lease.instance.serial]
+        del leases[lease.id], self._of_kind[lease.kind][lease]
+        if not leases:
+            del self._of_instance[lease.instance.serial]
         lease.instance.num_leases -= 1
 
     def renew(self, lease: Lease, now_ns: int, ttl_ns: int) -> None:
@@ -102,7 +124,7 @@ class LeaseBook:
     def _schedule(self, lease: Lease) -> None:
         if lease.expires_ns is None:
             return
-        if len(self._expiry) > 2 * len(self._leases) + STALE_ENTRIES:
+        if len(self._expiry) > 2 * len(self) + STALE_ENTRIES:
             # Most leases end long before their time; their entries would stay until then.
             self._expiry = [entry for entry in self._expiry if self._is_current(entry[2])]
             heapq.heapify(self._expiry)
@@ -110,24 +132,22 @@ class LeaseBook:
         heapq.heappush(self._expiry, (lease.expires_ns, self._serial, lease))
 
     def _is_current(self, lease: Lease) -> bool:
-        return self._leases.get((lease.instance.serial, lease.id)) is lease
+        return lease in self._of_kind[lease.kind]
 
-    def expired(self, now_ns: int) -> list[Lease]:
-        """Leases whose time is over; they are still in the book."""
-        over = []
+    def expired(self, now_ns: int) -> Iterator[Lease]:
+        """Leases whose time is over; they are still in the book. What is not taken comes the next time."""
         while self._expiry and self._expiry[0][0] <= now_ns:
             _, _, lease = heapq.heappop(self._expiry)
             if not self._is_current(lease) or lease.expires_ns is None:
                 continue
             if lease.expires_ns <= now_ns:
-                over.append(lease)
+                yield lease
             else:
                 self._schedule(lease)
-        return over
 
     def of_instance(self, instance: Instance) -> list[Lease]:
-        """All leases of one instance. O(leases)."""
-        return [lease for lease in self._leases.values() if lease.instance is instance]
+        """All leases of one instance."""
+        return list(self._of_instance.get(instance.serial, {}).values())
 
     # A release may overtake the grant it ends (the reply was lost, the retry came first): the id is
     # remembered for a while, and a grant under it is void.

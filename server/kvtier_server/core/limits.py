@@ -25,6 +25,8 @@ class Limits:
     """Ended items (stores, loads) remembered per instance, so that a repeat is ALREADY."""
     max_events: int = 65_536
     """Events kept for replay."""
+    max_event_keys: int = 1_048_576
+    """Keys in all kept events together, about 100 MB."""
     lookup_lease_ns: int = 30 * SECOND_NS
     copy_lease_ns: int = 300 * SECOND_NS
     tombstone_ns: int = 60 * SECOND_NS

@@ -52,7 +52,7 @@ class Lookups:
         pending_wait_ns: int = 0,
     ) -> LookupAnswer:
         """Answer one status per key; with a lease id, pin the longest prefix that all groups can use."""
-        instance = session.instance
+        instance = session.for_scheduling()
         check_number_of_keys(keys, self._books.limits.max_keys)
         if first_chunks and len(first_chunks) != len(instance.namespace.tails):
             raise BadRequest("first_chunks", f"{len(first_chunks)} entries; one per group, or none")
@@ -208,7 +208,7 @@ class Lookups:
             return LookupAnswer(statuses, unwanted)
         lease = Lease(lease_id, LeaseKind.LOOKUP, instance, now_ns, self._books.limits.lookup_lease_ns)
         lease.request_id = request.id
-        request.lookup_leases.add(lease_id)
+        instance.requests.add_lease(request, lease_id)
         self._books.leases.add(lease)
         self._books.pin(lease, chunks)
         if waiting:
@@ -256,6 +256,7 @@ class Lookups:
 
     def touch(self, session: Session, request: Request, keys: Sequence[bytes]) -> None:
         """Count a use of resident keys by this request."""
+        instance = session.for_scheduling()
         check_keys(keys, self._books.limits.max_keys)
-        found = list(map(session.instance.space.chunks.get, keys))
-        self._books.note_use(session.instance, request, keys, found, session.instance.namespace.split(keys))
+        found = list(map(instance.space.chunks.get, keys))
+        self._books.note_use(instance, request, keys, found, instance.namespace.split(keys))

@@ -1,4 +1,4 @@
-"""Namespaces: the facts an instance attached with, and the geometry each rank registered.
+"""Namespaces: the facts an instance attached with, and the geometry registered for each part of a slot.
 
 Owns the comparison of geometries. The digest's rule is `kvtier_ops.namespace`'s.
 """
@@ -66,11 +66,16 @@ class Namespace:
         self.digest = digest
         self.classes = classes
         self.geometries: dict[int, Geometry] = {}
+        """By part: what is loaded by one rank may have been stored by another of the same part."""
         self.num_engines = 0
         self.tails = tuple(index.to_bytes(GROUP_TAIL_BYTES, "big") for index in range(len(classes)))
 
+    def part_of(self, rank: int) -> int:
+        """Part of a slot that a rank reads: its own, or the only one where ranks hold equal bytes."""
+        return 0 if self.facts.num_parts == 1 else rank
+
     def register_geometry(self, rank: int, geometry: Geometry) -> None:
-        """Compare with the facts and with what this rank registered first; keep it if it is the first.
+        """Compare with the facts and with what was registered first for the rank's part, if anything was.
 
         Raises GeometryMismatch, naming the field and both values; nothing is registered then.
         """
@@ -81,7 +86,7 @@ class Namespace:
             part_bytes = sum(tensor.page_bytes for tensor in tensors) * self.facts.blocks_per_chunk
             if part_bytes != group.part_bytes:
                 raise GeometryMismatch(f"geometry[{index}]: bytes of a part", group.part_bytes, part_bytes)
-        known = self.geometries.setdefault(rank, geometry)
+        known = self.geometries.setdefault(self.part_of(rank), geometry)
         if known != geometry:
             self._raise_difference(known, geometry)
 

@@ -7,45 +7,73 @@ its copies are drained. Who can take locks tells us through `clear`. A slot with
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Sequence
 
 from kvtier_server.primary.size_classes import SizeClass
-from kvtier_server.primary.tier import PrimaryTier
+from kvtier_server.primary.tier import SLICE_ITEMS, PrimaryTier
+
+BATCH_SLOTS = 256
+"""Slots that are freed in one go, a fraction of a slice."""
+
+
+class _Batch:
+    """Slots of one class with the same guards."""
+
+    __slots__ = ("guards", "size_class", "slot_ids")
+
+    def __init__(self, size_class: SizeClass, slot_ids: Sequence[int], guards: set[str]) -> None:
+        self.size_class = size_class
+        self.slot_ids = slot_ids
+        self.guards = guards
 
 
 class Quarantine:
-    """Quarantined slots by guard."""
+    """Quarantined slots by guard; those without any left are freed in slices."""
 
     def __init__(self, primary: PrimaryTier) -> None:
         self._primary = primary
-        self._guards_of: dict[int, set[str]] = {}
-        self._slots_of: dict[str, dict[int, SizeClass]] = {}
+        self._batches_of: dict[str, list[_Batch]] = {}
+        self._unguarded: deque[_Batch] = deque()
+        self._num_slots = 0
 
     @property
     def guards(self) -> list[str]:
         """Names of the locks that somebody should try."""
-        return list(self._slots_of)
+        return list(self._batches_of)
 
-    def add(self, size_class: SizeClass, slot_ids: Iterable[int], guards: set[str]) -> None:
+    def add(self, size_class: SizeClass, slot_ids: Sequence[int], guards: set[str]) -> None:
         """Note slots that are quarantined in the tier already; `guards` must not be empty."""
         assert guards, "a quarantine without guards would never end"
-        for slot_id in slot_ids:
-            self._guards_of[slot_id] = set(guards)
+        for first in range(0, len(slot_ids), BATCH_SLOTS):
+            batch = _Batch(size_class, slot_ids[first : first + BATCH_SLOTS], set(guards))
+            self._num_slots += len(batch.slot_ids)
             for guard in guards:
-                self._slots_of.setdefault(guard, {})[slot_id] = size_class
+                self._batches_of.setdefault(guard, []).append(batch)
 
-    def clear(self, guard: str) -> int:
-        """Lift one guard; slots without any left are free again. Returns how many."""
-        freed: dict[SizeClass, list[int]] = {}
-        for slot_id, size_class in self._slots_of.pop(guard, {}).items():
-            left = self._guards_of[slot_id]
-            left.discard(guard)
-            if not left:
-                del self._guards_of[slot_id]
-                freed.setdefault(size_class, []).append(slot_id)
-        for size_class, slot_ids in freed.items():
-            self._primary.end_quarantine(size_class, slot_ids)
-        return sum(map(len, freed.values()))
+    def clear(self, guard: str) -> None:
+        """Lift one guard; slots without any left are free again, a slice of them at once."""
+        for batch in self._batches_of.pop(guard, []):
+            batch.guards.discard(guard)
+            if not batch.guards:
+                self._unguarded.append(batch)
+        self.free_slice(SLICE_ITEMS)
+
+    def free_slice(self, max_items: int) -> int:
+        """Free about `max_items` slots that have no guard left. Returns how many more could have been."""
+        left = max_items
+        while self._unguarded and left > 0:
+            batch = self._unguarded.popleft()
+            self._primary.end_quarantine(batch.size_class, batch.slot_ids)
+            self._num_slots -= len(batch.slot_ids)
+            left -= len(batch.slot_ids)
+        return left
+
+    @property
+    def has_unguarded(self) -> bool:
+        """Whether `free_slice` has work."""
+        return bool(self._unguarded)
 
     def __len__(self) -> int:
-        return len(self._guards_of)
+        """Return the number of slots that are not free yet."""
+        return self._num_slots

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from kvtier_server.core.refused import Inflight
+
 
 class Request:
     """One unfinished request of one instance."""
@@ -52,12 +54,16 @@ class Request:
 class Requests:
     """Unfinished requests of one instance by id, oldest first, bounded in number and in keys.
 
+    `add_lease` and `remove_lease` keep `Request.lookup_leases`: nobody else changes it.
+
     `next_serial` numbers requests over all instances, for the reuse filter.
     """
 
     def __init__(self, max_requests: int, max_keys: int, next_serial: Callable[[], int]) -> None:
         self._next_serial = next_serial
         self._requests: OrderedDict[str, Request] = OrderedDict()
+        self._unleased: OrderedDict[str, None] = OrderedDict()
+        """Those without a lease, in the order they became so."""
         self._max_requests = max_requests
         self._max_keys = max_keys
         self._num_keys = 0
@@ -70,15 +76,30 @@ class Requests:
         return self._requests.get(request_id)
 
     def get_or_add(self, request_id: str) -> Request:
-        """Return the request, new if need be; the oldest without a lease makes room."""
+        """Return the request, new if need be; the oldest without a lease makes room. Raises Inflight."""
         request = self._requests.get(request_id)
         if request is None:
             if len(self._requests) >= self._max_requests:
-                oldest = next((r for r in self._requests.values() if not r.lookup_leases), None)
-                if oldest is not None:
-                    self.pop(oldest.id)
+                if not self._unleased:
+                    raise Inflight(
+                        f"{len(self._requests)} unfinished requests all have leases, and no more are "
+                        "remembered (limits.requests_per_instance)"
+                    )
+                self.pop(next(iter(self._unleased)))
             request = self._requests[request_id] = Request(request_id, self._next_serial())
+            self._unleased[request_id] = None
         return request
+
+    def add_lease(self, request: Request, lease_id: int) -> None:
+        """Note that a lookup lease belongs to the request."""
+        request.lookup_leases.add(lease_id)
+        self._unleased.pop(request.id, None)
+
+    def remove_lease(self, request: Request, lease_id: int) -> None:
+        """Note that a lookup lease of the request has ended."""
+        request.lookup_leases.discard(lease_id)
+        if not request.lookup_leases:
+            self._unleased[request.id] = None
 
     def add_run(self, request: Request, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         """Remember keys of a request; the oldest requests' keys make room."""
@@ -97,9 +118,14 @@ class Requests:
             request.forget_keys()
         self._num_keys = 0
 
+    def pop_oldest(self) -> Request | None:
+        """Forget the oldest request."""
+        return self.pop(next(iter(self._requests))) if self._requests else None
+
     def pop(self, request_id: str) -> Request | None:
         """Forget a request."""
         request = self._requests.pop(request_id, None)
         if request is not None:
+            self._unleased.pop(request_id, None)
             self._num_keys -= request.num_keys
         return request

@@ -141,7 +141,3 @@ class Reservations:
     def of_lease(self, lease: Lease) -> list[Reservation]:
         """What a store or credit lease still holds."""
         return [self._by_slot[slot_id] for slot_id in lease.slot_ids]
-
-    def of_instance(self, instance: Instance) -> list[Reservation]:
-        """All reservations of an instance, those of expired leases too. O(reservations)."""
-        return [reservation for reservation in self._by_slot.values() if reservation.instance is instance]

@@ -14,17 +14,18 @@ from kvtier_ops.namespace import FactsError, NamespaceFacts
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.core.books import Books, Notice
 from kvtier_server.core.completions import Completions
+from kvtier_server.core.endings import Endings
 from kvtier_server.core.grants import Grants
 from kvtier_server.core.instances import Applicant, Instance, LockIsFree, Role, Session
-from kvtier_server.core.leases import LeaseKind
+from kvtier_server.core.leases import Lease, LeaseKind
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.lookups import Lookups
 from kvtier_server.core.namespaces import Geometry, Namespace
 from kvtier_server.core.refused import BadRequest, Draining, Refused
-from kvtier_server.core.stores import Reservation
 from kvtier_server.policies.base import CachePolicy
 from kvtier_server.primary.index import Chunk, SpaceName
 from kvtier_server.primary.size_classes import SizeClass, SlotTable
+from kvtier_server.primary.tier import SLICE_ITEMS
 
 
 class DoesNotFit(Refused):
@@ -60,6 +61,7 @@ class Core:
         self.lookups = Lookups(self.books)
         self.grants = Grants(self.books)
         self.completions = Completions(self.books)
+        self._endings = Endings(self.books, self._forget_unused)
         self.namespaces: dict[str, Namespace] = {}
         self.known_geometries: dict[str, dict[int, Geometry]] = {}
         self._lock_is_free = lock_is_free
@@ -70,8 +72,8 @@ class Core:
     def attach(self, session_id: str, applicant: Applicant, facts: NamespaceFacts, now_ns: int) -> Session:
         """Open a session. Raises a refusal and changes nothing, or replaces the seat's dead holder.
 
-        A `previous_session` is the process's word that none of its copies still runs: slots that waited
-        for its lock are free again.
+        The lock must be held: it is all that tells when the process can write no more. With its word that
+        none of its copies runs, or that it has no pool mapped, slots that waited for its lock are free again.
         """
         if self.books.draining:
             raise Draining("the daemon is stopping; attach again when it is back")
@@ -85,6 +87,12 @@ class Core:
         return session
 
     def _attach(self, session_id: str, applicant: Applicant, facts: NamespaceFacts, now_ns: int) -> Session:
+        if self._lock_is_free(applicant.lock_file):
+            raise BadRequest(
+                "lock_file",
+                f"nobody holds {applicant.lock_file!r} here; a process creates and locks a file in `owners/` "
+                "of the pool's directory, which it shares with the daemon, before it attaches",
+            )
         namespace = self._namespace(facts, applicant.world_size)
         self.books.instances.check_same(applicant, namespace)
         holder = self.books.instances.seat_holder(applicant, now_ns)
@@ -98,8 +106,8 @@ class Core:
         namespace.num_engines += 1  # or it would look unused when the seat's holder ends
         if holder is not None:
             self.end_session(holder.id, "REPLACED")
-        if applicant.previous_session:
-            self.books.quarantine.clear(applicant.lock_file)
+        if applicant.previous_session or not applicant.mapped_pool_id:
+            self._clear(applicant.lock_file)
         name = SpaceName(namespace.digest, applicant.tenant, applicant.epoch)
         space = self.books.primary.spaces.get_or_add(name)
         self.known_geometries.pop(namespace.digest, None)
@@ -144,7 +152,7 @@ class Core:
         return namespace
 
     def geometries(self) -> dict[str, dict[int, Geometry]]:
-        """Registered geometries by namespace digest and rank; those an earlier daemon left included."""
+        """Registered geometries by namespace digest and part; those an earlier daemon left included."""
         attached = {digest: namespace.geometries for digest, namespace in self.namespaces.items()}
         return self.known_geometries | attached
 
@@ -159,53 +167,43 @@ class Core:
             return
         instance = session.instance
         self.books.counts[f"session_ended:{reason}"] += 1
-        for lease in self.books.leases.of_instance(instance):
-            self.books.end_lease(lease)
         workers = {member.lock_file for (role, _), member in instance.sessions.items() if role is Role.WORKER}
-        self._quarantine(self.books.reservations.of_instance(instance), workers)
-        instance.namespace.num_engines -= 1
-        for size_class in instance.namespace.classes:
-            size_class.live_engines -= 1
-        self._forget_unused(instance)
         for member in self.books.instances.remove(instance):
             self._left_locks.add(member.lock_file)
             why = reason if member is session else "INSTANCE_LOST"
             self.books.notices.append(Notice(member.id, "ended", reason=why))
+        instance.namespace.num_engines -= 1
+        for size_class in instance.namespace.classes:
+            size_class.live_engines -= 1
+        self._endings.begin(instance, workers)
+
+    def _clear(self, lock_file: str) -> None:
+        """Free what waits for this lock: its process writes none of it."""
+        self._endings.clear(lock_file)
+        self.books.quarantine.clear(lock_file)
 
     def _has_chunks(self, namespace: Namespace) -> bool:
         return any(
             s.chunks or s.writers for s in self.books.primary.spaces if s.name.namespace == namespace.digest
         )
 
-    def _forget_unused(self, instance: Instance) -> None:
+    def _forget_unused(self) -> None:
         """Keep no namespace, and no key space, that holds nothing and that nobody is attached with."""
-        others = {other.space for other in self.books.instances if other is not instance}
-        for space in [space for space in self.books.primary.spaces if space not in others]:
-            if not space.chunks and not space.writers:
-                self.books.primary.spaces.forget(space)
+        self._forget_unused_spaces()
         for digest, namespace in list(self.namespaces.items()):
             if not namespace.num_engines and not self._has_chunks(namespace):
                 del self.namespaces[digest]
         self._forget_unused_classes()
 
+    def _forget_unused_spaces(self) -> None:
+        used = {instance.space for instance in self.books.instances}
+        for space in [space for space in self.books.primary.spaces if space not in used]:
+            if not space.chunks and not space.writers:
+                self.books.primary.spaces.forget(space)
+
     def _forget_unused_classes(self) -> None:
         used = {size_class for namespace in self.namespaces.values() for size_class in namespace.classes}
         self.books.primary.slabs.forget_unused(used)
-
-    def _quarantine(self, reservations: Sequence[Reservation], guards: set[str]) -> None:
-        """End reservations unpublished; their slots wait for the guards, or are free if there are none."""
-        per_class: dict[SizeClass, list[int]] = {}
-        for reservation in reservations:
-            per_class.setdefault(reservation.size_class, []).append(reservation.slot_id)
-            if self.books.reservations.remove(reservation) and reservation.key is not None:
-                self.books.resolve(reservation.space, reservation.key, None)
-        owner = reservations[0].instance.nonce if reservations else 0
-        for size_class, slot_ids in per_class.items():
-            if guards:
-                self.books.primary.quarantine_reserved(size_class, slot_ids, owner)
-                self.books.quarantine.add(size_class, slot_ids, guards)
-            else:
-                self.books.primary.free_reserved(size_class, slot_ids)
 
     def _tell_workers(self, instance: Instance) -> None:
         scheduler = instance.sessions.get((Role.SCHEDULER, 0))
@@ -224,9 +222,10 @@ class Core:
 
     def renew(self, session: Session, lease_ids: Sequence[int], now_ns: int) -> list[bool]:
         """Extend lookup leases; False for those that are gone."""
+        instance = session.for_scheduling()
         renewed = []
         for lease_id in lease_ids:
-            lease = self.books.leases.get(session.instance, lease_id)
+            lease = self.books.leases.get(instance, lease_id)
             if lease is not None and lease.kind is LeaseKind.LOOKUP:
                 self.books.leases.renew(lease, now_ns, self.books.limits.lookup_lease_ns)
             renewed.append(lease is not None)
@@ -235,8 +234,8 @@ class Core:
     def release(self, instance: Instance, lease_id: int, now_ns: int) -> bool:
         """End a lease at the scheduler's word; an unknown id is remembered, and a later grant under it void.
 
-        For a store or credit lease it is the word that slots nobody announced were never handed out.
-        Running copies go on.
+        For a store or credit lease, expired or not, it is the word that slots nobody announced were never
+        handed out. Running copies go on.
         """
         lease = self.books.leases.get(instance, lease_id)
         if lease is None:
@@ -258,35 +257,46 @@ class Core:
 
         Lookup leases end; what is being stored now ends unpublished when its writers have reported.
         """
-        instance = session.instance
+        instance = session.for_scheduling()
         epoch = self._random64() | 1
         if weights_id:
             epoch = int.from_bytes(hashlib.sha256(weights_id.encode()).digest()[:8], "big") | 1
         for lease in self.books.leases.of_instance(instance):
             if lease.kind is LeaseKind.LOOKUP:
                 self.books.end_lease(lease)
-        for reservation in self.books.reservations.of_instance(instance):
-            reservation.failed = True
+            for reservation in self.books.reservations.of_lease(lease):
+                reservation.failed = True
         # A stamp belongs to one chunk: in the new space the same key is another one.
         instance.requests.forget_keys()
         name = SpaceName(instance.namespace.digest, instance.tenant, epoch)
         instance.space = self.books.primary.spaces.get_or_add(name)
+        self._forget_unused_spaces()
         return epoch
 
     def tick(self, now_ns: int) -> None:
         """Let time pass: expire leases, tombstones and waits, and try the locks of processes that left."""
+        left = SLICE_ITEMS
         for lease in self.books.leases.expired(now_ns):
-            self.books.counts[f"lease_expired:{lease.kind}"] += 1
-            for reservation in self.books.reservations.of_lease(lease):
-                reservation.expired = True
-            self.books.end_lease(lease)
+            self._expire(lease)
+            left -= 1 + len(lease.slot_ids)
+            if left <= 0:
+                break  # the next tick goes on
         self.books.end_waits(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
         for lock_file in self._left_locks.union(self.books.quarantine.guards):
             if self._lock_is_free(lock_file):
                 self._left_locks.discard(lock_file)
-                self.books.quarantine.clear(lock_file)
+                self._clear(lock_file)
         self.books.settle()
+
+    def _expire(self, lease: Lease) -> None:
+        """End a lease whose time is over; slots stay under it until nobody can be writing them."""
+        self.books.counts[f"lease_expired:{lease.kind}"] += 1
+        lease.expired = True
+        for reservation in self.books.reservations.of_lease(lease):
+            reservation.expired = True
+        if not lease.slot_ids:
+            self.books.end_lease(lease)
 
     def check_integrity(self) -> None:
         """Assert that the books agree: states add up to the slots, pins to the leases. O(everything)."""

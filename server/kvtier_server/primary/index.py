@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvtier_server.policies.base import ChunkId
 
 if TYPE_CHECKING:
-    from kvtier_server.primary.size_classes import SizeClass
+    from kvtier_server.primary.size_classes import SizeClass, Slab
 
 SPACE_TAG_BYTES = 8
 """Leading bytes of a ChunkId: the key space, big-endian."""
@@ -60,6 +60,7 @@ class Chunk:
         "ordered",
         "pins",
         "size_class",
+        "slab",
         "slot_id",
         "space",
         "stamp",
@@ -67,7 +68,14 @@ class Chunk:
     )
 
     def __init__(
-        self, space: KeySpace, key: bytes, slot_id: int, generation: int, size_class: SizeClass, stamp: int
+        self,
+        space: KeySpace,
+        key: bytes,
+        slot_id: int,
+        generation: int,
+        size_class: SizeClass,
+        slab: Slab,
+        stamp: int,
     ) -> None:
         self.space = space
         self.key = key
@@ -75,6 +83,7 @@ class Chunk:
         self.slot_id = slot_id
         self.generation = generation
         self.size_class = size_class
+        self.slab = slab
         self.stamp = stamp
         self.pins = 0
         self.ordered = True
@@ -83,7 +92,11 @@ class Chunk:
 
 
 class KeySpaces:
-    """All spaces by name and by tag. Ids are never used twice in the life of a pool file."""
+    """All spaces by name and by tag.
+
+    One daemon never uses an id twice. The next one may use that of a space that was forgotten: nothing was
+    filed in it, and a record that still names it is retired before anything is stored (`core.adoption`).
+    """
 
     def __init__(self) -> None:
         self._by_name: dict[SpaceName, KeySpace] = {}

@@ -7,7 +7,7 @@ is alone gets every byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from kvtier_ops.layout import SLOT_UNIT_BYTES
@@ -58,15 +58,17 @@ class SlotTable(Protocol):
 
 
 class SizeClass:
-    """Slots of one size: `free` ones, and the policy that orders the evictable chunks in the others.
+    """Slots of one size: free ones, and the policy that orders the evictable chunks in the others.
 
-    `next_review`: the stamp from which on the tier looks again for a slab of another class to take.
+    `num_free` counts the slots that can be handed out; those of a slab that leaves are not among them.
+    `next_review`: the stamp from which on the class looks again for a slab of another one to take.
     """
 
     __slots__ = (
-        "free",
+        "_open",
         "live_engines",
         "next_review",
+        "num_free",
         "num_published",
         "num_quarantined",
         "num_reserved",
@@ -78,24 +80,84 @@ class SizeClass:
     def __init__(self, slot_bytes: int, policy: CachePolicy) -> None:
         self.slot_bytes = slot_bytes
         self.policy = policy
-        self.free: list[int] = []
         self.slabs: dict[int, Slab] = {}
         self.live_engines = 0
         self.next_review = 0
+        self.num_free = 0
         self.num_reserved = 0
         self.num_published = 0
         self.num_quarantined = 0
+        self._open: dict[int, Slab] = {}
+        """Slabs with a free slot that can be handed out, by index."""
 
     @property
     def num_slots(self) -> int:
         """Slots of all its slabs, whatever their state."""
         return sum(slab.num_slots for slab in self.slabs.values())
 
+    @property
+    def free(self) -> list[int]:
+        """All free slots, also those of slabs that leave. O(slots): for checks."""
+        return [slot_id for slab in self.slabs.values() for slot_id in slab.free]
+
+    def take_free(self, count: int) -> list[int]:
+        """Take up to `count` free slots, out of as few slabs as possible."""
+        taken: list[int] = []
+        while len(taken) < count and self._open:
+            index, slab = self._open.popitem()
+            piece = slab.free[: len(taken) - count - 1 : -1]
+            del slab.free[-len(piece) :]
+            taken += piece
+            if slab.free:
+                self._open[index] = slab
+        self.num_free -= len(taken)
+        return taken
+
+    def open(self, slab: Slab) -> None:
+        """Let the slab's free slots be handed out."""
+        if slab.free:
+            self._open[slab.index] = slab
+        self.num_free += len(slab.free)
+
+    def close(self, slab: Slab) -> None:
+        """Keep the slab's free slots from being handed out."""
+        self._open.pop(slab.index, None)
+        self.num_free -= len(slab.free)
+
+    def add_free(self, slab: Slab, slot_id: int) -> None:
+        """Put a free slot back; one of a slab that leaves is not handed out again."""
+        if not slab.is_leaving:
+            if not slab.free:
+                self._open[slab.index] = slab
+            self.num_free += 1
+        slab.free.append(slot_id)
+
+    def check_integrity(self) -> None:
+        """Assert that every free slot is found where it is. O(slots)."""
+        open_slabs = [slab for slab in self.slabs.values() if slab.free and not slab.is_leaving]
+        assert set(self._open.values()) == set(open_slabs), "a slab with free slots is not found"
+        assert self.num_free == sum(len(slab.free) for slab in open_slabs), self.num_free
+        for slab in self.slabs.values():
+            assert set(slab.free) <= set(slab.slot_ids), f"a free slot outside slab {slab.index}"
+
 
 class Slab:
-    """A run of the pool that is divided into equal slots."""
+    """A run of the pool that is divided into equal slots.
 
-    __slots__ = ("first_unit", "index", "num_slots", "num_units", "slot_units")
+    Of its slots, `free` are listed and `num_chunks` hold a chunk; the others are reserved or quarantined.
+    `is_leaving`: on its way to another class, so none of its slots is handed out any more.
+    """
+
+    __slots__ = (
+        "first_unit",
+        "free",
+        "index",
+        "is_leaving",
+        "num_chunks",
+        "num_slots",
+        "num_units",
+        "slot_units",
+    )
 
     def __init__(self, index: int, first_unit: int, num_units: int) -> None:
         self.index = index
@@ -103,6 +165,14 @@ class Slab:
         self.num_units = num_units
         self.slot_units = 0
         self.num_slots = 0
+        self.num_chunks = 0
+        self.free: list[int] = []
+        self.is_leaving = False
+
+    @property
+    def can_be_emptied(self) -> bool:
+        """Whether nothing in it is reserved or quarantined."""
+        return self.num_chunks + len(self.free) == self.num_slots
 
     @property
     def slot_ids(self) -> range:
@@ -214,16 +284,31 @@ class SlabMap:
                 self._leave(slab, size_class)
                 self._unassigned.insert(position, slab)
                 return False
-            size_class.free.extend(reversed(slots))
+            slab.free = list(reversed(slots))  # taken from the end: address order
+            size_class.open(slab)
             return True
         return False
 
+    def add_free(self, size_class: SizeClass, slot_ids: Iterable[int]) -> None:
+        """Put slots of one class back among the free ones."""
+        slabs, slab_units = self._slabs, self.slab_bytes // SLOT_UNIT_BYTES
+        for slot_id in slot_ids:
+            size_class.add_free(slabs[slot_id // slab_units], slot_id)
+
+    def begin_leaving(self, slab: Slab, size_class: SizeClass) -> None:
+        """Hand out no slot of this slab any more."""
+        size_class.close(slab)
+        slab.is_leaving = True
+
+    def stay(self, slab: Slab, size_class: SizeClass) -> None:
+        """Take `begin_leaving` back."""
+        slab.is_leaving = False
+        size_class.open(slab)
+
     def release(self, slab: Slab, size_class: SizeClass) -> None:
-        """Take an emptied slab away from its class. Its slots must all be in `free`."""
-        slots = set(slab.slot_ids)
-        kept = [slot for slot in size_class.free if slot not in slots]
-        assert len(size_class.free) - len(kept) == len(slots), f"slab {slab.index} is not empty"
-        size_class.free = kept
+        """Take an emptied slab that leaves away from its class."""
+        assert slab.is_leaving, f"slab {slab.index} may have been handed out from"
+        assert len(slab.free) == slab.num_slots, f"slab {slab.index} is not empty"
         self._leave(slab, size_class)
         self._table.assign_slab(slab.index, 0, ())
         self._unassigned.append(slab)
@@ -239,6 +324,8 @@ class SlabMap:
     def _leave(self, slab: Slab, size_class: SizeClass) -> None:
         del size_class.slabs[slab.index]
         slab.slot_units = slab.num_slots = 0
+        slab.free = []
+        slab.is_leaving = False
         size_class.policy.set_capacity(size_class.num_slots)
 
     def growable_slots(self, size_class: SizeClass) -> int:
@@ -256,3 +343,5 @@ class SlabMap:
         assert sorted(owners + [slab.index for slab in self._unassigned]) == [
             slab.index for slab in self._slabs
         ]
+        for size_class in self.classes.values():
+            size_class.check_integrity()

@@ -11,22 +11,18 @@ costs it nothing.
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_server.policies.base import CachePolicy, ChunkId
 from kvtier_server.primary.index import Chunk, KeySpace, KeySpaces
-from kvtier_server.primary.size_classes import SizeClass, Slab, SlabMap, SlotTable
+from kvtier_server.primary.size_classes import SizeClass, SlabMap, SlotTable
+from kvtier_server.primary.slab_moves import SlabMoves
 
 SLICE_ITEMS = 2_048
 """Items of one slice of a long operation: keeps the owning thread free within about 2 ms."""
-
-SLAB_REVIEW_USES = 4_096
-"""Uses of chunks after which a class that found no slab to take from another looks again: at most every
-chunk of the others is looked at."""
 
 RemovedListener = Callable[[KeySpace, Sequence[bytes], str], None]
 
@@ -60,7 +56,7 @@ class PrimaryTier:
         self.num_unsettled = 0
         """Uses and pins that the policies have not been told of; about what `settle` has to do."""
         self._uses: deque[tuple[object, Sequence[Chunk | None], Sequence[int]]] = deque()
-        self._draining: list[tuple[Slab, SizeClass, SizeClass]] = []
+        self._moves = SlabMoves(self.slabs, self.by_slot, self.drop)
         self._unwritten: dict[int, int] = {}
 
     def issue_stamps(self, count: int) -> int:
@@ -86,7 +82,7 @@ class PrimaryTier:
         for chunk in chunks:
             chunk.pins -= 1
             if chunk.dropped and not chunk.pins:
-                self._free_dropped(chunk)
+                self._free_dropped([chunk])
         self._unsettled.append(chunks)
         self.num_unsettled += len(chunks)
 
@@ -179,24 +175,22 @@ class PrimaryTier:
         """Reserve up to `count` slots, evicting what is coldest but nothing `protected` used last.
 
         `incoming` names the keys about to be stored, for policies that learn from them. Fewer slots than
-        asked means the rest is pinned, protected or not there. Never waits.
+        asked means the rest is pinned, protected, in a slab that leaves or not there. Never waits.
         """
         self.settle()
         if incoming is not None and type(size_class.policy).incoming is not CachePolicy.incoming:
             size_class.policy.incoming(incoming())
-        while len(size_class.free) < count and self.slabs.grow(size_class):
+        while size_class.num_free < count and self.slabs.grow(size_class):
             pass
         evicted: list[Chunk] = []
-        if len(size_class.free) < count:
-            evicted += self._review_slabs(size_class, protected)
-        if len(size_class.free) < count:
-            evicted += self._evict(size_class, count - len(size_class.free), protected)
-        granted = min(count, len(size_class.free))
-        if not granted:
+        if size_class.num_free < count:
+            evicted += self._moves.begin(size_class, self._stamp, protected, SLICE_ITEMS)
+        slot_ids = size_class.take_free(count)
+        if len(slot_ids) < count:
+            slot_ids += self._evict(size_class, count - len(slot_ids), protected, evicted)
+        if not slot_ids:
             return Reserved([], [], evicted)
-        slot_ids = size_class.free[: -granted - 1 : -1]
-        del size_class.free[-granted:]
-        size_class.num_reserved += granted
+        size_class.num_reserved += len(slot_ids)
         generations = self._table.reserve(slot_ids, owner, size_class.slot_bytes)
         return Reserved(slot_ids, generations, evicted)
 
@@ -213,7 +207,8 @@ class PrimaryTier:
     ) -> Chunk:
         """Turn a reserved slot into a resident chunk. The key must not be resident."""
         assert key not in space.chunks, f"slot {slot_id}: its key is resident already"
-        chunk = Chunk(space, key, slot_id, generation, size_class, stamp)
+        chunk = Chunk(space, key, slot_id, generation, size_class, self.slabs.slab_of(slot_id), stamp)
+        chunk.slab.num_chunks += 1
         chunk.user = user
         self._table.publish(slot_id, space.id, key, checksums)
         space.chunks[key] = chunk
@@ -227,7 +222,9 @@ class PrimaryTier:
     def adopt(self, space: KeySpace, key: bytes, slot_id: int, generation: int, slot_bytes: int) -> None:
         """File a chunk that an earlier daemon published; used after those that were adopted before."""
         size_class = self.slabs.classes[slot_bytes]
-        chunk = Chunk(space, key, slot_id, generation, size_class, self.issue_stamps(1))
+        slab = self.slabs.slab_of(slot_id)
+        chunk = Chunk(space, key, slot_id, generation, size_class, slab, self.issue_stamps(1))
+        slab.num_chunks += 1
         space.chunks[key] = chunk
         self.by_slot[slot_id] = chunk
         size_class.num_published += 1
@@ -241,7 +238,7 @@ class PrimaryTier:
             per_class.setdefault(slot_bytes, []).append(slot_id)
         for slot_bytes, slot_ids in per_class.items():
             self._table.retire(slot_ids)
-            self.slabs.classes[slot_bytes].free.extend(sorted(slot_ids, reverse=True))
+            self.slabs.add_free(self.slabs.classes[slot_bytes], sorted(slot_ids, reverse=True))
 
     def adopt_quarantined(self, size_class: SizeClass, slot_ids: Sequence[int]) -> None:
         """Set slots of an earlier daemon aside that somebody may still be writing."""
@@ -252,7 +249,7 @@ class PrimaryTier:
         """Give reserved slots back that nobody can still be writing."""
         self._table.free(slot_ids)
         size_class.num_reserved -= len(slot_ids)
-        size_class.free.extend(slot_ids)
+        self.slabs.add_free(size_class, slot_ids)
 
     def quarantine_reserved(self, size_class: SizeClass, slot_ids: Sequence[int], owner: int) -> None:
         """Set reserved slots aside that somebody may still be writing."""
@@ -264,7 +261,7 @@ class PrimaryTier:
         """Give quarantined slots back: their writers are gone."""
         self._table.free(slot_ids)
         size_class.num_quarantined -= len(slot_ids)
-        size_class.free.extend(slot_ids)
+        self.slabs.add_free(size_class, slot_ids)
 
     def generation(self, slot_id: int) -> int | None:
         """Current generation of a slot id, or None for a number that is no slot's.
@@ -274,8 +271,31 @@ class PrimaryTier:
         is_slot = self.slabs.is_slot(slot_id)
         return self._table.generation(slot_id) if is_slot else None
 
-    def _evict(self, size_class: SizeClass, count: int, protected: object | None) -> list[Chunk]:
-        """Free up to `count` slots of the class for `reserve`, which takes every one of them."""
+    def _evict(
+        self, size_class: SizeClass, count: int, protected: object | None, evicted: list[Chunk]
+    ) -> list[int]:
+        """Evict for `reserve`, which takes every slot returned, at most `count`; extends `evicted`.
+
+        The slots of a slab that leaves are not returned: then more is evicted, within the time of a slice.
+        """
+        slot_ids: list[int] = []
+        left = count + SLICE_ITEMS
+        while len(slot_ids) < count and left > 0:
+            chunks = self._take_victims(size_class, min(count - len(slot_ids), left), protected)
+            if not chunks:
+                break
+            left -= len(chunks)
+            evicted += chunks
+            leaving = [chunk.slot_id for chunk in chunks if chunk.slab.is_leaving]
+            # Records of the others stay until `reserve` raises the generations, before anybody gets them.
+            slot_ids += [chunk.slot_id for chunk in chunks if not chunk.slab.is_leaving]
+            if leaving:
+                self._table.retire(leaving)
+                self.slabs.add_free(size_class, leaving)
+        return slot_ids
+
+    def _take_victims(self, size_class: SizeClass, count: int, protected: object | None) -> list[Chunk]:
+        """Take the coldest chunks out of index and policy; their slots are the caller's."""
         if protected is None:
             victims = size_class.policy.evict(count)
         else:
@@ -286,18 +306,17 @@ class PrimaryTier:
                 return space.chunks[key].user is not protected
 
             victims = size_class.policy.evict(count, may_evict)
-        evicted = []
+        chunks = []
         for chunk_id in victims:
             space, key = self.spaces.of(chunk_id)
             chunk = space.chunks.pop(key)
             chunk.dropped = True
+            chunk.slab.num_chunks -= 1
             del self.by_slot[chunk.slot_id]
-            evicted.append(chunk)
-        # Their records stay until `reserve` raises the generations, before anybody gets the slots.
-        size_class.num_published -= len(evicted)
-        size_class.free.extend(chunk.slot_id for chunk in reversed(evicted))
-        self._tell_removed(evicted, "evict")
-        return evicted
+            chunks.append(chunk)
+        size_class.num_published -= len(chunks)
+        self._tell_removed(chunks, "evict")
+        return chunks
 
     def drop(self, chunks: Iterable[Chunk], reason: str) -> list[Chunk]:
         """Remove resident chunks for another reason than room; returns those that were.
@@ -312,16 +331,18 @@ class PrimaryTier:
             chunk.size_class.policy.remove(chunk.id)
             chunk.dropped = True
             dropped.append(chunk)
-            if not chunk.pins:
-                self._free_dropped(chunk)
+        self._free_dropped([chunk for chunk in dropped if not chunk.pins])
         self._tell_removed(dropped, reason)
         return dropped
 
-    def _free_dropped(self, chunk: Chunk) -> None:
-        del self.by_slot[chunk.slot_id]
-        self._table.retire([chunk.slot_id])
-        chunk.size_class.num_published -= 1
-        chunk.size_class.free.append(chunk.slot_id)
+    def _free_dropped(self, chunks: Sequence[Chunk]) -> None:
+        # One call of the table for all: each costs as much as a hundred slots.
+        self._table.retire([chunk.slot_id for chunk in chunks])
+        for chunk in chunks:
+            del self.by_slot[chunk.slot_id]
+            chunk.slab.num_chunks -= 1
+            chunk.size_class.num_published -= 1
+            chunk.size_class.add_free(chunk.slab, chunk.slot_id)
 
     def condemn(self, chunk: Chunk, owner: int) -> None:
         """Take a corrupt chunk out for good: its slot is quarantined, and readers of it fail."""
@@ -330,6 +351,7 @@ class PrimaryTier:
         del chunk.space.chunks[chunk.key], self.by_slot[chunk.slot_id]
         chunk.size_class.policy.remove(chunk.id)
         self._table.quarantine([chunk.slot_id], owner)
+        chunk.slab.num_chunks -= 1
         chunk.size_class.num_published -= 1
         chunk.size_class.num_quarantined += 1
         # Leases may still count pins on it; with `dropped` set and the slot no longer its own, their end
@@ -345,95 +367,21 @@ class PrimaryTier:
         for space, keys in per_space.items():
             self._on_removed(space, keys, reason)
 
-    def _review_slabs(self, size_class: SizeClass, protected: object | None) -> list[Chunk]:
-        """Take a slab from another class if its chunks are all colder than this class's coldest.
-
-        Without any slab of its own the class takes the coldest one whatever its age; with one, it does not
-        look again for SLAB_REVIEW_USES uses after it found none. Returns the chunks that went at once.
-        """
-        if len(self.slabs.classes) < 2 or any(taker is size_class for _, _, taker in self._draining):
-            return []
-        bound = sys.maxsize
-        if size_class.slabs:
-            if self._stamp < size_class.next_review:
-                return []
-            own = size_class.policy.coldest_stamp()
-            bound = self._stamp if own is None else own
-        taken = {slab.index for slab, _, _ in self._draining}
-        coldest: tuple[Slab, SizeClass] | None = None
-        for foreign in self.slabs.classes.values():
-            slabs = [slab for slab in foreign.slabs.values() if slab.index not in taken]
-            if foreign is size_class or (foreign.live_engines and len(slabs) < 2):
-                continue
-            for slab in slabs:
-                if slab.num_units * SLOT_UNIT_BYTES < size_class.slot_bytes:
-                    continue
-                youngest = self._youngest(slab, foreign, bound, protected)
-                if youngest is not None:
-                    coldest, bound = (slab, foreign), youngest
-        if coldest is None:
-            size_class.next_review = self._stamp + SLAB_REVIEW_USES
-            return []
-        self._draining.append((*coldest, size_class))
-        return self.drain_slice(SLICE_ITEMS)
-
-    def _youngest(
-        self, slab: Slab, owner: SizeClass, bound: int = sys.maxsize, protected: object | None = None
-    ) -> int | None:
-        """Stamp of the slab's youngest chunk, -1 if it is empty.
-
-        None if that is not below `bound`, or if a slot of the slab cannot be emptied.
-        """
-        free = 0
-        youngest = -1
-        for slot_id in slab.slot_ids:
-            chunk = self.by_slot.get(slot_id)
-            if chunk is None:
-                free += 1
-            elif chunk.pins or chunk.stamp >= bound or (protected is not None and chunk.user is protected):
-                return None
-            elif chunk.stamp > youngest:
-                youngest = chunk.stamp
-        if free:
-            slots = set(slab.slot_ids)
-            if sum(slot in slots for slot in owner.free) < free:
-                return None  # the others are reserved or quarantined
-        return youngest
-
     @property
     def is_draining(self) -> bool:
-        """Whether a slab is on its way to another class."""
-        return bool(self._draining)
+        """Whether `drain_slice` has work."""
+        return self._moves.is_busy
 
     def drain_slice(self, max_items: int) -> list[Chunk]:
-        """Empty slabs that change hands, at most `max_items` chunks; hand over those that are empty.
-
-        A slab of which a chunk was pinned or a slot reserved meanwhile stays where it is. Returns the
-        chunks that went.
-        """
+        """Go on with slabs that change hands, at most `max_items` chunks. Returns the chunks that went."""
         self.settle()
-        left = max_items
-        gone: list[Chunk] = []
-        for entry in list(self._draining):
-            slab, giver, taker = entry
-            if self._youngest(slab, giver) is None:
-                self._draining.remove(entry)
-                continue
-            chunks = [self.by_slot[slot] for slot in slab.slot_ids if slot in self.by_slot][:left]
-            left -= len(chunks)
-            gone += self.drop(chunks, "slab_move")
-            if not any(slot in self.by_slot for slot in slab.slot_ids):
-                self._draining.remove(entry)
-                self.slabs.release(slab, giver)
-                self.slabs.grow(taker)
-            if left <= 0:
-                break
-        return gone
+        return self._moves.go_on(max_items)
 
     def check_integrity(self) -> None:
         """Assert that slots, states, pins and eviction order add up. O(chunks); for tests and doctor."""
         self.settle()
         self.slabs.check_integrity()
+        self._moves.check_integrity()
         filed = [chunk for space in self.spaces for chunk in space.chunks.values()]
         assert all(self.by_slot[chunk.slot_id] is chunk for chunk in filed)
         resident = {chunk for chunk in self.by_slot.values() if not chunk.dropped}
@@ -447,6 +395,8 @@ class PrimaryTier:
             assert len(size_class.free) + held == size_class.num_slots, (held, size_class.num_slots)
             assert len(set(size_class.free)) == len(size_class.free), "a slot is free twice"
             assert not set(size_class.free) & self.by_slot.keys(), "a free slot holds a chunk"
+            in_slabs = Counter(chunk.slab for chunk in own)
+            assert all(slab.num_chunks == in_slabs[slab] for slab in size_class.slabs.values())
             evictable = [chunk for chunk in own if not chunk.dropped and not chunk.pins]
             assert len(policy) == len(evictable), (len(policy), len(evictable))
             assert all(chunk.id in policy for chunk in evictable)

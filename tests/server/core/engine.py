@@ -90,6 +90,7 @@ class Process:
         self.lock_file = rig.locks.take(f"{name}-{next(rig.serial)}")
         self.session: Session | None = None
         self.previous_session = ""
+        self.maps_pool = False
 
 
 class Engine:
@@ -136,6 +137,7 @@ class Engine:
             self.world_size,
             self.tenant,
             process.lock_file,
+            int(process.maps_pool),
             previous_session=process.previous_session if promise else "",
             epoch=self.epoch if process.role is Role.SCHEDULER else 0,
             geometry=self.geometry if process.role is Role.WORKER else None,
@@ -144,6 +146,7 @@ class Engine:
         session = self.rig.core.attach(session_id, applicant, self.namespace, self.rig.clock.now_ns)
         process.session = session
         process.previous_session = session_id
+        process.maps_pool = process.role is Role.WORKER
         return session
 
     def attach(self, *, promise: bool = False) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from kvtier_server.core.completions import MismatchReport
 from kvtier_server.core.grants import NotResident
+from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.refused import BadRequest, Inflight, LeaseUnknown
 from kvtier_server.core.stores import ItemStatus
@@ -357,6 +358,19 @@ def test_a_reported_mismatch_is_hashed_and_a_corrupt_chunk_taken_out() -> None:
     assert engine.prepare_load(to_keys([2]), 6)[0].slot_id != bad.slot_id
 
 
+def test_a_slot_that_many_complain_about_is_hashed_once_at_a_time() -> None:
+    rig = Rig()
+    engine = rig.engine()
+    engine.store([1, 2])
+    slots = engine.prepare_load(to_keys([1, 2]), 5)
+    complaints = [MismatchReport(slot.slot_id, slot.generation) for slot in slots] * 500
+    for lease in (5, 6, 7):
+        engine.report_load(0, lease, mismatches=complaints)
+    assert rig.hash_asked() == [True, True]
+    engine.report_load(0, 8, mismatches=complaints[:1])
+    assert rig.hash_asked() == [True], "the first hash is there, so it can be asked for again"
+
+
 def test_a_complaint_about_an_older_generation_or_no_slot_at_all_is_passed_over() -> None:
     rig = Rig()
     engine = rig.engine()
@@ -379,6 +393,57 @@ def test_the_number_of_leases_is_limited() -> None:
     assert engine.prepare_store(to_keys([2])).slot_ids == []
 
 
+def test_the_number_of_requests_is_limited_whether_they_have_leases_or_not() -> None:
+    rig = Rig(limits=Limits(max_requests=3))
+    engine = rig.engine()
+    engine.store([1], "first")
+    for number in range(10):
+        engine.lookup(to_keys([1]), f"unleased-{number}")
+    requests = engine.scheduler.instance.requests
+    assert len(requests) == 3
+    for lease in (1, 2, 3):
+        engine.lookup(to_keys([1]), f"leased-{lease}", lease=lease)
+    with pytest.raises(Inflight, match=r"limits\.requests_per_instance"):
+        engine.lookup(to_keys([1]), "one more")
+    assert engine.lookup(to_keys([1]), "leased-2").statuses == [HIT], "a known one goes on"
+    engine.release(2)
+    engine.lookup(to_keys([1]), "one more")
+    assert len(requests) == 3
+    assert requests.get("leased-2") is None
+
+
+def test_leases_that_were_not_looked_at_expire_the_next_time() -> None:
+    rig = Rig()
+    engine = rig.engine()
+    engine.store([1])
+    for lease in (1, 2, 3):
+        engine.lookup(to_keys([1]), lease=lease)
+    book = rig.core.books.leases
+    now_ns = rig.clock.advance(31)
+    assert next(book.expired(now_ns)).id == 1, "whatever becomes of it"
+    assert [lease.id for lease in book.expired(now_ns)] == [2, 3]
+
+
+def test_leases_are_counted_by_kind_and_the_oldest_is_known() -> None:
+    rig = Rig()
+    engine = rig.engine()
+    engine.store([1])
+    book = rig.core.books.leases
+    for lease in (1, 2, 3):
+        engine.lookup(to_keys([1]), lease=lease)
+        rig.tick(1)
+    engine.prepare_load(to_keys([1]), 4)
+    engine.release(1)
+    engine.renew(2)
+    oldest = book.oldest(LeaseKind.LOOKUP)
+    assert (book.count(LeaseKind.LOOKUP), book.count(LeaseKind.LOAD), len(book)) == (2, 1, 3)
+    assert oldest is not None
+    assert oldest.id == 2
+    assert book.oldest(LeaseKind.STORE) is None
+    engine.die()
+    assert (len(book), book.oldest(LeaseKind.LOOKUP)) == (0, None)
+
+
 def test_ended_leases_do_not_pile_up_until_their_time() -> None:
     rig = Rig()
     engine = rig.engine()
@@ -387,6 +452,15 @@ def test_ended_leases_do_not_pile_up_until_their_time() -> None:
         engine.prepare_load(to_keys([1]), lease)
         engine.report_load(0, lease)
     assert len(rig.core.books.leases._expiry) < 2_000
+
+
+def test_a_load_start_without_an_id_is_unknown() -> None:
+    rig = Rig()
+    engine = rig.engine()
+    engine.store([1])
+    slots = engine.leased(to_keys([1]), engine.lookup(to_keys([1]), lease=1))
+    assert engine.start_load(1, 0, slots) == UNKNOWN
+    assert engine.start_load(1, 2, slots) == OK
 
 
 def test_a_lease_id_of_zero_or_of_another_kind_is_refused() -> None:

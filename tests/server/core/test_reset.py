@@ -69,6 +69,24 @@ def test_what_is_being_stored_during_a_reset_ends_unpublished_in_both_epochs() -
     rig.assert_nothing_is_held()
 
 
+def test_epochs_that_hold_nothing_are_forgotten() -> None:
+    rig = Rig()
+    engine, other = rig.engine(), rig.engine("other")
+    for _ in range(10):
+        engine.reset()
+    assert len(rig.core.books.primary.spaces) == 2, "its own, and the other's"
+    engine.store([1])
+    (slot,) = engine.grant(2)
+    for _ in range(10):
+        engine.reset()
+    assert len(rig.core.books.primary.spaces) == 3, "one holds a chunk and is being stored into"
+    assert engine.write_part(slot) == OK
+    other.reset("w")
+    engine.reset("w")
+    assert {space.name.epoch for space in rig.core.books.primary.spaces if not space.chunks} == {engine.epoch}
+    rig.check()
+
+
 def test_an_engine_that_attaches_again_stays_in_its_epoch() -> None:
     rig = Rig()
     engine = rig.engine()

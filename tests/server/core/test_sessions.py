@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -98,6 +99,38 @@ def test_a_process_that_attaches_again_keeps_its_slots_quarantined_unless_it_pro
     rig.check()
 
 
+def test_a_process_whose_lock_nobody_holds_is_refused() -> None:
+    rig = Rig()
+    engine = Engine(rig, "engine", facts())
+    for process in engine.processes:
+        rig.locks.free(process.lock_file)
+        with pytest.raises(BadRequest, match="nobody holds") as refusal:
+            engine.attach_process(process)
+        assert refusal.value.metadata["field"] == "lock_file"
+    assert not rig.core.namespaces
+
+
+@pytest.mark.parametrize("call", ["lookup", "lease", "load", "store", "credits", "renew", "touch", "reset"])
+def test_a_worker_makes_no_call_of_the_schedulers(call: str) -> None:
+    rig = Rig()
+    engine = Engine(rig, "engine", facts())
+    engine.attach_process(engine.processes[1])  # alone, in epoch 0, whatever the engine's epoch is
+    engine.processes[0].session = engine.processes[1].session
+    calls: dict[str, Callable[[], object]] = {
+        "lookup": lambda: engine.lookup(to_keys([1])),
+        "lease": lambda: engine.lookup(to_keys([1]), lease=1),
+        "load": lambda: engine.prepare_load(to_keys([1]), 1),
+        "store": lambda: engine.prepare_store(to_keys([1])),
+        "credits": lambda: engine.credits(1),
+        "renew": lambda: engine.renew(1),
+        "touch": lambda: engine.touch(to_keys([1])),
+        "reset": engine.reset,
+    }
+    with pytest.raises(BadRequest, match="scheduler") as refusal:
+        calls[call]()
+    assert refusal.value.metadata["field"] == "session_id"
+
+
 def test_slots_of_several_writers_wait_for_all_of_them() -> None:
     rig = Rig()
     engine = rig.engine(world_size=2, namespace=facts(num_parts=2))
@@ -162,6 +195,70 @@ def test_what_was_being_written_when_the_daemon_died_waits_for_its_writers() -> 
     rig.tick()
     assert len(rig.core.books.quarantine) == 0
     rig.check()
+
+
+def test_a_quarantine_of_an_earlier_daemon_waits_for_nobody_who_has_no_pool_mapped() -> None:
+    rig = Rig(16)
+    engine = rig.engine()
+    engine.prepare_store(to_keys([1, 2]))
+    late = Engine(rig, "late", facts())  # has its locks, and was about to attach
+    mapped = rig.engine("mapped")
+    rig.restart_daemon()
+    engine.die()
+    rig.tick()
+    assert len(rig.core.books.quarantine) == 2, "each of the others might be the writer"
+    late.attach()
+    mapped.attach()
+    assert len(rig.core.books.quarantine) == 2, "a worker that has the pool mapped has promised nothing"
+    mapped.attach_process(mapped.processes[1], promise=True)
+    rig.assert_nothing_is_held()
+
+
+def store_much(rig: Rig, engine: Engine) -> int:
+    """Reserve so many slots that their end takes several slices. Returns how many."""
+    for first in range(0, 10_000, 5_000):
+        engine.prepare_store(to_keys(range(first, first + 5_000)), f"r{first}")
+    return len(rig.core.books.reservations)
+
+
+def test_the_end_of_an_engine_with_many_slots_is_seen_at_once_and_done_in_slices() -> None:
+    rig = Rig(10_000, limits=Limits(pin_share=1.0))
+    engine = rig.engine()
+    assert store_much(rig, engine) == 10_000
+    engine.cut_stream(engine.processes[0])
+    books = rig.core.books
+    assert not books.instances.sessions
+    assert 0 < len(books.quarantine) < 5_000
+    while books.settle():
+        rig.core.books.primary.check_integrity()
+    assert (len(books.quarantine), len(books.reservations)) == (10_000, 0)
+    rig.locks.free(engine.processes[1].lock_file)
+    rig.tick()
+    assert 0 < len(books.quarantine) < 10_000
+    rig.assert_nothing_is_held()
+    assert not list(books.primary.spaces)
+
+
+def test_leases_may_expire_while_their_engine_is_being_taken_apart() -> None:
+    rig = Rig(4_096, limits=Limits(pin_share=1.0))
+    engine = rig.engine()
+    for first in range(0, 2_048, 256):  # a slice ends between the last slot of a lease and the lease itself
+        engine.prepare_store(to_keys(range(first, first + 256)), f"r{first}")
+    engine.die()
+    assert len(rig.core.books.reservations) == 1_024
+    rig.tick(301)
+    rig.assert_nothing_is_held()
+
+
+def test_a_promise_frees_also_the_slots_that_are_not_quarantined_yet() -> None:
+    rig = Rig(10_000, limits=Limits(pin_share=1.0))
+    engine = rig.engine()
+    store_much(rig, engine)
+    engine.cut_stream(engine.processes[0])
+    engine.attach(promise=True)
+    rig.assert_nothing_is_held()
+    assert engine.is_attached
+    assert store_much(rig, engine) == 10_000
 
 
 def test_equal_request_ids_of_two_engines_are_two_requests() -> None:  # C3
@@ -249,6 +346,20 @@ def test_another_geometry_is_refused_by_the_field_that_differs(geometry: Geometr
     assert refusal.value.metadata["registered"] != refusal.value.metadata["given"]
     assert not other.is_attached
     rig.check()
+
+
+def test_ranks_that_hold_equal_bytes_lay_them_out_alike() -> None:  # C1
+    rig = Rig()
+    engine = Engine(rig, "engine", facts(num_parts=1), world_size=2)
+    engine.attach_process(engine.processes[0])
+    engine.attach_process(engine.processes[1])
+    right = engine.geometry
+    engine.geometry = ((TensorLayout("values", 2048), TensorLayout("keys", 2048)),)
+    with pytest.raises(GeometryMismatch):
+        engine.attach_process(engine.processes[2])
+    engine.geometry = right
+    engine.attach_process(engine.processes[2])
+    assert engine.store([1]) == [1]
 
 
 def test_a_geometry_is_forgotten_with_the_last_chunk_and_engine_of_its_namespace() -> None:

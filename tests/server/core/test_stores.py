@@ -121,6 +121,23 @@ def test_an_expired_store_is_not_published_and_its_slot_waits_for_its_writers() 
     assert engine.report_store(1, slot, engine.content(slot.key)) == ALREADY
 
 
+def test_slots_of_an_expired_store_that_nobody_was_given_come_back_with_its_release() -> None:  # L1
+    rig = Rig()
+    engine = rig.engine(namespace=facts(num_parts=2), world_size=2)
+    untouched, half, announced = engine.grant(1, 2, 3, lease=9)
+    engine.write_part(half, 0)
+    engine.announce([announced])
+    rig.tick(301)
+    assert len(rig.core.books.reservations) == 3, "whether they were handed out, the scheduler has to say"
+    assert engine.prepare_store([untouched.key], lease=9).verdicts == [INFLIGHT], "nothing is granted anew"
+    assert engine.release(9)
+    assert {r.slot_id for r in rig.core.books.reservations} == {half.slot_id, announced.slot_id}
+    assert engine.write_part(half, 1) == EXPIRED
+    assert [engine.write_part(announced, rank) for rank in (0, 1)] == [EXPIRED, EXPIRED]
+    assert not engine.release(9), "it has ended"
+    rig.assert_nothing_is_held()
+
+
 def test_of_two_writers_of_one_key_the_second_is_dropped() -> None:
     rig = Rig()
     one, two = rig.engine("one"), rig.engine("two")
