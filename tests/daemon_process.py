@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -84,7 +85,9 @@ class DaemonProcess:
         self.pool_directory = default_pool_directory(self.name)
         self._files = tmp_dir / self.name
         self._files.mkdir(parents=True, exist_ok=True)
-        self.address = address or f"unix://{self._files}/run/kvtier.sock"
+        # Not below `tmp_dir`: pytest's names are long, and Linux allows 107 bytes for a socket's path.
+        self._run_dir = Path(tempfile.mkdtemp(prefix="kvtier-run-"))
+        self.address = address or f"unix://{self._run_dir}/s/kvtier.sock"
         self.metrics_port = 0
         self.process: subprocess.Popen[bytes] | None = None
         self._env = child_environment(**(env or {}))
@@ -180,6 +183,7 @@ class DaemonProcess:
     def close(self) -> None:
         """Kill it if it runs, and remove its pool. A second call does nothing."""
         self.kill()
+        shutil.rmtree(self._run_dir, ignore_errors=True)
         if self.pool_directory.exists():
             shutil.rmtree(self.pool_directory)
 

@@ -298,8 +298,11 @@ class Daemon:
         return part_checksum(self._pool.part_view(request.slot_id, offset, request.part_bytes)) == recorded
 
     def _hashed(self, request: HashRequest, future: asyncio.Future[bool]) -> None:
-        if not future.cancelled() and future.exception() is None:
-            matches = future.result()
+        if not future.cancelled():
+            failure = future.exception()
+            if failure is not None:
+                log.error("hash_failed", slot=request.slot_id, part=request.part, exc_info=failure)
+            matches = failure is not None or future.result()  # who cannot tell condemns nothing
             self.core.completions.hashed(request, matches)
             if not matches:
                 log.error("corrupt_chunk", slot=request.slot_id, part=request.part, action="quarantined")

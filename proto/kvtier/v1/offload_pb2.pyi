@@ -498,7 +498,9 @@ class AttachRequest(_message.Message):
     still running. Empty = no promise.
     """
     mapped_pool_id: _builtins.int
-    """Pool the process has mapped, 0 = none yet. Told for messages only."""
+    """Pool the process has mapped. 0 = none: then none of its copies can be running, and slots that wait for its
+    lock are free again.
+    """
     epoch: _builtins.int
     """Epoch the instance moved to with Reset; 0 = never. A scheduler says it again on every Attach, so that a
     lost session or a restarted daemon never takes it back to older weights. Ignored from workers.
@@ -509,8 +511,8 @@ class AttachRequest(_message.Message):
 
     @_builtins.property
     def geometry(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupGeometry]:
-        """The rank's tensors, one entry per group; workers only. Compared with what this (namespace, rank)
-        registered first.
+        """The rank's tensors, one entry per group; workers only. Compared with what was registered first for this
+        (namespace, part).
         """
 
     def __init__(

@@ -24,6 +24,9 @@ from kvtier_server.primary.slab_moves import SlabMoves
 SLICE_ITEMS = 2_048
 """Items of one slice of a long operation: keeps the owning thread free within about 2 ms."""
 
+BATCH_ITEMS = 3
+"""What a batch costs besides its items, in items: many leases of one chunk each are work too."""
+
 RemovedListener = Callable[[KeySpace, Sequence[bytes], str], None]
 
 
@@ -102,12 +105,12 @@ class PrimaryTier:
             user, chunks, stamps = self._uses.popleft()
             self._settle_uses(user, chunks, stamps)
             self.num_unsettled -= len(chunks)
-            left -= len(chunks)
+            left -= len(chunks) + BATCH_ITEMS
         while self._unsettled and left > 0:
             unsettled = self._unsettled.popleft()
             self._settle_pins(unsettled)
             self.num_unsettled -= len(unsettled)
-            left -= len(unsettled)
+            left -= len(unsettled) + BATCH_ITEMS
         return left
 
     def _settle_uses(self, user: object, chunks: Sequence[Chunk | None], stamps: Sequence[int]) -> None:
