@@ -343,6 +343,8 @@ class Daemon:
     def snapshot(self) -> StatsSnapshot:
         """Count everything now. On the loop's thread."""
         books, now_ns = self.core.books, boottime_ns()
+        books.unpin_all()
+        books.primary.settle()  # or pins would show as they were a tick ago
         counts = books.counts
         shortage = self._backing.shortage if self._backing is not None else ""
         primary = primary_stats(books, shortage or "ok")
