@@ -22,6 +22,9 @@ from kvtier_client.stats import ClientStats
 
 logger = logging.getLogger(__name__)
 
+_jitter = random.Random()
+# Of its own: an engine that seeded the process's generator must draw the numbers it expects.
+
 
 def pauses_s(options: ClientOptions) -> Iterator[float]:
     """Yield the pauses between attempts, doubling between the two bounds.
@@ -30,7 +33,7 @@ def pauses_s(options: ClientOptions) -> Iterator[float]:
     """
     pause_ms = options.reconnect_min_ms
     while True:
-        yield pause_ms / 1000 * random.uniform(0.8, 1.0)
+        yield pause_ms / 1000 * _jitter.uniform(0.8, 1.0)
         pause_ms = min(2 * pause_ms, options.reconnect_max_ms)
 
 

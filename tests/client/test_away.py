@@ -190,6 +190,7 @@ def test_a_stopped_daemon_costs_three_deadlines_however_much_is_asked(directory:
         assert client.wait_attached(LONG_S)
         assert client.lookup(CTX, keys, timeout_s=LONG_S).reason == ""
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         started = time.monotonic()
         pending = [client.lookup_async(ReqContext(f"r{number}"), keys) for number in range(10)]
         reasons = {client.lookup(ReqContext(f"s{number}"), keys).reason for number in range(10)}
