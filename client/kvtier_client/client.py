@@ -179,15 +179,17 @@ class OffloadClient:
         first_chunks: Sequence[int] = (),
         max_tokens: int | None = None,
         pending_wait_ms: int = 0,
+        lease_hits: bool = False,
         timeout_s: float | None = None,
     ) -> LookupAnswer:
         """Ask for keys and wait for the answer, at most until the deadline.
 
         `keys`: group-major, within a group in prefix order; `first_chunks`: per group the request's chunk
-        that its first key belongs to. `timeout_s` takes the place of `lookup_deadline_ms`; a shorter one
+        that its first key belongs to. `lease_hits`: pin every hit, not only the prefix that all groups can
+        use. `timeout_s` takes the place of `lookup_deadline_ms`; a shorter one
         is no missed deadline for the breaker.
         """
-        call = self._lookup_call(ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms)
+        call = self._lookup_call(ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms, lease_hits)
         if isinstance(call, str):
             return LookupAnswer.missed(len(keys), call)
         deadline_s = self._lookup_deadline_s if timeout_s is None else timeout_s
@@ -206,10 +208,11 @@ class OffloadClient:
         first_chunks: Sequence[int] = (),
         max_tokens: int | None = None,
         pending_wait_ms: int = 0,
+        lease_hits: bool = False,
         timeout_s: float | None = None,
     ) -> PendingLookup:
         """Ask as `lookup` does, and return at once."""
-        call = self._lookup_call(ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms)
+        call = self._lookup_call(ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms, lease_hits)
         if isinstance(call, str):
             return PendingLookup.settled(self._gate, LookupAnswer.missed(len(keys), call))
         deadline_s = self._lookup_deadline_s if timeout_s is None else timeout_s
@@ -357,6 +360,7 @@ class OffloadClient:
         first_chunks: Sequence[int],
         max_tokens: int | None,
         pending_wait_ms: int,
+        lease_hits: bool,
     ) -> LookupCall | str:
         """Return a lookup to send, or the reason why its keys miss at once."""
         link = self._enter(ctx, len(keys))
@@ -377,6 +381,7 @@ class OffloadClient:
             first_chunks=first_chunks,
             max_tokens=max_tokens,
             pending_wait_ms=pending_wait_ms,
+            lease_hits=lease_hits,
         )
 
     def _give_back(self, lease_id: int) -> None:

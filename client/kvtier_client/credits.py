@@ -1,7 +1,8 @@
 """Credits: slots reserved ahead, so that preparing a store needs no RPC.
 
 Owns which slots this engine holds unused, and how many it should hold: twice what the largest of the last
-100 storing steps took. Sends nothing: the scheduler shim asks `shortfall` and `surplus` and does the talking.
+100 storing steps took, or what the requests that are there are expected to store, whichever is more. Sends
+nothing: the scheduler shim asks `shortfall` and `surplus` and does the talking.
 
 Credits are used oldest first. They do not age: the daemon never takes one, it asks for them.
 """
@@ -42,7 +43,6 @@ class _Group:
     asked: int = 0
     asked_at: float = 0.0
     ask_after: float = 0.0
-    foreseen: int = 0
     largest: int = 0
 
 
@@ -57,10 +57,11 @@ class CreditBook:
         self._first_lease_id = 0
         self._steps: deque[tuple[int, ...]] = deque(maxlen=WINDOW_STEPS)
         self._step: list[int] = []
+        self._expected: list[int] = []
         self._last_use = 0.0
 
     def open(self, slot_bytes: Sequence[int], max_bytes: int, pool_id: int, now: float) -> None:
-        """Begin a session with no credits. The memory of past steps stays if the groups are as before."""
+        """Begin a session with no credits. What is known of the demand stays if the groups are as before."""
         with self._lock:
             self._groups = [_Group(size, deque()) for size in slot_bytes]
             self._max_bytes = max_bytes
@@ -69,6 +70,7 @@ class CreditBook:
             if len(self._step) != len(self._groups):
                 self._steps.clear()
                 self._step = [0] * len(self._groups)
+            self._expected += [0] * (len(self._groups) - len(self._expected))
             self._measure()
 
     def void(self) -> None:
@@ -115,12 +117,22 @@ class CreditBook:
             held = self._groups[group].held
             return [held.popleft() for _ in range(min(count, len(held)))]
 
-    def foresee(self, group: int, count: int, now: float) -> None:
-        """Expect a request to store `count` chunks soon, until the next storing step says what it took."""
+    def expect(self, group: int, change: int, now: float) -> None:
+        """Count on `change` more chunks (fewer, if negative) that requests will store."""
         with self._lock:
-            if count > 0 and group < len(self._groups):
+            # Also without a session: the requests are there when one comes.
+            self._expected += [0] * (group + 1 - len(self._expected))
+            self._expected[group] += change
+            if change > 0:
                 self._last_use = now
-                self._groups[group].foreseen = max(self._groups[group].foreseen, count)
+
+    def awaits(self, now: float, patience_s: float) -> bool:
+        """Tell whether slots that are needed are on their way, asked for at most `patience_s` ago."""
+        with self._lock:
+            return any(
+                entry.asked and now - entry.asked_at < patience_s and expected > len(entry.held)
+                for entry, expected in zip(self._groups, self._expected, strict=False)
+            )
 
     def end_step(self) -> None:
         """Close the step. One that wanted nothing is not remembered, or waiting would forget the demand."""
@@ -128,8 +140,6 @@ class CreditBook:
             if any(self._step):
                 self._steps.append(tuple(self._step))
                 self._step = [0] * len(self._step)
-                for entry in self._groups:
-                    entry.foreseen = 0
                 self._measure()
 
     def shortfall(self, now: float) -> list[tuple[int, int]]:
@@ -152,8 +162,6 @@ class CreditBook:
         """Take out what should go back: all when idle, else what exceeds twice the target."""
         with self._lock:
             if now - self._last_use >= IDLE_RETURN_S:
-                for entry in self._groups:
-                    entry.foreseen = 0
                 return self._take_newest(sum(len(entry.held) for entry in self._groups))
             back: list[Credit] = []
             for entry, target in zip(self._groups, self._targets(), strict=True):
@@ -186,7 +194,10 @@ class CreditBook:
 
     def _targets(self) -> list[int]:
         """Credits each group should hold, scaled down together to what the daemon allows."""
-        targets = [max(2 * entry.largest, entry.foreseen) for entry in self._groups]
+        targets = [
+            max(2 * entry.largest, expected)
+            for entry, expected in zip(self._groups, self._expected, strict=False)
+        ]
         wanted = sum(t * entry.slot_bytes for t, entry in zip(targets, self._groups, strict=True))
         if wanted > self._max_bytes:
             return [target * self._max_bytes // wanted for target in targets]

@@ -52,6 +52,7 @@ class LookupCall:
         first_chunks: Sequence[int],
         max_tokens: int | None,
         pending_wait_ms: int,
+        lease_hits: bool,
     ) -> None:
         self._gate = gate
         self._link = link
@@ -69,6 +70,7 @@ class LookupCall:
             first_chunks=first_chunks,
             max_tokens=max_tokens or 0,
             pending_wait_ms=pending_wait_ms,
+            lease_hits=lease_hits,
         )
         # Before it is sent: the daemon's count can only begin later.
         self._sent_at = lease_time()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 
 from kvtier_client.client import OffloadClient
 from kvtier_client.options import ClientOptions
@@ -26,6 +27,18 @@ MAX_EARLY_EVENTS = 4096
 """Events about lookups whose answer has not been read. Beyond it the oldest are dropped: their chunks stay
 PENDING until promotion_wait_ms, then miss."""
 
+
+class Attempt(Enum):
+    """How much one attempt to begin a request may rely on."""
+
+    KNOWN = "known"
+    """The answer is there, or nothing can be asked: what is not pinned misses."""
+    WAITING = "waiting"
+    """The answer is on its way."""
+    OVERDUE = "overdue"
+    """It should have been there by now: everything misses."""
+
+
 Resolution = tuple[bytes, ChunkStatus, SlotRef | None]
 MissingHandler = Callable[[RequestState, Sequence[ChunkRef], float], None]
 
@@ -42,6 +55,7 @@ class Pins:
         options: ClientOptions,
         clock: Callable[[], float],
         on_missing: MissingHandler,
+        lease_hits: bool = False,
     ) -> None:
         self._client = client
         self._wait_s = options.lookup_wait_ms / 1000
@@ -49,32 +63,43 @@ class Pins:
         self._promotion_wait_ms = options.promotion_wait_ms
         self._clock = clock
         self._on_missing = on_missing
+        self._lease_hits = lease_hits
         self._owners: dict[int, RequestState] = {}
         self._early: OrderedDict[int, list[Resolution]] = OrderedDict()
         self._num_early = 0
 
-    def tokens(self, state: RequestState, num_computed_tokens: int) -> int | None:
-        """Return how many tokens after the computed ones are pinned; None = not known yet.
+    def attempt(self, state: RequestState, num_computed_tokens: int, wait_s: float | None = None) -> Attempt:
+        """Bring what is known of a request up to date, for one attempt of the scheduler to begin it.
 
-        Sends nothing while the present answer stands. Waits for one on its way, at most `lookup_wait_ms`.
+        Sends nothing while the present answer stands. Waits for one on its way, at most `wait_s`
+        (`lookup_wait_ms` by default).
         """
         now = self._clock()
         if state.lease_id and not self._client.lease_valid(state.lease_id):
             self.release(state)
         self._ask_if_due(state, num_computed_tokens, now)
+        if state.asked is not None and state.asked.background:
+            wait_s = 0.0  # there is an answer to go on with
         if (
             state.asked is not None
-            and self.settle(state, self._wait_s)
+            and self.settle(state, self._wait_s if wait_s is None else wait_s)
             and _reaches_further(state, num_computed_tokens)
         ):
             # A request's first lookup is sent before anybody knows what the device cache holds of it.
             self.ask(state, num_computed_tokens, now)
         asked = state.asked
-        if asked is not None and not asked.background:
-            # The client ends the lookup at the same deadline; whoever is first, this attempt computes.
-            return 0 if now - asked.asked_at >= self._deadline_s else None
+        if asked is None or asked.background:
+            return Attempt.KNOWN
+        # The client ends the lookup at the same deadline; whoever is first, this attempt computes.
+        return Attempt.OVERDUE if now - asked.asked_at >= self._deadline_s else Attempt.WAITING
+
+    def tokens(self, state: RequestState, num_computed_tokens: int) -> int | None:
+        """Return how many tokens after the computed ones are pinned; None = not known yet."""
+        attempt = self.attempt(state, num_computed_tokens)
+        if attempt is not Attempt.KNOWN:
+            return 0 if attempt is Attempt.OVERDUE else None
         tokens = state.pinned_tokens(num_computed_tokens)
-        if now < state.pending_until and state.has(ChunkStatus.PENDING):
+        if self._clock() < state.pending_until and state.has(ChunkStatus.PENDING):
             hoped = state.hoped_tokens(num_computed_tokens, ChunkStatus.HIT, ChunkStatus.PENDING)
             if hoped > max(tokens, num_computed_tokens):
                 return None
@@ -103,6 +128,7 @@ class Pins:
             first_chunks=firsts,
             max_tokens=state.max_lookup_tokens,
             pending_wait_ms=self._promotion_wait_ms if state.may_load else 0,
+            lease_hits=self._lease_hits,
         )
         counts = tuple(end - first for first, end in ranges)
         state.asked = Asked(pending, firsts, counts, num_computed_tokens, now, background)

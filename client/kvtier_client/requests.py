@@ -137,6 +137,10 @@ class RequestState:
     refresh_after: float = 0.0
     refresh_delay: float = 0.0
     failed: set[bytes] = field(default_factory=set)
+    expected: list[int] = field(default_factory=list)
+    """Per group, how many chunks it is expected to store yet."""
+    version: int = 0
+    """Raised whenever what is known of a chunk changes."""
     _present: frozenset[ChunkStatus] | None = None
     _tokens: dict[int, int] = field(default_factory=dict)
     """What follows from the chunks, until one changes: a waiting request is asked about in every step."""
@@ -153,7 +157,7 @@ class RequestState:
         assert len(keys) == len(facts.groups), f"{len(keys)} lists of keys for {len(facts.groups)} groups"
         groups = [GroupChunks([], [], []) for _ in keys]
         cap = max_offload_tokens(ctx.kv_transfer_params, ctx.req_id)
-        state = cls(ctx, facts, groups, max_lookup_tokens, cap)
+        state = cls(ctx, facts, groups, max_lookup_tokens, cap, expected=[0] * len(groups))
         for group, group_keys in enumerate(keys):
             state.extend(group, group_keys)
         return state
@@ -267,6 +271,7 @@ class RequestState:
         self._chunks_changed()
 
     def _chunks_changed(self) -> None:
+        self.version += 1
         self._present = None
         self._tokens.clear()
 
@@ -343,7 +348,7 @@ class RequestState:
                 elif not self._is_complete(ref, block_ids[group], null_block_id):
                     yield ref, SkipReason.INCOMPLETE
                 else:
-                    yield ref, _SKIP_OF_STATUS[chunks.status[chunk]]
+                    yield ref, SKIP_OF_STATUS[chunks.status[chunk]]
 
     def _is_complete(self, ref: ChunkRef, table: Sequence[int], null_block_id: int | None) -> bool:
         blocks = self.blocks_of(ref, table)
@@ -361,7 +366,8 @@ def read_status(raw: int) -> ChunkStatus:
     return ChunkStatus(raw) if known else ChunkStatus.MISS
 
 
-_SKIP_OF_STATUS: dict[ChunkStatus, SkipReason | None] = {
+SKIP_OF_STATUS: dict[ChunkStatus, SkipReason | None] = {
+    # Why not to store a chunk of which this is known; None = store it.
     # Never asked (decoded later, or no answer came): stored on suspicion; the daemon drops duplicates.
     ChunkStatus.UNKNOWN: None,
     ChunkStatus.MISS: None,

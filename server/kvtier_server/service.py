@@ -115,6 +115,7 @@ class OffloadService:
             message.first_chunks[:],
             message.max_tokens,
             message.pending_wait_ms * 1_000_000,
+            message.lease_hits,
         )
         return pb.LookupResponse(
             boot_id=self._boot_id,

@@ -174,6 +174,7 @@ class RecordingClient(OffloadClient):
         first_chunks: Sequence[int] = (),
         max_tokens: int | None = None,
         pending_wait_ms: int = 0,
+        lease_hits: bool = False,
         timeout_s: float | None = None,
     ) -> PendingLookup:
         self.lookups.append(ManualLookup(keys, next(self._ids) if lease else 0, first_chunks))

@@ -91,14 +91,28 @@ def test_the_daemons_limit_is_shared_among_the_groups() -> None:
     assert made.shortfall(now=0.0) == [(0, 4), (1, 8)]
 
 
-def test_a_foreseen_request_counts_until_a_step_says_what_it_took() -> None:
+def test_what_requests_will_store_adds_up_until_they_have_stored_it() -> None:
     made = book()
-    made.foresee(0, 32, now=0.0)
+    made.expect(0, 20, now=0.0)
+    made.expect(0, 12, now=0.0)
     assert made.shortfall(now=0.0) == [(0, 32)]
     made.grant(0, list(range(32)), [1] * 32, 5, now=0.0)
     step(made, 4)
+    made.expect(0, -32, now=0.0)
 
     assert len(made.surplus(now=0.0)) == 12  # down to twice the target of 8
+
+
+def test_slots_are_awaited_while_they_are_needed_and_on_their_way() -> None:
+    made = book()
+    made.expect(0, 2, now=0.0)
+    assert not made.awaits(now=0.0, patience_s=0.05)  # nobody has asked
+    made.shortfall(now=0.0)
+
+    assert made.awaits(now=0.04, patience_s=0.05)
+    assert not made.awaits(now=0.06, patience_s=0.05)
+    made.grant(0, [1], [1], 5, now=0.04)
+    assert not made.awaits(now=0.04, patience_s=0.05)  # the daemon had no more
 
 
 def test_credits_are_used_in_the_order_they_came() -> None:
@@ -123,7 +137,7 @@ def test_after_five_seconds_without_stores_everything_goes_back() -> None:
 def test_a_credit_that_is_wanted_never_gets_too_old() -> None:
     made = book()
     made.grant(0, [1, 2], [1, 1], 5, now=0.0)
-    made.foresee(0, 2, now=86_400.0)
+    made.expect(0, 2, now=86_400.0)
 
     assert made.surplus(now=86_400.0) == []
     assert [credit.slot_id for credit in made.take(0, 2, now=86_400.0)] == [1, 2]
@@ -199,6 +213,7 @@ class CreditBooks(RuleBasedStateMachine):
         super().__init__()
         self.book = CreditBook()
         self.now = 0.0
+        self.expected = [0, 0]
         self.next_slot = 0
         self.inside: set[int] = set()
         self.asked: list[tuple[int, int, int]] = []
@@ -220,8 +235,9 @@ class CreditBooks(RuleBasedStateMachine):
         self._leave(taken)
 
     @rule(group=st.integers(0, 1), count=st.integers(0, 40))
-    def foresee(self, group: int, count: int) -> None:
-        self.book.foresee(group, count, self.now)
+    def expect(self, group: int, count: int) -> None:
+        self.book.expect(group, count - self.expected[group], self.now)
+        self.expected[group] = count
 
     @rule()
     def end_step(self) -> None:

@@ -878,6 +878,7 @@ class LookupRequest(_message.Message):
     FIRST_CHUNKS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     PENDING_WAIT_MS_FIELD_NUMBER: _builtins.int
+    LEASE_HITS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The scheduler's session."""
     lease_id: _builtins.int
@@ -886,6 +887,11 @@ class LookupRequest(_message.Message):
     """The lease covers at most this many leading tokens; 0 = no cap."""
     pending_wait_ms: _builtins.int
     """How long PENDING keys are worth waiting for; 0 = no events."""
+    lease_hits: _builtins.bool
+    """The lease covers every resident key, and not only the prefix that all groups can use: for engines with
+    several groups that decide by their own rule where the prefix ends. Falls back to that prefix when the
+    instance may not pin so much.
+    """
     @_builtins.property
     def context(self) -> Global___RequestContext:
         """The request."""
@@ -908,10 +914,11 @@ class LookupRequest(_message.Message):
         first_chunks: _abc.Iterable[_builtins.int] | None = ...,
         max_tokens: _builtins.int = ...,
         pending_wait_ms: _builtins.int = ...,
+        lease_hits: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "first_chunks", b"first_chunks", "keys", b"keys", "lease_id", b"lease_id", "max_tokens", b"max_tokens", "pending_wait_ms", b"pending_wait_ms", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "first_chunks", b"first_chunks", "keys", b"keys", "lease_hits", b"lease_hits", "lease_id", b"lease_id", "max_tokens", b"max_tokens", "pending_wait_ms", b"pending_wait_ms", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -968,7 +975,7 @@ class LookupResponse(_message.Message):
     @_builtins.property
     def leased(self) -> _containers.RepeatedCompositeFieldContainer[Global___IndexRun]:
         """Keys pinned under the lease: the longest prefix that all groups can use, and for sliding-window groups
-        its last window. Ascending, disjoint. Empty without a lease.
+        its last window; with `lease_hits` every HIT. Ascending, disjoint. Empty without a lease.
         """
 
     @_builtins.property

@@ -50,8 +50,12 @@ class Lookups:
         first_chunks: Sequence[int] = (),
         max_tokens: int = 0,
         pending_wait_ns: int = 0,
+        lease_hits: bool = False,
     ) -> LookupAnswer:
-        """Answer one status per key; with a lease id, pin the longest prefix that all groups can use."""
+        """Answer one status per key; with a lease id, pin the longest prefix that all groups can use.
+
+        With `lease_hits` pin every resident key instead, as long as the instance may pin so much.
+        """
         instance = session.for_scheduling()
         check_number_of_keys(keys, self._books.limits.max_keys)
         if first_chunks and len(first_chunks) != len(instance.namespace.tails):
@@ -76,7 +80,9 @@ class Lookups:
             return LookupAnswer(statuses, unwanted)
         if not pending_wait_ns:
             pending = set()  # nobody waits for them: they are holes like any other
-        wanted = self._wanted_runs(instance, keys, found, pending, ranges, first_chunks, max_tokens)
+        wanted = list(ranges)
+        if not lease_hits or self._need(instance, keys, found, pending, ranges) > self._room(instance):
+            wanted = self._wanted_runs(instance, keys, found, pending, ranges, first_chunks, max_tokens)
         # What lies behind a hole is resident but of no use to this request.
         self._books.note_use(instance, request, keys, found, ranges, wanted)
         return self._lease_runs(
@@ -192,7 +198,7 @@ class Lookups:
             if known.kind is not LeaseKind.LOOKUP:
                 raise LeaseUnknown(f"lease {lease_id:#x} is a {known.kind} lease")
             self._books.end_lease(known)  # a repeated call: the answer is made anew
-        fitting = self._fitting(instance, found, wanted)
+        fitting = self._fitting(instance, keys, found, pending, wanted)
         if (
             self._books.leases.is_buried(instance, lease_id)
             or instance.num_leases >= self._books.limits.max_leases
@@ -223,18 +229,42 @@ class Lookups:
         )
 
     def _fitting(
-        self, instance: Instance, found: Sequence[Chunk | None], wanted: Sequence[tuple[int, int]]
+        self,
+        instance: Instance,
+        keys: Sequence[bytes],
+        found: Sequence[Chunk | None],
+        pending: set[bytes],
+        wanted: Sequence[tuple[int, int]],
     ) -> list[tuple[int, int]]:
         """Shorten the ranges to what the instance may still pin. Several groups fit wholly or not at all."""
-        room = self._books.max_pinned_bytes(instance) - instance.pinned_bytes
-        classes = instance.namespace.classes
-        need = sum((end - first) * classes[group].slot_bytes for group, (first, end) in enumerate(wanted))
-        if need <= room:
+        room = self._room(instance)
+        if self._need(instance, keys, found, pending, wanted) <= room:
             return list(wanted)
         if len(wanted) > 1:
             return [(first, first) for first, _ in wanted]
         first, end = wanted[0]
-        return [(first, min(end, first + max(room, 0) // classes[0].slot_bytes))]
+        return [(first, min(end, first + max(room, 0) // instance.namespace.classes[0].slot_bytes))]
+
+    def _room(self, instance: Instance) -> int:
+        """Bytes that the instance may still pin."""
+        return self._books.max_pinned_bytes(instance) - instance.pinned_bytes
+
+    @staticmethod
+    def _need(
+        instance: Instance,
+        keys: Sequence[bytes],
+        found: Sequence[Chunk | None],
+        pending: set[bytes],
+        ranges: Sequence[tuple[int, int]],
+    ) -> int:
+        """Bytes that pinning what is resident in these ranges takes, and what may become so."""
+        need = 0
+        for group, (first, end) in enumerate(ranges):
+            count = end - first - found[first:end].count(None)
+            if pending:
+                count += sum(key in pending for key in keys[first:end])
+            need += count * instance.namespace.classes[group].slot_bytes
+        return need
 
     @staticmethod
     def _runs(
