@@ -6,8 +6,8 @@ rank. Every rank gets the same job and copies its own part of each slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
@@ -45,6 +45,8 @@ class Job:
     block_ids: tuple[int, ...]
     group_sizes: tuple[int, ...]
     block_indices: tuple[int, ...]
+    group_slots: tuple[int, ...] | None = field(default=None, kw_only=True)
+    """How many slots each group takes, from an engine that leaves out blocks; see `plan_job`."""
 
     def __post_init__(self) -> None:
         columns = (len(self.slot_ids), len(self.generations), len(self.keys))
@@ -52,7 +54,9 @@ class Job:
 
     def plan(self, blocks_per_chunk: int) -> tuple[ChunkCopy, ...]:
         """Split into one copy per slot. Raises PlanError if the columns contradict each other."""
-        return plan_job(self.block_ids, self.group_sizes, self.block_indices, blocks_per_chunk)
+        return plan_job(
+            self.block_ids, self.group_sizes, self.block_indices, blocks_per_chunk, self.group_slots
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,34 @@ class LoadJob(Job):
 
 @dataclass(frozen=True, slots=True)
 class StoreJob(Job):
-    """Device -> pool, into slots this instance holds credits for."""
+    """Device -> pool, into slots this instance holds credits for. Only full chunks are stored."""
+
+    def plan(self, blocks_per_chunk: int) -> tuple[ChunkCopy, ...]:
+        return plan_job(
+            self.block_ids,
+            self.group_sizes,
+            self.block_indices,
+            blocks_per_chunk,
+            self.group_slots,
+            ends_whole=True,
+        )
+
+
+class CopyFailure(Enum):
+    """Why one chunk of a job was not copied, or its copy does not count."""
+
+    NOT_PINNED = "not_pinned"
+    """The daemon held nothing for it."""
+    TORN = "torn"
+    """Its slot was given away before the copy, or during it."""
+    MISMATCH = "mismatch"
+    """Its bytes are not the ones that were stored."""
+    INCOMPLETE = "incomplete"
+    """Some of its blocks are not in device memory."""
+    SESSION_LOST = "session_lost"
+    """The session ended before the copy began."""
+    ERROR = "error"
+    """The copy raised; it is in the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +108,8 @@ class JobResult:
     failed_keys: frozenset[bytes] = frozenset()
     bytes: int = 0
     seconds: float = 0.0
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Chunks that failed, by `CopyFailure` value."""
 
 
 def flatten(groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -112,6 +112,8 @@ class KeyedSchedulerShim(SchedulerBase):
     ) -> None:
         super().__init__(client, clock=clock, lease_hits=len(client.facts.groups) > 1)
         self._hears_of_failures = hears_of_failures
+        self.num_attempts = 0
+        """Attempts to begin a request, one per request and step at most."""
         self._views: dict[str, _View] = {}
         self._step = 0
         self._step_wait_s = client.options.lookup_wait_ms / 1000
@@ -178,6 +180,7 @@ class KeyedSchedulerShim(SchedulerBase):
         self._read_events()
         state = view.state
         view.step = self._step
+        self.num_attempts += 1
         if view.loaded and not self._hears_of_failures:
             state.mark_failed(view.loaded)
             view.loaded = set()

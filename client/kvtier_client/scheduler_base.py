@@ -159,11 +159,15 @@ class SchedulerBase(ClientListener):
         self._ask_for_credits(now)
         self._client.flush()
 
-    def reset(self, weights_id: str = "") -> bool:
+    def flush(self) -> None:
+        """Send what is queued, without ending the step."""
+        self._client.flush()
+
+    def reset(self, weights_id: str = "", timeout_s: float = 5.0) -> bool:
         """Move to another epoch after a weight update: nothing stored before is hit again.
 
-        Waits for the daemon. Call it when no request computes and every store has finished. False = the
-        daemon has not confirmed yet; until it does the client answers every lookup with misses.
+        Waits for the daemon, at most `timeout_s`. Call it when no request computes and every store has
+        finished. False = the daemon has not confirmed yet; until it does every lookup misses.
         """
         self._notice_fork()
         self._read_events()
@@ -173,7 +177,7 @@ class SchedulerBase(ClientListener):
             state.forget()
         self._recent.clear()
         self._return(self._credits.reset(self._client.new_lease_id()))
-        return self._client.reset(weights_id)
+        return self._client.reset(weights_id, timeout_s)
 
     def _ask_for_credits(self, now: float) -> None:
         if self._client.ready:

@@ -18,9 +18,9 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from itertools import count
 from typing import Literal
@@ -28,7 +28,7 @@ from typing import Literal
 from kvtier_client.answers import SessionInfo
 from kvtier_client.client import OffloadClient
 from kvtier_client.copy_threads import CopyTask, CopyThreads
-from kvtier_client.jobs import NO_SLOT, Job, JobId, JobKind, JobResult, LoadJob, StoreJob
+from kvtier_client.jobs import NO_SLOT, CopyFailure, Job, JobId, JobKind, JobResult, LoadJob, StoreJob
 from kvtier_client.listener import ClientListener
 from kvtier_client.reports import ChecksumMismatch, LoadReportItem, StoreReportItem
 from kvtier_ops.checksum import part_checksum
@@ -53,20 +53,10 @@ load does not wait for the whole of a large store."""
 _NO_SESSION = -1
 
 
-class _Outcome(Enum):
-    """How the copy of one chunk ended."""
-
-    FAILED = "failed"
-    """Not wholly copied, or not copied at all."""
-    OK = "ok"
-    TORN = "torn"
-    MISMATCH = "mismatch"
-
-
-_OUTCOME_OF_LOAD = {
-    LoadOutcome.OK: _Outcome.OK,
-    LoadOutcome.TORN: _Outcome.TORN,
-    LoadOutcome.MISMATCH: _Outcome.MISMATCH,
+_FAILURE_OF_LOAD = {
+    LoadOutcome.OK: None,
+    LoadOutcome.TORN: CopyFailure.TORN,
+    LoadOutcome.MISMATCH: CopyFailure.MISMATCH,
 }
 
 
@@ -79,7 +69,8 @@ class _Progress:
     session: int
     """Counts sessions: the one in which the job was submitted; _NO_SESSION if there was none of its pool."""
     copies: tuple[ChunkCopy, ...] = ()
-    outcomes: list[_Outcome] = field(default_factory=list)
+    failures: list[CopyFailure | None] = field(default_factory=list)
+    """None: copied."""
     checksums: list[int] = field(default_factory=list)
     tasks_left: int = 0
     started_at: float | None = None
@@ -219,11 +210,15 @@ class WorkerShim(ClientListener):
             is_of_session = self._pool is not None and self._pool.pool_id == job.pool_id
             pool = self._pool if is_of_session and not self._closed else None
             progress = _Progress(job, kind, self._session if is_of_session else _NO_SESSION)
-            progress.outcomes = [_Outcome.FAILED] * len(job.slot_ids)
+            # What is not copied for another reason keeps this one.
+            uncopied = CopyFailure.SESSION_LOST if job.pool_id else CopyFailure.NOT_PINNED
+            progress.failures = [uncopied] * len(job.slot_ids)
             progress.checksums = [0] * len(job.slot_ids)
             self._jobs[job.job_id] = progress
             if pool is not None:
                 progress.copies = self._plan(job)
+                if not progress.copies:
+                    progress.failures = [CopyFailure.ERROR] * len(job.slot_ids)
             tasks = [
                 CopyTask(job.job_id, kind, partial(self._run, progress, pool, piece))
                 for piece in self._pieces(progress.copies)
@@ -281,20 +276,23 @@ class WorkerShim(ClientListener):
     def _copy(self, progress: _Progress, pool: MappedPool, piece: range) -> None:
         if progress.started_at is None:
             progress.started_at = time.monotonic()
-        copy_slot: Callable[[_Progress, MappedPool, int], _Outcome]
+        copy_slot: Callable[[_Progress, MappedPool, int], CopyFailure | None]
         copy_slot = self._load_slot if progress.kind is JobKind.LOAD else self._store_slot
         for index in piece:
             try:
-                progress.outcomes[index] = copy_slot(progress, pool, index)
+                progress.failures[index] = copy_slot(progress, pool, index)
             except Exception:
+                progress.failures[index] = CopyFailure.ERROR
                 # The pool of a broken daemon, blocks that do not exist: the engine computes all the same.
                 logger.exception("slot %d of job %d was not copied", index, progress.job.job_id)
 
-    def _load_slot(self, progress: _Progress, pool: MappedPool, index: int) -> _Outcome:
+    def _load_slot(self, progress: _Progress, pool: MappedPool, index: int) -> CopyFailure | None:
         job, copy = progress.job, progress.copies[index]
         slot_id, layout = job.slot_ids[index], self._layouts[copy.group]
         if slot_id == NO_SLOT:
-            return _Outcome.FAILED
+            return CopyFailure.NOT_PINNED
+        if not copy.block_ids:
+            return CopyFailure.INCOMPLETE
         fault_point("worker.before_load")
         verify = self._verify_every and next(self._loaded_chunks) % self._verify_every == 0
         expected = pool.part_checksum(slot_id, self._part) if verify else None
@@ -304,26 +302,26 @@ class WorkerShim(ClientListener):
             view = pool.part_view(slot_id, part_offset(layout.part_bytes, self._part), layout.part_bytes)
             progress.checksums[index] = part_checksum(view)
         fault_point("worker.after_load_copy")
-        return _OUTCOME_OF_LOAD[outcome]
+        return _FAILURE_OF_LOAD[outcome]
 
-    def _store_slot(self, progress: _Progress, pool: MappedPool, index: int) -> _Outcome:
+    def _store_slot(self, progress: _Progress, pool: MappedPool, index: int) -> CopyFailure | None:
         job, copy = progress.job, progress.copies[index]
         slot_id, layout = job.slot_ids[index], self._layouts[copy.group]
         if len(copy.block_ids) < self._blocks_per_chunk:
             # A chunk that is not wholly written is never published: nothing to copy for.
-            return _Outcome.FAILED
+            return CopyFailure.INCOMPLETE
         fault_point("worker.before_store")
         record = pool.slots.read(slot_id)
         # A slot that went back keeps its generation until it is given out again: look at its state as well.
         if record is None or record.state is not SlotState.RESERVED:
-            return _Outcome.FAILED
+            return CopyFailure.TORN
         generation = job.generations[index]
         outcome = store_part(
             pool, slot_id, generation, self._part, layout, self._tensors, copy, checksum=True
         )
         fault_point("worker.after_store_copy")
         progress.checksums[index] = outcome.checksum
-        return _Outcome.OK if outcome.ok else _Outcome.FAILED
+        return None if outcome.ok else CopyFailure.TORN
 
     def _end_task(self, progress: _Progress) -> None:
         with self._changed:
@@ -363,25 +361,32 @@ class WorkerShim(ClientListener):
             report = self._report_load if kind is JobKind.LOAD else self._report_store
             report(progress, num_bytes, seconds)
             self._client.flush()
-        failed = frozenset(
-            key
-            for key, outcome in zip(job.keys, progress.outcomes, strict=False)
+        failures = [
             # What was stored for a session that is over will not be published.
-            if outcome is not _Outcome.OK or (kind is JobKind.STORE and not same_session)
+            failure or CopyFailure.SESSION_LOST if kind is JobKind.STORE and not same_session else failure
+            for failure in progress.failures
+        ]
+        return JobResult(
+            job.job_id,
+            kind,
+            not any(failures),
+            frozenset(key for key, failure in zip(job.keys, failures, strict=True) if failure),
+            num_bytes,
+            seconds,
+            Counter(failure.value for failure in failures if failure),
         )
-        return JobResult(job.job_id, kind, not failed, failed, num_bytes, seconds)
 
     def _copied_bytes(self, progress: _Progress) -> int:
         total = 0
-        for copy, outcome in zip(progress.copies, progress.outcomes, strict=False):
-            if outcome is _Outcome.OK:
+        for copy, failure in zip(progress.copies, progress.failures, strict=False):
+            if failure is None:
                 layout = self._layouts[copy.group]
                 total += layout.part_bytes * len(copy.block_ids) // layout.blocks_per_chunk
         return total
 
     def _report_store(self, progress: _Progress, num_bytes: int, seconds: float) -> None:
         job = progress.job
-        failed = [index for index, outcome in enumerate(progress.outcomes) if outcome is not _Outcome.OK]
+        failed = [index for index, failure in enumerate(progress.failures) if failure]
         self._client.report_store(
             StoreReportItem(
                 part=self._part,
@@ -398,15 +403,15 @@ class WorkerShim(ClientListener):
     def _report_load(self, progress: _Progress, num_bytes: int, seconds: float) -> None:
         job = progress.job
         assert isinstance(job, LoadJob)
-        slots = list(zip(job.slot_ids, job.generations, progress.outcomes, progress.checksums, strict=False))
+        slots = list(zip(job.slot_ids, job.generations, progress.failures, progress.checksums, strict=False))
         self._client.report_load(
             LoadReportItem(
                 lease_id=job.load_lease_id,
-                torn_slot_ids=[slot_id for slot_id, _, outcome, _ in slots if outcome is _Outcome.TORN],
+                torn_slot_ids=[slot_id for slot_id, _, failure, _ in slots if failure is CopyFailure.TORN],
                 mismatches=[
                     ChecksumMismatch(slot_id, generation, checksum)
-                    for slot_id, generation, outcome, checksum in slots
-                    if outcome is _Outcome.MISMATCH
+                    for slot_id, generation, failure, checksum in slots
+                    if failure is CopyFailure.MISMATCH
                 ],
                 num_bytes=num_bytes,
                 seconds=seconds,

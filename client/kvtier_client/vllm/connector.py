@@ -1,0 +1,234 @@
+"""KVTierConnector: vLLM's OffloadingConnector that survives a failed load, and asks early.
+
+vLLM's own connector asserts that every load succeeds. This one reports which requests lost theirs, so that
+the scheduler computes them (`kv_load_failure_policy: recompute`), and tells the manager which keys failed, so
+that the request does not look them up, hit, and fail for ever. It also sees a request when it is added, a
+step or more before its first lookup.
+
+Owns what passes between the two roles of one connector: failed loads, from the workers to the scheduler. Runs
+on the main threads of the EngineCore and of the workers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.logger import init_logger
+
+from kvtier_client.vllm.facts import describe_engine, engine_facts
+from kvtier_client.vllm.manager import KVTierOffloadingManager
+from kvtier_client.vllm.worker import FailedLoad, KVTierOffloadingWorker
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.kvtier")
+
+SPEC_NAME = "KVTierOffloadingSpec"
+SPEC_MODULE_PATH = "kvtier_client.vllm"
+
+_SYNC_BUDGET = "sync_load_budget_bytes"
+
+
+@dataclass
+class KVTierWorkerMetadata(OffloadingWorkerMetadata):
+    """What one step's workers tell the scheduler: vLLM's ended jobs, and which loads brought nothing."""
+
+    failed_keys: dict[str, set[bytes]] = field(default_factory=dict)
+    """Request id -> keys that did not arrive."""
+    failure_reasons: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, meta: OffloadingWorkerMetadata) -> KVTierWorkerMetadata:
+        """Return vLLM's metadata as ours."""
+        if isinstance(meta, cls):
+            return meta
+        return cls(**{each.name: getattr(meta, each.name) for each in fields(meta)})
+
+    def add(self, load: FailedLoad) -> None:
+        """Note a load of this rank."""
+        self.failed_keys.setdefault(load.req_id, set()).update(load.keys)
+        self.failure_reasons.update(load.reasons)
+
+    def aggregate(self, other: Any) -> KVTierWorkerMetadata:
+        """Put two ranks together."""
+        merged = self.of(super().aggregate(other))
+        merged.failed_keys = {req_id: set(keys) for req_id, keys in self.failed_keys.items()}
+        merged.failure_reasons = Counter(self.failure_reasons)
+        if isinstance(other, KVTierWorkerMetadata):
+            for req_id, keys in other.failed_keys.items():
+                merged.failed_keys.setdefault(req_id, set()).update(keys)
+            merged.failure_reasons.update(other.failure_reasons)
+        return merged
+
+
+class KVTierConnector(OffloadingConnector):
+    """Turned on by `kv_connector: KVTierConnector, kv_connector_module_path: kvtier_client.vllm`.
+
+    Names the spec itself. Wrong settings raise at construction, which is when vLLM starts.
+    """
+
+    # Set here and not in __init__: a plain OffloadingConnector becomes one of these after its own.
+    _failed_requests: frozenset[str] = frozenset()
+    _failed_blocks: frozenset[int] = frozenset()
+    _unreported: tuple[FailedLoad, ...] = ()
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        fill_in_spec(vllm_config)
+        if role == KVConnectorRole.SCHEDULER:
+            _warn_of_policy(vllm_config)
+        _refuse_sync_loads_of_groups(vllm_config, kv_cache_config)
+        token = engine_facts.set(describe_engine(vllm_config, kv_cache_config))
+        try:
+            super().__init__(vllm_config, role, kv_cache_config)
+        finally:
+            engine_facts.reset(token)
+
+    # What the API-server process calls, which never constructs a connector
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        fill_in_spec(vllm_config)
+        layout: str | None = super().get_required_kvcache_layout(vllm_config)
+        return layout
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        """Declare vLLM's metrics and kvtier's."""
+        fill_in_spec(vllm_config)
+        return super().build_prom_metrics(vllm_config, *args, **kwargs)
+
+    # Scheduler
+
+    @property
+    def _manager(self) -> KVTierOffloadingManager:
+        assert self.connector_scheduler is not None
+        manager = self.connector_scheduler.manager
+        assert isinstance(manager, KVTierOffloadingManager), f"manager is a {type(manager).__name__}"
+        return manager
+
+    def on_new_request(self, request: Request) -> None:
+        super().on_new_request(request)
+        params = request.kv_transfer_params or {}
+        may_load = not request.skip_reading_prefix_cache and params.get("max_load_tokens") != 0
+        self._manager.add_request(request.request_id, request.block_hashes, may_load)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        if not request.skip_reading_prefix_cache and not self._manager.begin_attempt(
+            request.request_id, request.block_hashes, num_computed_tokens
+        ):
+            return None, False
+        matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        return matched
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
+        meta = super().build_connector_meta(scheduler_output)
+        self._manager.end_step()
+        return meta
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, KVTierWorkerMetadata) and meta.failed_keys:
+            self._manager.note_failed_loads(meta.failed_keys, meta.failure_reasons)
+        super().update_connector_output(connector_output)
+
+    # Workers
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        sent, received = super().get_finished(finished_req_ids)
+        self._take_failed_loads()
+        return sent, received
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        results = super().get_transfer_results(finished_req_ids)
+        if self._failed_requests:
+            results.failed_recving |= self._failed_requests
+            self._failed_requests = frozenset()
+        return results
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        blocks, self._failed_blocks = self._failed_blocks, frozenset()
+        return set(blocks)
+
+    def build_connector_worker_meta(self) -> OffloadingWorkerMetadata | None:
+        meta = super().build_connector_worker_meta()
+        if meta is None and not self._unreported:
+            return None
+        told = KVTierWorkerMetadata.of(OffloadingWorkerMetadata() if meta is None else meta)
+        for load in self._unreported:
+            told.add(load)
+        self._unreported = ()
+        return told
+
+    def _take_failed_loads(self) -> None:
+        assert self.connector_worker is not None
+        worker = self.connector_worker.worker
+        assert isinstance(worker, KVTierOffloadingWorker), f"worker is a {type(worker).__name__}"
+        failed = worker.take_failed_loads()
+        if not failed:
+            return
+        self._unreported += tuple(failed)
+        for load in failed:
+            if load.expedited or not _REPORTS_REQUESTS:
+                self._failed_blocks |= frozenset(load.block_ids)
+            else:
+                self._failed_requests |= {load.req_id}
+
+
+_REPORTS_REQUESTS = hasattr(OffloadingConnector, "get_transfer_results")
+"""Whether failed loads are named by request. Older versions know blocks only, and one group only."""
+
+
+def fill_in_spec(vllm_config: VllmConfig) -> None:
+    """Name kvtier's spec in the connector's settings, where vLLM looks for it. Repeating it does nothing."""
+    extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
+    extra_config.setdefault("spec_name", SPEC_NAME)
+    extra_config.setdefault("spec_module_path", SPEC_MODULE_PATH)
+
+
+def adopt(connectors: Iterable[object]) -> None:
+    """Make a plain OffloadingConnector of this worker a KVTierConnector.
+
+    It would take a load that brought nothing for a good one, or end the engine. Nothing but methods differs,
+    so changing the class of the object is enough.
+    """
+    for connector in connectors:
+        if type(connector) is OffloadingConnector:
+            connector.__class__ = KVTierConnector
+
+
+def _warn_of_policy(vllm_config: VllmConfig) -> None:
+    policy = vllm_config.kv_transfer_config.kv_load_failure_policy
+    if policy != "recompute":
+        logger.warning(
+            "kvtier: kv_load_failure_policy is %r: a request whose KV cannot be loaded (the daemon was "
+            "restarted, a chunk was evicted) ENDS WITH AN ERROR. Set it to 'recompute' in "
+            "--kv-transfer-config, and it is computed instead",
+            policy,
+        )
+
+
+def _refuse_sync_loads_of_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Turn synchronous loads off for models with several groups: vLLM could not be told of a failed one."""
+    extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
+    if len(kv_cache_config.kv_cache_groups) > 1 and extra_config.get(_SYNC_BUDGET):
+        logger.warning(
+            "kvtier: %s is ignored: a model with several KV-cache groups could not recover from a "
+            "synchronous load that fails",
+            _SYNC_BUDGET,
+        )
+        extra_config[_SYNC_BUDGET] = 0

@@ -1,0 +1,199 @@
+"""The worker side in vLLM: its OffloadingWorker, over a WorkerShim.
+
+Owns the translation of jobs, and which loads brought nothing. vLLM asserts that every job succeeds, so every
+job is reported as a success; KVTierConnector asks `take_failed_loads` in the same step and tells the
+scheduler. No call raises into the engine. Runs on the worker's main thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    OffloadingWorker,
+    TransferResult,
+)
+
+from kvtier_client.client import OffloadClient
+from kvtier_client.jobs import CopyFailure, JobId, JobResult, LoadJob, StoreJob
+from kvtier_client.options import ClientOptions, EngineIdentity
+from kvtier_client.vllm.load_store import KVTierLoadSpec, KVTierStoreSpec
+from kvtier_client.vllm.tensors import bind_tensors
+from kvtier_client.worker import VerifyLoads, WorkerShim
+from kvtier_ops.namespace import NamespaceFacts
+
+logger = init_logger("vllm.kvtier")
+
+
+@dataclass(frozen=True, slots=True)
+class FailedLoad:
+    """A load that was reported as ended and did not bring all its bytes: none of its blocks is of use."""
+
+    req_id: str
+    keys: frozenset[bytes]
+    block_ids: tuple[int, ...]
+    expedited: bool
+    """The step waited for it: the request is being computed already."""
+    reasons: Mapping[str, int]
+    """Chunks by reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    spec: KVTierLoadSpec
+    block_ids: tuple[int, ...]
+    expedited: bool
+
+
+class KVTierOffloadingWorker(OffloadingWorker):
+    """One rank's copies. Starts the client, and closes it.
+
+    `part` is which part of a slot is this rank's. Raises UnsupportedTensors, at the engine's start.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        identity: EngineIdentity,
+        facts: NamespaceFacts,
+        kv_caches: CanonicalKVCaches,
+        part: int,
+        *,
+        verify_loads: VerifyLoads = "always",
+        options: ClientOptions | None = None,
+    ) -> None:
+        tensors, layouts = bind_tensors(kv_caches, facts)
+        geometry = [layout.tensors for layout in layouts]
+        self._client = OffloadClient(address, identity, facts, geometry=geometry, options=options)
+        self._shim = WorkerShim(
+            self._client, tensors, layouts, facts.blocks_per_chunk, part, verify_loads=verify_loads
+        )
+        self._loads: dict[int, _Load] = {}
+        self._failed: list[FailedLoad] = []
+        self._refused: list[int] = []
+        """Jobs that could not even be submitted. They are over."""
+        self._bugs: set[str] = set()
+        self._client.start()
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
+        try:
+            assert isinstance(dst_spec, KVTierStoreSpec), f"{type(dst_spec).__name__} is no KVTierStoreSpec"
+            block_ids, sizes, indices = _blocks(src_spec)
+            self._shim.submit_store(
+                StoreJob(
+                    job_id=JobId(job_id),
+                    pool_id=dst_spec.pool_id,
+                    slot_ids=dst_spec.slot_ids,
+                    generations=dst_spec.generations,
+                    keys=dst_spec.keys,
+                    block_ids=block_ids,
+                    group_sizes=sizes,
+                    block_indices=indices,
+                    group_slots=dst_spec.group_slots,
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not kill the engine
+            self._refuse(job_id, "submit_store", error)
+        return True
+
+    def submit_load(
+        self,
+        job_id: int,
+        src_spec: LoadStoreSpec,
+        dst_spec: GPULoadStoreSpec,
+        expedited: bool = False,
+    ) -> bool:
+        try:
+            assert isinstance(src_spec, KVTierLoadSpec), f"{type(src_spec).__name__} is no KVTierLoadSpec"
+            block_ids, sizes, indices = _blocks(dst_spec)
+            self._loads[job_id] = _Load(src_spec, block_ids, expedited)
+            self._shim.submit_load(
+                LoadJob(
+                    job_id=JobId(job_id),
+                    pool_id=src_spec.pool_id,
+                    slot_ids=src_spec.slot_ids,
+                    generations=src_spec.generations,
+                    keys=src_spec.keys,
+                    block_ids=block_ids,
+                    group_sizes=sizes,
+                    block_indices=indices,
+                    group_slots=src_spec.group_slots,
+                    load_lease_id=src_spec.lease_id,
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not kill the engine
+            self._refuse(job_id, "submit_load", error)
+        return True
+
+    def get_finished(self) -> list[TransferResult]:
+        results = [self._result(result) for result in self._shim.get_finished()]
+        if self._refused:
+            for job_id in self._refused:
+                self._fail_load(job_id, None)
+                results.append(TransferResult(job_id=job_id, success=True))
+            self._refused.clear()
+        return results
+
+    def _result(self, result: JobResult) -> TransferResult:
+        job_id = int(result.job_id)
+        if not result.ok:
+            self._fail_load(job_id, result)
+            return TransferResult(job_id=job_id, success=True)
+        self._loads.pop(job_id, None)
+        return TransferResult(
+            job_id=job_id, success=True, transfer_size=result.bytes, transfer_time=result.seconds
+        )
+
+    def _fail_load(self, job_id: int, result: JobResult | None) -> None:
+        """Note a failed load; failed stores have been reported to the daemon, and vLLM need not know."""
+        load = self._loads.pop(job_id, None)
+        if load is None:
+            return
+        keys = load.spec.keys
+        self._failed.append(
+            FailedLoad(
+                req_id=load.spec.req_id,
+                keys=frozenset(keys) if result is None else result.failed_keys,
+                block_ids=load.block_ids,
+                expedited=load.expedited,
+                reasons={CopyFailure.ERROR.value: len(keys)} if result is None else result.failures,
+            )
+        )
+
+    def take_failed_loads(self) -> Sequence[FailedLoad]:
+        """Return the loads that `get_finished` has reported since the last call and that brought nothing."""
+        if not self._failed:
+            return ()
+        failed, self._failed = self._failed, []
+        return failed
+
+    def wait(self, job_ids: set[int]) -> None:
+        self._shim.wait([JobId(job_id) for job_id in job_ids])
+
+    def shutdown(self) -> None:
+        self._shim.close()
+        self._client.close()
+
+    def _refuse(self, job_id: int, where: str, error: Exception) -> None:
+        self._refused.append(job_id)
+        if where not in self._bugs:
+            self._bugs.add(where)
+            logger.error(
+                "kvtier's %s failed; requests compute instead. This is a bug: please report it",
+                where,
+                exc_info=error,
+            )
+
+
+def _blocks(spec: GPULoadStoreSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the block ids, group sizes and block indices of vLLM's side of a job, as plain ints."""
+    return (
+        tuple(spec.block_ids.tolist()),
+        tuple(int(size) for size in spec.group_sizes),
+        tuple(int(index) for index in spec.block_indices),
+    )
