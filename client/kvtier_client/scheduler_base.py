@@ -180,8 +180,10 @@ class SchedulerBase(ClientListener):
         return self._client.reset(weights_id, timeout_s)
 
     def _ask_for_credits(self, now: float) -> None:
-        if self._client.ready:
-            for group, count in self._credits.shortfall(now):
+        if self._client.ready and (asks := self._credits.shortfall(now)):
+            # First what became of the ones before: until the daemon knows, they count as held.
+            self._client.flush()
+            for group, count in asks:
                 if not self._client.request_credits(group, count):
                     self._credits.grant(group, (), (), 0, now)
 
@@ -210,10 +212,14 @@ class SchedulerBase(ClientListener):
         self, group: int, slot_ids: Sequence[int], generations: Sequence[int], lease_id: int
     ) -> None:
         """Take the slots; give those back at once that were asked for before a reset."""
-        outdated = self._credits.grant(group, slot_ids, generations, lease_id, self._clock())
+        now = self._clock()
+        outdated = self._credits.grant(group, slot_ids, generations, lease_id, now)
         if outdated:
             self._return(outdated)
             self._client.flush()
+        elif slot_ids:
+            # Requests that came since the asking need more, and may be waiting for it.
+            self._ask_for_credits(now)
 
     def on_credits_wanted(self, count: int) -> None:
         """Give back what is unused, at once: an idle engine takes no step that could do it."""

@@ -109,7 +109,7 @@ class LimitsConfig(_Section):
     """Part of the pool that one instance may pin; beyond it a lookup answers HIT_UNLEASED."""
     credit_share: Share = 1 / 16
     """Part of the pool that one instance may hold as credits."""
-    min_credit_slots: Count = 16
+    min_credit_slots: Count = 64
     """Credits that one instance may hold even where its share of a small pool is less."""
     events: Count = 65_536
     """Events kept for watchers that come back."""

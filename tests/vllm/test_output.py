@@ -1,0 +1,114 @@
+"""Real vLLM says the same with kvtier as without, and finds what it stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import StartDaemon
+from tests.vllm.engine_process import EngineProcess, kvtier, plain
+from tests.vllm.workload import Answers, chat
+
+CHUNK_BYTES = 32 * 2 * 2 * 64 * 4 * 4  # tokens, K and V, kv heads, head size, fp32, layers
+POOL_CHUNKS = 256
+
+
+def test_output_is_identical_and_hits_are_those_of_vllms_own_manager(
+    tiny_model: Path, expected: Answers, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_CHUNKS * CHUNK_BYTES)
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=kvtier(daemon.address)) as engine:
+        assert chat(engine).tokens == expected.tokens
+        hits = engine.external_hits()
+        log = engine.log_text()
+    native_config = plain("NativeSpec", "tests.vllm.other_specs", num_chunks=POOL_CHUNKS)
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=native_config) as engine:
+        assert chat(engine).tokens == expected.tokens
+        native_hits = engine.external_hits()
+
+    print(f"external hits: kvtier {hits}, vLLM's own manager {native_hits}")  # noqa: T201 - a figure for people
+    assert hits >= 0.95 * native_hits
+    assert "Traceback" not in log.replace(NO_TOKENIZER, "")
+
+
+NO_TOKENIZER = "ValueError: Tokenizer not available"
+
+
+@pytest.mark.parametrize(
+    ("extra_config", "options"),
+    [
+        pytest.param({"blocks_per_chunk": 4}, {}, id="4 blocks a chunk"),
+        pytest.param({"offload_prompt_only": False}, {}, id="decoded chunks too"),
+        pytest.param({"blocks_per_chunk": 4, "offload_prompt_only": False}, {}, id="both"),
+    ],
+)
+def test_output_is_identical_with(
+    extra_config: dict[str, Any],
+    options: dict[str, Any],
+    tiny_model: Path,
+    expected: Answers,
+    start_daemon: StartDaemon,
+    tmp_path: Path,
+) -> None:
+    daemon = start_daemon(pool_bytes=2 * POOL_CHUNKS * CHUNK_BYTES)
+    config = kvtier(daemon.address, **extra_config)
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=config, **options) as engine:
+        assert chat(engine).tokens == expected.tokens
+        assert engine.external_hits() > 0
+
+
+def test_a_pool_of_12_chunks_gives_hits_and_no_warnings(
+    tiny_model: Path, expected: Answers, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon(pool_bytes=12 * CHUNK_BYTES)
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=kvtier(daemon.address)) as engine:
+        assert chat(engine).tokens == expected.tokens
+        metrics = engine.metrics()
+        log = engine.log_text()
+
+    assert metrics["vllm:external_prefix_cache_hits"] >= 0
+    assert metrics["vllm:kv_offload_allocation_failure"] == 0
+    assert log.count("cannot store chunks") == 0
+
+
+def test_the_plain_offloading_connector_works_too(
+    tiny_model: Path, expected: Answers, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_CHUNKS * CHUNK_BYTES)
+    config = plain("KVTierOffloadingSpec", "kvtier_client.vllm", address=daemon.address, weights_id="tiny")
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=config) as engine:
+        assert chat(engine).tokens == expected.tokens
+        assert engine.external_hits() > 0
+
+
+def test_output_is_identical_on_two_tensor_parallel_ranks(
+    tiny_model: Path, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    two_ranks: dict[str, Any] = {"tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=None, **two_ranks) as engine:
+        without = chat(engine)
+    daemon = start_daemon(pool_bytes=POOL_CHUNKS * CHUNK_BYTES)
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=kvtier(daemon.address), **two_ranks) as engine:
+        assert chat(engine).tokens == without.tokens
+        assert engine.external_hits() > 0
+
+
+def test_bf16_differs_from_no_offload_only_where_two_tokens_were_as_good(
+    tiny_model: Path, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=None, dtype="bfloat16") as engine:
+        without = chat(engine, logprobs=2)
+    daemon = start_daemon(pool_bytes=POOL_CHUNKS * CHUNK_BYTES)
+    config = kvtier(daemon.address)
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=config, dtype="bfloat16") as engine:
+        answers = chat(engine, logprobs=2, forced=without)
+        assert engine.external_hits() > 0
+
+    differing = 0
+    for ours, theirs, gaps in zip(answers.tokens, without.tokens, without.gaps, strict=True):
+        first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+        if first is not None:
+            differing += 1
+            assert gaps[first] < 1e-2, f"token {first} differs where the gap was {gaps[first]}"
+    print(f"bf16: {differing} of {len(answers.tokens)} answers differ")  # noqa: T201 - a figure for people
