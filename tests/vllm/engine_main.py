@@ -6,10 +6,11 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 ALWAYS = ("model_name", "engine")
-ANSWERED = ("prefix_cache", "kv_offload", "kvtier", "request_")
+ANSWERED = ("prefix_cache", "kv_offload", "kvtier", "time_to_first_token")
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def metrics(llm: Any) -> dict[str, Any]:
 
 def _gap(position: dict[int, Any]) -> float:
     """Return how far the best token's logprob is above the second's."""
-    best = sorted((entry.logprob for entry in position.values()), reverse=True)
+    best: list[float] = sorted((entry.logprob for entry in position.values()), reverse=True)
     return best[0] - best[1]
 
 
@@ -91,7 +92,11 @@ def _say(stream: Any, message: dict[str, Any]) -> None:
     stream.flush()
 
 
-COMMANDS = {"generate": generate, "reset": reset, "metrics": metrics}
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "generate": generate,
+    "reset": reset,
+    "metrics": metrics,
+}
 
 if __name__ == "__main__":
     main()

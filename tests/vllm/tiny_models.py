@@ -13,18 +13,18 @@ INITIALIZER_RANGE = 0.08
 MAX_TOKENS = 4096
 
 
-def save_llama(folder: Path, seed: int) -> Path:
-    """Save a Llama of 4 layers with full attention."""
+def save_llama(folder: Path, seed: int, *, layers: int = 4, hidden: int = 256) -> Path:
+    """Save a Llama with full attention."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
         vocab_size=VOCABULARY,
         max_position_embeddings=MAX_TOKENS,
         initializer_range=INITIALIZER_RANGE,
