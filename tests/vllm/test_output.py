@@ -64,8 +64,8 @@ def test_a_pool_of_12_chunks_gives_hits_and_no_warnings(
         metrics = engine.metrics()
         log = engine.log_text()
 
-    assert metrics["vllm:external_prefix_cache_hits"] >= 0
-    assert metrics["vllm:kv_offload_allocation_failure"] == 0
+    assert metrics["vllm:external_prefix_cache_hits"] > 0
+    assert metrics.get("vllm:kv_offload_allocation_failure", 0) == 0
     assert log.count("cannot store chunks") == 0
 
 

@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import Offlo
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
 
-from kvtier_client.vllm.facts import describe_engine, engine_facts
+from kvtier_client.vllm.facts import EngineFacts, describe_engine, engine_facts
 from kvtier_client.vllm.manager import KVTierOffloadingManager
 from kvtier_client.vllm.worker import FailedLoad, KVTierOffloadingWorker
 
@@ -87,10 +87,12 @@ class KVTierConnector(OffloadingConnector):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         fill_in_spec(vllm_config)
+        _refuse_sync_loads_of_groups(vllm_config, kv_cache_config)
+        facts = describe_engine(vllm_config, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
             _warn_of_policy(vllm_config)
-        _refuse_sync_loads_of_groups(vllm_config, kv_cache_config)
-        token = engine_facts.set(describe_engine(vllm_config, kv_cache_config))
+            _warn_of_keys(facts)
+        token = engine_facts.set(facts)
         try:
             super().__init__(vllm_config, role, kv_cache_config)
         finally:
@@ -219,6 +221,15 @@ def _warn_of_policy(vllm_config: VllmConfig) -> None:
             "restarted, a chunk was evicted) ENDS WITH AN ERROR. Set it to 'recompute' in "
             "--kv-transfer-config, and it is computed instead",
             policy,
+        )
+
+
+def _warn_of_keys(facts: EngineFacts) -> None:
+    if not facts.keys_outlive_engine:
+        logger.warning(
+            "kvtier: this vLLM draws its block hashes anew at every start, so nothing that this engine "
+            "stores is found by another one or after a restart. Set PYTHONHASHSEED to the same number for "
+            "all engines"
         )
 
 

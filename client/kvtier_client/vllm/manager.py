@@ -8,6 +8,7 @@ computes. Runs on the EngineCore's main thread only.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -37,6 +38,10 @@ logger = init_logger("vllm.kvtier")
 
 RESET_TIMEOUT_S = 0.25
 """What a weight update may wait for the daemon. Without its answer everything misses until it comes."""
+
+START_WAIT_S = 1.0
+"""What a start of the engine may wait for the daemon. It takes tens of milliseconds when one is there."""
+START_POLL_S = 0.005
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,6 +94,20 @@ class KVTierOffloadingManager(OffloadingManager):
         self._failed_keys: dict[str, set[bytes]] = {}
         self._bugs: set[str] = set()
         client.start()
+        self._wait_for_daemon()
+
+    def _wait_for_daemon(self) -> None:
+        """Give the engine's processes a moment to attach, so that its first requests are looked up too."""
+        deadline = time.monotonic() + START_WAIT_S
+        while not self._client.ready and time.monotonic() < deadline:
+            time.sleep(START_POLL_S)
+        if self._client.ready:
+            logger.info("kvtier: attached")
+        else:
+            logger.warning(
+                "kvtier: not attached yet (%s); requests compute until it is, and it goes on trying",
+                self._client.away_reason or "waiting for the workers",
+            )
 
     # What KVTierConnector tells beyond vLLM's calls
 
