@@ -154,6 +154,11 @@ class KeyedSchedulerShim(SchedulerBase):
         it will have to wait saves the asking.
         """
         view = self._views[req_id]
+        if all(
+            num_computed_tokens >= len(chunks.keys) * self._facts.chunk_tokens(group)
+            for group, chunks in enumerate(view.state.groups)
+        ):
+            return True  # the device has every chunk of it: whatever the answer is, it is of no use
         if view.step != self._step:
             self._attempt(view, num_computed_tokens)
         return view.attempt is not Attempt.WAITING
@@ -181,17 +186,16 @@ class KeyedSchedulerShim(SchedulerBase):
         state = view.state
         view.step = self._step
         self.num_attempts += 1
-        if view.loaded and not self._hears_of_failures:
+        if view.loaded:
             state.mark_failed(view.loaded)
             view.loaded = set()
         began = self._clock()
-        was_asked = state.asked is not None
+        version = state.version
         attempt = self._pins.attempt(state, num_computed_tokens, self._wait_left_s)
         now = self._clock()
-        if was_asked:
-            self._wait_left_s = max(0.0, self._wait_left_s - (now - began))
-            if len(self._waits) < MAX_WAITS:
-                self._waits.append(now - began)
+        self._wait_left_s = max(0.0, self._wait_left_s - (now - began))
+        if (attempt is Attempt.WAITING or state.version != version) and len(self._waits) < MAX_WAITS:
+            self._waits.append(now - began)
         if attempt is Attempt.KNOWN and self._awaits_slots(view, now):
             attempt = Attempt.WAITING
         view.attempt = attempt
@@ -272,7 +276,8 @@ class KeyedSchedulerShim(SchedulerBase):
             return
         if failed_keys:
             view.state.mark_failed(failed_keys)
-        view.loaded.update(keys)
+        if not self._hears_of_failures:
+            view.loaded.update(keys)
 
     # Stores
 

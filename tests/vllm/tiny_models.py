@@ -36,27 +36,29 @@ def save_llama(folder: Path, seed: int, *, layers: int = 4, hidden: int = 256) -
 
 
 def save_hybrid(folder: Path, seed: int, window: int = 64) -> Path:
-    """Save a Gemma 3 whose layers take turns: sliding window, full attention."""
+    """Save an Olmo 3 whose layers take turns: sliding window, full attention.
+
+    Not a Gemma: its tied embeddings make a random one repeat a token whatever its KV cache holds.
+    """
     import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    from transformers import Olmo3Config, Olmo3ForCausalLM
 
     torch.manual_seed(seed)
-    config = Gemma3TextConfig(
+    config = Olmo3Config(
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
-        query_pre_attn_scalar=64,
         vocab_size=VOCABULARY,
         max_position_embeddings=MAX_TOKENS,
         initializer_range=INITIALIZER_RANGE,
         sliding_window=window,
         layer_types=["sliding_attention", "full_attention"] * 2,
+        tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    Gemma3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    Olmo3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
     return folder

@@ -87,7 +87,7 @@ class KVTierConnector(OffloadingConnector):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         fill_in_spec(vllm_config)
-        _refuse_sync_loads_of_groups(vllm_config, kv_cache_config)
+        _adapt_to_version(vllm_config, kv_cache_config)
         facts = describe_engine(vllm_config, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
             _warn_of_policy(vllm_config)
@@ -233,13 +233,26 @@ def _warn_of_keys(facts: EngineFacts) -> None:
         )
 
 
-def _refuse_sync_loads_of_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Turn synchronous loads off for models with several groups: vLLM could not be told of a failed one."""
+def _adapt_to_version(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Refuse, or turn off with a warning, what this vLLM could not recover from. Raises ValueError."""
     extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
-    if len(kv_cache_config.kv_cache_groups) > 1 and extra_config.get(_SYNC_BUDGET):
+    several_groups = len(kv_cache_config.kv_cache_groups) > 1
+    if getattr(kv_cache_config, "hisparse_host_num_blocks", None) is not None:
+        raise ValueError("kvtier does not support HiSparse attention: run without its --kv-transfer-config")
+    if several_groups and not _REPORTS_REQUESTS:
+        raise ValueError(
+            "this model has several KV-cache groups, and this vLLM ends when a load of such a model fails: "
+            "kvtier needs vLLM 0.30 or newer for it"
+        )
+    if not _REPORTS_REQUESTS and not extra_config.get("offload_prompt_only", True):
+        # Up to 0.29 the chunk that ends with the last sampled token is stored, whose KV was never computed.
+        logger.warning("kvtier: offload_prompt_only=false stores wrong KV in this vLLM, and is ignored")
+        extra_config["offload_prompt_only"] = True
+    is_async = bool(getattr(vllm_config.scheduler_config, "async_scheduling", False))
+    if extra_config.get(_SYNC_BUDGET) and (several_groups or is_async):
         logger.warning(
-            "kvtier: %s is ignored: a model with several KV-cache groups could not recover from a "
-            "synchronous load that fails",
+            "kvtier: %s is ignored: vLLM could not recover from a synchronous load that fails, with several "
+            "KV-cache groups or with asynchronous scheduling",
             _SYNC_BUDGET,
         )
         extra_config[_SYNC_BUDGET] = 0
