@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -72,7 +73,7 @@ class Server:
 
 @contextmanager
 def vllm_serve(model: Path, address: str, log: Path) -> Iterator[Server]:
-    """Start it as a user would, log statistics on."""
+    """Start it as a user would, with log statistics on (the default)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,14 +85,15 @@ def vllm_serve(model: Path, address: str, log: Path) -> Iterator[Server]:
         "kv_connector_extra_config": {"address": address},
     }
     arguments = [
-        "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--tokens-only",
+        "--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--tokens-only",
         "--dtype", "float32", "--block-size", str(BLOCK_TOKENS), "--num-gpu-blocks-override", "40",
         "--max-model-len", "1024", "--enforce-eager", "--kv-transfer-config", json.dumps(config),
     ]  # fmt: skip
     env = child_environment(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments],
+            # What `vllm serve` runs; the command itself fails in builds whose package is not called vllm.
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -103,7 +105,8 @@ def vllm_serve(model: Path, address: str, log: Path) -> Iterator[Server]:
         wait_until(server.is_up, "vllm serve answers", timeout_s=START_S)
         yield server
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
