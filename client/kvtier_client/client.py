@@ -27,6 +27,7 @@ from kvtier_client.link import Link
 from kvtier_client.listener import ClientListener
 from kvtier_client.lookups import LookupCall, PendingLookup
 from kvtier_client.options import ClientOptions, EngineIdentity, Role
+from kvtier_client.outbox import Outbox
 from kvtier_client.reports import LoadReportItem, StoreReportItem
 from kvtier_client.reset import Weights
 from kvtier_client.sender import CompletionSender
@@ -64,9 +65,10 @@ class OffloadClient:
         self.stats = ClientStats()
         self._request = attach_request(identity, facts, geometry or ())
         self._gate = Gate(self._options, self.stats, listener or ClientListener())
-        self._sender = CompletionSender(self._gate, self._options, self.stats)
+        self._outbox = Outbox()
+        self._sender = CompletionSender(self._gate, self._options, self.stats, self._outbox)
         self._weights = Weights(self._gate, self.stats)
-        self._grants = GrantCalls(self._gate, self._options, self.stats, self._give_back)
+        self._grants = GrantCalls(self._gate, self._options, self.stats, self._give_back, self._outbox)
         self._lookup_deadline_s = self._options.lookup_deadline_ms / 1000
         self._prepare_deadline_s = self._options.prepare_deadline_ms / 1000
         # Half a lease id, so that two clients of one instance do not choose the same.
@@ -118,6 +120,7 @@ class OffloadClient:
             gate.changed.notify_all()
         if self._keeper is not None:
             self._keeper.stop(drained=drained, timeout_s=max(0.0, give_up_at - time.monotonic()))
+        self._outbox.stop()
 
     @property
     def options(self) -> ClientOptions:
@@ -217,7 +220,8 @@ class OffloadClient:
             return PendingLookup.settled(self._gate, LookupAnswer.missed(len(keys), call))
         deadline_s = self._lookup_deadline_s if timeout_s is None else timeout_s
         pending = PendingLookup(self._gate, len(keys))
-        pending.send(call, deadline_s, counts=deadline_s >= self._lookup_deadline_s)
+        pending.begin(call, deadline_s, counts=deadline_s >= self._lookup_deadline_s)
+        self._outbox.hand_over(pending.send)
         return pending
 
     def prepare_load(self, ctx: ReqContext, keys: Sequence[bytes]) -> LoadGrant | None:
@@ -242,7 +246,8 @@ class OffloadClient:
         link = self._gate.enter()
         if isinstance(link, str):
             return False
-        return self._grants.request_credits(link, group, count, self.new_lease_id())
+        self._grants.request_credits(link, group, count, self.new_lease_id())
+        return True
 
     def touch(self, ctx: ReqContext, keys: Sequence[bytes]) -> None:
         """Tell that the request uses chunks that the engine still had itself. Sends and forgets."""

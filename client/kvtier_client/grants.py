@@ -17,6 +17,7 @@ from kvtier_client.context import ReqContext
 from kvtier_client.gate import Gate
 from kvtier_client.link import Link
 from kvtier_client.options import ClientOptions
+from kvtier_client.outbox import Outbox
 from kvtier_client.stats import ClientStats
 
 
@@ -29,8 +30,10 @@ class GrantCalls:
         options: ClientOptions,
         stats: ClientStats,
         give_back: Callable[[int], None],
+        outbox: Outbox,
     ) -> None:
         self._gate = gate
+        self._outbox = outbox
         self._deadline_s = options.prepare_deadline_ms / 1000
         self._stats = stats
         self._give_back = give_back
@@ -83,20 +86,24 @@ class GrantCalls:
             pool_id=link.info.pool_id,
         )
 
-    def request_credits(self, link: Link, group: int, count: int, lease_id: int) -> bool:
-        """Ask for slots without keys; False when nothing could be sent."""
+    def request_credits(self, link: Link, group: int, count: int, lease_id: int) -> None:
+        """Ask for slots without keys."""
         request = offload_pb2.PrepareStoreRequest(
             session_id=link.session_id,
             lease_id=lease_id,
             credits=[offload_pb2.CreditRequest(group=group, count=count)],
         )
+        self._outbox.hand_over(partial(self._send_credit_request, link, request, group, lease_id))
+
+    def _send_credit_request(
+        self, link: Link, request: offload_pb2.PrepareStoreRequest, group: int, lease_id: int
+    ) -> None:
         self._stats.add("rpc_prepare_store")
         try:
             call = link.stub.PrepareStore.future(request, timeout=self._deadline_s)
-        except ValueError:  # the channel was closed meanwhile
-            return False
+        except ValueError:  # the channel was closed meanwhile, and the session with it
+            return
         call.add_done_callback(partial(self._credits_replied, link, group, lease_id))
-        return True
 
     def _credits_replied(
         self,

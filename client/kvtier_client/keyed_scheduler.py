@@ -5,7 +5,7 @@ beginning again in every step in which the request waits. Owns the answers by ke
 The requests, the credits and what is told to the daemon are the base's.
 
     add_request     one leased Lookup is sent, for all keys
-    lookup          reads its answer; every step waits `lookup_wait_ms` at most, whatever number of requests
+    lookup          reads its answer; a step waits `lookup_wait_ms` at most, and so does a request in all
     prepare_load    uses the pins of that lease: no RPC, so it cannot fail
     prepare_store   takes slots from credits; what finds none is given up
     end_step        one Complete for everything of the step, and none for a step without news
@@ -78,6 +78,7 @@ class _View:
     """The state's, of which the two dictionaries were made."""
     pinned: dict[bytes, SlotRef] = field(default_factory=dict)
     status: dict[bytes, ChunkStatus] = field(default_factory=dict)
+    wait_left_s: float = 0.0
     awaits_slots_until: float | None = None
     loaded: set[bytes] = field(default_factory=set)
 
@@ -131,7 +132,7 @@ class KeyedSchedulerShim(SchedulerBase):
         max_lookup_tokens: int | None = None,
     ) -> None:
         super().add_request(req_id, keys, params, max_lookup_tokens)
-        self._views[req_id] = _View(self._requests[req_id])
+        self._views[req_id] = _View(self._requests[req_id], wait_left_s=self._step_wait_s)
 
     def has_request(self, req_id: str) -> bool:
         """Tell whether the request was added and has not finished."""
@@ -191,9 +192,11 @@ class KeyedSchedulerShim(SchedulerBase):
             view.loaded = set()
         began = self._clock()
         version = state.version
-        attempt = self._pins.attempt(state, num_computed_tokens, self._wait_left_s)
+        wait_s = min(self._wait_left_s, view.wait_left_s)
+        attempt = self._pins.attempt(state, num_computed_tokens, wait_s)
         now = self._clock()
         self._wait_left_s = max(0.0, self._wait_left_s - (now - began))
+        view.wait_left_s = max(0.0, view.wait_left_s - (now - began))
         if (attempt is Attempt.WAITING or state.version != version) and len(self._waits) < MAX_WAITS:
             self._waits.append(now - began)
         if attempt is Attempt.KNOWN and self._awaits_slots(view, now):

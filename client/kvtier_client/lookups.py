@@ -158,6 +158,7 @@ class PendingLookup:
         self._call: LookupCall | None = None
         self._future: grpc.Future[offload_pb2.LookupResponse] | None = None
         self._give_up_at = 0.0
+        self._timeout_s = 0.0
         self._counts = True
 
     @classmethod
@@ -189,18 +190,28 @@ class PendingLookup:
             self._call.abandon()
             self._answer = LookupAnswer.missed(self._num_keys, "cancelled", answer.boot_id)
 
-    def send(self, call: LookupCall, timeout_s: float, *, counts: bool) -> None:
-        """Send it. Called once, by the client that made it."""
+    def begin(self, call: LookupCall, timeout_s: float, *, counts: bool) -> None:
+        """Note what will be sent. The deadline counts from here. Called once, by the client that made it."""
         self._call = call
         self._counts = counts
-        # The deadline is grpc's to keep; the margin is for the thread that brings its verdict.
+        self._timeout_s = timeout_s
+        # The deadline is grpc's to keep; the margin is for the threads that send and bring its verdict.
         self._give_up_at = time.monotonic() + timeout_s + 0.05
+
+    def send(self) -> None:
+        """Send it, unless it was given up before. Called once, on the thread that starts calls."""
+        assert self._call is not None, "nothing to send"
+        if self._answer is not None:
+            return
         try:
-            self._future = call.send_async(timeout_s)
+            future = self._call.send_async(self._timeout_s)
         except ValueError:  # the channel was closed meanwhile
             self._settle("session_changed")
             return
-        self._future.add_done_callback(self._replied)
+        self._future = future
+        if self.done():
+            future.cancel()  # given up in between, when there was nothing to cancel yet
+        future.add_done_callback(self._replied)
 
     def _settle(self, reason: str) -> LookupAnswer:
         """Return the answer; if there is none yet, it is MISS from now on."""

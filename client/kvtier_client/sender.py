@@ -16,6 +16,7 @@ from kvtier_client.flush import Batch
 from kvtier_client.gate import Gate
 from kvtier_client.link import Link
 from kvtier_client.options import ClientOptions
+from kvtier_client.outbox import Outbox
 from kvtier_client.stats import ClientStats
 
 FLUSH_SOON_S = 1.0
@@ -34,8 +35,9 @@ class CompletionSender:
     credits) is told for certain or the session ends, which frees it as the death of the process would.
     """
 
-    def __init__(self, gate: Gate, options: ClientOptions, stats: ClientStats) -> None:
+    def __init__(self, gate: Gate, options: ClientOptions, stats: ClientStats, outbox: Outbox) -> None:
         self._gate = gate
+        self._outbox = outbox
         self._options = options
         self._stats = stats
 
@@ -76,7 +78,7 @@ class CompletionSender:
             if link.buffer.empty:
                 return
             link.flush_wanted = True
-        self.send(link)
+        self._outbox.hand_over(partial(self.send, link))
 
     def flush_soon(self) -> None:
         """Have the background thread flush, unless somebody else does within FLUSH_SOON_S."""

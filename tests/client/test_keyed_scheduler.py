@@ -115,7 +115,9 @@ def test_all_requests_of_a_step_share_one_wait() -> None:
     assert waited[0] == pytest.approx(0.0005)
     assert sum(waited) == pytest.approx(0.0005)
     engine.shim.end_step()
-    engine.shim.begin_attempt("a", 0)
+    engine.shim.begin_attempt("a", 0)  # has waited its time
+    assert waited[-1] == 0
+    engine.shim.begin_attempt("b", 0)
     assert waited[-1] == pytest.approx(0.0005)
 
 
