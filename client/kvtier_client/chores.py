@@ -92,6 +92,8 @@ class Chores:
         if self._link.retry_at is not None and now >= self._link.retry_at:
             self._sender.send(self._link)
         if self._link.flush_at is not None and now >= self._link.flush_at:
+            with self._gate.lock:
+                self._link.flush_at = None
             self._sender.flush()
 
     def _probe(self) -> bool:

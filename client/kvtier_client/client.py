@@ -321,6 +321,13 @@ class OffloadClient:
         """Send what is queued in one call, now or when the one in flight is answered. Never waits."""
         self._sender.flush()
 
+    def flush_step(self) -> None:
+        """Send what is queued as `flush` does if others wait for it, else in at most a tenth of a second.
+
+        Ends of requests and of leases are waited for by nobody, and go with what is said next.
+        """
+        self._sender.flush_step()
+
     def flush_and_wait(self, timeout_s: float) -> bool:
         """Flush, and wait until the daemon has answered everything; False when it has not, or is away."""
         return self._sender.wait_flushed(timeout_s)

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 WINDOW_STEPS = 100
 """Storing steps whose largest decides: a few seconds of an engine under load."""
@@ -23,12 +24,14 @@ IDLE_RETURN_S = 5.0
 RETRY_S = 0.1
 """After a grant that was short, the pool had no more: asking every step would only cost RPCs."""
 
+LOOK_AGAIN_S = RETRY_S
+"""How long the books may go unlooked at while nothing changes in them: what time alone brings is no sooner."""
+
 REPLY_LOST_S = 1.0
 """A request for credits unanswered for so long is counted as lost; a late grant is still taken."""
 
 
-@dataclass(frozen=True, slots=True)
-class Credit:
+class Credit(NamedTuple):
     """One reserved slot without a key."""
 
     slot_id: int
@@ -59,6 +62,8 @@ class CreditBook:
         self._step: list[int] = []
         self._expected: list[int] = []
         self._last_use = 0.0
+        self._changed = True
+        self._look_at = 0.0
 
     def open(self, slot_bytes: Sequence[int], max_bytes: int, pool_id: int, now: float) -> None:
         """Begin a session with no credits. What is known of the demand stays if the groups are as before."""
@@ -67,6 +72,7 @@ class CreditBook:
             self._max_bytes = max_bytes
             self._pool_id = pool_id
             self._last_use = now
+            self._changed = True
             if len(self._step) != len(self._groups):
                 self._steps.clear()
                 self._step = [0] * len(self._groups)
@@ -105,6 +111,7 @@ class CreditBook:
                 entry.ask_after = now + RETRY_S
             entry.asked = 0
             entry.held.extend(granted)
+            self._changed = True
             return []
 
     def take(self, group: int, count: int, now: float) -> list[Credit]:
@@ -113,6 +120,7 @@ class CreditBook:
             if count <= 0 or group >= len(self._groups):
                 return []
             self._last_use = now
+            self._changed = True
             self._step[group] += count
             held = self._groups[group].held
             return [held.popleft() for _ in range(min(count, len(held)))]
@@ -123,6 +131,7 @@ class CreditBook:
             # Also without a session: the requests are there when one comes.
             self._expected += [0] * (group + 1 - len(self._expected))
             self._expected[group] += change
+            self._changed = True
             if change > 0:
                 self._last_use = now
 
@@ -134,13 +143,21 @@ class CreditBook:
                 for entry, expected in zip(self._groups, self._expected, strict=False)
             )
 
-    def end_step(self) -> None:
-        """Close the step. One that wanted nothing is not remembered, or waiting would forget the demand."""
+    def end_step(self, now: float) -> bool:
+        """Close the step; True = look at `surplus` and `shortfall`, something may have to be sent.
+
+        A step that wanted nothing is not remembered, or waiting would forget the demand.
+        """
+        if not self._changed and now < self._look_at:
+            return False
+        self._look_at = now + LOOK_AGAIN_S
         with self._lock:
+            self._changed = False
             if any(self._step):
                 self._steps.append(tuple(self._step))
                 self._step = [0] * len(self._step)
                 self._measure()
+        return True
 
     def shortfall(self, now: float) -> list[tuple[int, int]]:
         """Return (group, count) to ask the daemon for, and note them as asked."""

@@ -49,11 +49,18 @@ class CompletionBuffer:
         self._finishing: Counter[str] = Counter()
         self.entries = 0
         """Queued and in flight together."""
+        self.urgent = False
+        """Whether something waits that others wait for: everything but ends of requests and of leases."""
 
     @property
     def empty(self) -> bool:
         """Whether nothing waits and nothing is in flight."""
         return self._in_flight is None and not self._waiting
+
+    @property
+    def waits(self) -> bool:
+        """Whether something is queued that is not in flight. May be read without the lock."""
+        return bool(self._waiting)
 
     def is_finishing(self, request_id: str) -> bool:
         """Tell whether the end of this request is queued or in flight."""
@@ -118,11 +125,11 @@ class CompletionBuffer:
 
     def release(self, lease_id: int) -> None:
         """Queue the end of a lease."""
-        self._room(1).request.released_lease_ids.append(lease_id)
+        self._room(1, urgent=False).request.released_lease_ids.append(lease_id)
 
     def finish(self, request_id: str) -> None:
         """Queue the end of a request."""
-        batch = self._room(1)
+        batch = self._room(1, urgent=False)
         batch.request.finished_request_ids.append(request_id)
         batch.finished.append(request_id)
         self._finishing[request_id] += 1
@@ -133,6 +140,7 @@ class CompletionBuffer:
             return None
         self._in_flight = self._waiting.popleft()
         self._in_flight.sealed = True
+        self.urgent = self.urgent and bool(self._waiting)
         return self._in_flight
 
     def acknowledge(self, batch: Batch) -> None:
@@ -158,8 +166,9 @@ class CompletionBuffer:
             for start in range(0, count, self._max_entries)
         )
 
-    def _room(self, entries: int) -> Batch:
+    def _room(self, entries: int, urgent: bool = True) -> Batch:
         """Return the batch that takes `entries` more, and count them."""
+        self.urgent |= urgent
         batch = self._waiting[-1] if self._waiting else None
         if batch is None or batch.sealed or batch.entries + entries > self._max_entries:
             batch = Batch(offload_pb2.CompleteRequest(session_id=self._session_id))

@@ -79,6 +79,8 @@ class _View:
     pinned: dict[bytes, SlotRef] = field(default_factory=dict)
     status: dict[bytes, ChunkStatus] = field(default_factory=dict)
     wait_left_s: float = 0.0
+    waited_s: float = 0.0
+    """What the answer that is on its way has cost in all steps so far."""
     awaits_slots_until: float | None = None
     loaded: set[bytes] = field(default_factory=set)
 
@@ -113,8 +115,8 @@ class KeyedSchedulerShim(SchedulerBase):
     ) -> None:
         super().__init__(client, clock=clock, lease_hits=len(client.facts.groups) > 1)
         self._hears_of_failures = hears_of_failures
-        self.num_attempts = 0
-        """Attempts to begin a request, one per request and step at most."""
+        self.num_events = 0
+        """Attempts to begin a request, and stores asked for: only these change what is counted."""
         self._views: dict[str, _View] = {}
         self._step = 0
         self._step_wait_s = client.options.lookup_wait_ms / 1000
@@ -186,7 +188,7 @@ class KeyedSchedulerShim(SchedulerBase):
         self._read_events()
         state = view.state
         view.step = self._step
-        self.num_attempts += 1
+        self.num_events += 1
         if view.loaded:
             state.mark_failed(view.loaded)
             view.loaded = set()
@@ -197,12 +199,15 @@ class KeyedSchedulerShim(SchedulerBase):
         now = self._clock()
         self._wait_left_s = max(0.0, self._wait_left_s - (now - began))
         view.wait_left_s = max(0.0, view.wait_left_s - (now - began))
-        if (attempt is Attempt.WAITING or state.version != version) and len(self._waits) < MAX_WAITS:
-            self._waits.append(now - began)
+        view.waited_s += now - began
+        if attempt is not Attempt.WAITING and state.version != version and len(self._waits) < MAX_WAITS:
+            self._waits.append(view.waited_s)
+            view.waited_s = 0.0
         if attempt is Attempt.KNOWN and self._awaits_slots(view, now):
             attempt = Attempt.WAITING
         view.attempt = attempt
-        view.refresh()
+        if attempt is Attempt.KNOWN:
+            view.refresh()
 
     def _awaits_slots(self, view: _View, now: float) -> bool:
         """Tell whether slots for what the request will store are about to come.
@@ -237,7 +242,7 @@ class KeyedSchedulerShim(SchedulerBase):
         return group
 
     def take_waits(self) -> list[float]:
-        """Return how long lookups have been waited for since the last call, in seconds each."""
+        """Return what lookups have cost the scheduler since the last call, in seconds each."""
         if not self._waits:
             return []
         waits, self._waits = self._waits, []
@@ -287,6 +292,7 @@ class KeyedSchedulerShim(SchedulerBase):
     def prepare_store(self, req_id: str, keys: Sequence[bytes]) -> StoreSlots:
         """Take a slot for each of these chunks that is worth one. What finds no credit now is given up."""
         self._notice_fork()
+        self.num_events += 1
         view = self._views[req_id]
         state = view.state
         if state.asked is not None and not self._pins.settle(state, 0):

@@ -29,12 +29,16 @@ class LookupCall:
     __slots__ = (
         "_ctx",
         "_epoch",
+        "_first_chunks",
         "_gate",
         "_give_back",
+        "_keys",
+        "_lease_hits",
         "_lease_id",
         "_link",
+        "_max_tokens",
         "_num_keys",
-        "_request",
+        "_pending_wait_ms",
         "_sent_at",
         "_stats",
     )
@@ -59,29 +63,39 @@ class LookupCall:
         self._stats = stats
         self._give_back = give_back
         self._ctx = ctx
+        self._keys = keys
         self._num_keys = len(keys)
         self._lease_id = lease_id
+        self._first_chunks = first_chunks
+        self._max_tokens = max_tokens
+        self._pending_wait_ms = pending_wait_ms
+        self._lease_hits = lease_hits
         self._epoch = link.info.epoch
-        self._request = offload_pb2.LookupRequest(
-            session_id=link.session_id,
-            context=link.context_message(ctx),
-            keys=keys,
-            lease_id=lease_id,
-            first_chunks=first_chunks,
-            max_tokens=max_tokens or 0,
-            pending_wait_ms=pending_wait_ms,
-            lease_hits=lease_hits,
-        )
-        # Before it is sent: the daemon's count can only begin later.
-        self._sent_at = lease_time()
+        self._sent_at = 0.0
 
     def send(self, timeout_s: float) -> offload_pb2.LookupResponse:
         """Send it and wait for the reply. Raises grpc.RpcError; ValueError if the channel was closed."""
-        return self._link.stub.Lookup(self._request, timeout=timeout_s)
+        return self._link.stub.Lookup(self._message(), timeout=timeout_s)
 
     def send_async(self, timeout_s: float) -> grpc.Future[offload_pb2.LookupResponse]:
         """Send it. Raises ValueError if the channel was closed."""
-        return self._link.stub.Lookup.future(self._request, timeout=timeout_s)
+        return self._link.stub.Lookup.future(self._message(), timeout=timeout_s)
+
+    def _message(self) -> offload_pb2.LookupRequest:
+        """Build it where it is sent: the engine's scheduler has better things to do."""
+        message = offload_pb2.LookupRequest(
+            session_id=self._link.session_id,
+            context=self._link.context_message(self._ctx),
+            keys=self._keys,
+            lease_id=self._lease_id,
+            first_chunks=self._first_chunks,
+            max_tokens=self._max_tokens or 0,
+            pending_wait_ms=self._pending_wait_ms,
+            lease_hits=self._lease_hits,
+        )
+        # Before it is sent: the daemon's count can only begin later.
+        self._sent_at = lease_time()
+        return message
 
     def failed(self, error: Exception, *, counts: bool) -> LookupAnswer:
         """Read a failure."""
@@ -103,7 +117,7 @@ class LookupCall:
             self.abandon()
             return LookupAnswer.missed(self._num_keys, "bad_reply", reply.boot_id)
         lease_id = self._lease_id
-        if lease_id and not runs and not (self._request.pending_wait_ms and _PENDING in statuses):
+        if lease_id and not runs and not (self._pending_wait_ms and _PENDING in statuses):
             lease_id = 0  # nothing is pinned and nothing will be: there is no lease
         with gate.lock:
             # The epoch too: what was leased before a reset holds bytes of the old weights.
@@ -157,6 +171,8 @@ class PendingLookup:
         self._arrived = Event()
         self._call: LookupCall | None = None
         self._future: grpc.Future[offload_pb2.LookupResponse] | None = None
+        self._began_at = 0.0
+        self._arrived_at = 0.0
         self._give_up_at = 0.0
         self._timeout_s = 0.0
         self._counts = True
@@ -174,9 +190,19 @@ class PendingLookup:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait at most `timeout_s` for the answer; True if it is there."""
-        if self._answer is None and not self._gate.forked:
+        if timeout_s > 0 and self._answer is None and not self._gate.forked:
             self._arrived.wait(timeout_s)
         return self._answer is not None
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was begun."""
+        return time.monotonic() - self._began_at
+
+    @property
+    def took_s(self) -> float | None:
+        """Seconds until the daemon's answer; None = it was not asked, or has not answered."""
+        return self._arrived_at - self._began_at if self._arrived_at else None
 
     def answer(self) -> LookupAnswer:
         """Return the answer, waiting for it until the deadline; past it every key is a miss."""
@@ -196,7 +222,8 @@ class PendingLookup:
         self._counts = counts
         self._timeout_s = timeout_s
         # The deadline is grpc's to keep; the margin is for the threads that send and bring its verdict.
-        self._give_up_at = time.monotonic() + timeout_s + 0.05
+        self._began_at = time.monotonic()
+        self._give_up_at = self._began_at + timeout_s + 0.05
 
     def send(self) -> None:
         """Send it, unless it was given up before. Called once, on the thread that starts calls."""
@@ -240,6 +267,7 @@ class PendingLookup:
             answer = self._call.answered(future.result())
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
             answer = self._call.failed(error, counts=self._counts)
+        self._arrived_at = time.monotonic()
         with self._gate.lock:
             late = self._answer is not None
             if not late:

@@ -12,6 +12,7 @@ from enum import Enum
 
 from kvtier_client.client import OffloadClient
 from kvtier_client.options import ClientOptions
+from kvtier_client.patience import Patience
 from kvtier_client.requests import Asked, ChunkRef, ChunkStatus, RequestState, SlotRef, read_status
 
 REFRESH_FIRST_S = 0.05
@@ -64,6 +65,7 @@ class Pins:
         self._clock = clock
         self._on_missing = on_missing
         self._lease_hits = lease_hits
+        self._patience = Patience()
         self._owners: dict[int, RequestState] = {}
         self._early: OrderedDict[int, list[Resolution]] = OrderedDict()
         self._num_early = 0
@@ -72,17 +74,16 @@ class Pins:
         """Bring what is known of a request up to date, for one attempt of the scheduler to begin it.
 
         Sends nothing while the present answer stands. Waits for one on its way, at most `wait_s`
-        (`lookup_wait_ms` by default).
+        (`lookup_wait_ms` by default), and not at all where answers usually take longer.
         """
         now = self._clock()
         if state.lease_id and not self._client.lease_valid(state.lease_id):
             self.release(state)
         self._ask_if_due(state, num_computed_tokens, now)
-        if state.asked is not None and state.asked.background:
-            wait_s = 0.0  # there is an answer to go on with
+        asked = state.asked
         if (
-            state.asked is not None
-            and self.settle(state, self._wait_s if wait_s is None else wait_s)
+            asked is not None
+            and self.settle(state, self._useful_wait(asked, self._wait_s if wait_s is None else wait_s))
             and _reaches_further(state, num_computed_tokens)
         ):
             # A request's first lookup is sent before anybody knows what the device cache holds of it.
@@ -140,6 +141,8 @@ class Pins:
             return False
         state.asked = None
         answer = asked.pending.answer()
+        if asked.waited and asked.pending.took_s is not None:
+            self._patience.note(asked.pending.took_s)
         if answer.reason:
             if asked.background:
                 self._plan_refresh(state, self._clock())
@@ -196,6 +199,15 @@ class Pins:
         self._owners.clear()
         self._early.clear()
         self._num_early = 0
+
+    def _useful_wait(self, asked: Asked, wait_s: float) -> float:
+        """Return how long to wait for an answer, in seconds."""
+        if asked.background or asked.pending.done():
+            return 0.0  # there is an answer to go on with
+        if not self._patience.is_worth(asked.pending.age_s, wait_s):
+            return 0.0
+        asked.waited = True
+        return wait_s
 
     def _ask_if_due(self, state: RequestState, num_computed_tokens: int, now: float) -> None:
         if state.asked is not None:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 from kvtier_client.answers import LookupAnswer
 from kvtier_client.context import ReqContext
@@ -53,16 +54,14 @@ class SkipReason(IntEnum):
     """There is no daemon."""
 
 
-@dataclass(frozen=True, slots=True)
-class SlotRef:
+class SlotRef(NamedTuple):
     """A pinned slot."""
 
     slot_id: int
     generation: int
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ChunkRef:
+class ChunkRef(NamedTuple):
     """A chunk of a request by its place."""
 
     group: int
@@ -101,7 +100,7 @@ class GroupChunks:
     """Chunks before this one have been decided on."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asked:
     """One lookup: which chunks it asked for, and when."""
 
@@ -112,6 +111,8 @@ class Asked:
     asked_at: float
     background: bool
     """The present answer is used until this one is there."""
+    waited: bool = False
+    """Whether the scheduler has waited for it."""
 
 
 @dataclass(slots=True)
@@ -362,8 +363,13 @@ class RequestState:
 
 def read_status(raw: int) -> ChunkStatus:
     """Read a LookupStatus; one that this version does not know is a miss."""
-    known = ChunkStatus.HIT <= raw <= ChunkStatus.MISS
-    return ChunkStatus(raw) if known else ChunkStatus.MISS
+    return _STATUS_OF.get(raw, ChunkStatus.MISS)
+
+
+_STATUS_OF = {
+    int(status): status
+    for status in (ChunkStatus.HIT, ChunkStatus.HIT_UNLEASED, ChunkStatus.PENDING, ChunkStatus.MISS)
+}
 
 
 SKIP_OF_STATUS: dict[ChunkStatus, SkipReason | None] = {

@@ -154,10 +154,10 @@ class SchedulerBase(ClientListener):
         self._notice_fork()
         self._read_events()
         now = self._clock()
-        self._credits.end_step()
-        self._return(self._credits.surplus(now))
-        self._ask_for_credits(now)
-        self._client.flush()
+        if self._credits.end_step(now):
+            self._return(self._credits.surplus(now))
+            self._ask_for_credits(now)
+        self._client.flush_step()
 
     def flush(self) -> None:
         """Send what is queued, without ending the step."""

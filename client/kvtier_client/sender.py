@@ -19,8 +19,8 @@ from kvtier_client.options import ClientOptions
 from kvtier_client.outbox import Outbox
 from kvtier_client.stats import ClientStats
 
-FLUSH_SOON_S = 1.0
-"""Far above a step: an engine at work has flushed by then, and only an idle one costs a call of its own."""
+FLUSH_SOON_S = 0.1
+"""Above a step: an engine at work has flushed by then, and only an idle one costs a call of its own."""
 
 _RETRIED = frozenset({"deadline", "unavailable", "draining", "cancelled", "limit_unary_calls"})
 """The daemon did not look at the batch, or nobody knows whether it did."""
@@ -70,15 +70,26 @@ class CompletionSender:
         gate = self._gate
         if gate.forked:
             return
+        link = gate.link
+        if link is None or not link.buffer.waits:
+            return  # looked at without the lock: most steps of an engine have nothing to say
         with gate.lock:
-            link = gate.link
-            if link is None:
-                return
             link.flush_at = None
-            if link.buffer.empty:
-                return
             link.flush_wanted = True
         self._outbox.hand_over(partial(self.send, link))
+
+    def flush_step(self) -> None:
+        """Send what is queued now if it is urgent, else soon: the ends of requests and leases can wait."""
+        gate = self._gate
+        if gate.forked:
+            return
+        link = gate.link
+        if link is None or not link.buffer.waits:
+            return
+        if link.buffer.urgent:
+            self.flush()
+        else:
+            self.flush_soon()
 
     def flush_soon(self) -> None:
         """Have the background thread flush, unless somebody else does within FLUSH_SOON_S."""

@@ -5,6 +5,7 @@ Owns the names: a counter that is not listed here cannot be counted. Who exports
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from threading import Lock
 
 COUNTERS = (
@@ -63,6 +64,10 @@ class ClientStats:
             counts["lookup_keys"] += num_keys
             counts["hit_keys"] += num_hits
             counts["leased_keys"] += num_leased
+
+    def total(self, names: Iterable[str]) -> int:
+        """Return the sum of some counters. May miss what is counted meanwhile."""
+        return sum([self._counts[name] for name in names])
 
     def snapshot(self) -> dict[str, int]:
         """Return a copy of all counters, consistent among themselves."""

@@ -79,6 +79,14 @@ class ManualLookup(PendingLookup):
     def done(self) -> bool:
         return self.arrived is not None
 
+    @property
+    def age_s(self) -> float:
+        return 0.0
+
+    @property
+    def took_s(self) -> float | None:
+        return None
+
     def wait(self, timeout_s: float) -> bool:
         return self.arrived is not None
 
@@ -220,6 +228,9 @@ class RecordingClient(OffloadClient):
     def finish(self, req_id: str) -> None:
         self.told.order.append("finish")
         self.told.finished.append(req_id)
+
+    def flush_step(self) -> None:
+        self.flush()
 
     def flush(self) -> None:
         self.told.flushes += 1

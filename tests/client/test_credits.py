@@ -17,7 +17,7 @@ def book(max_slots: int = 1000, groups: int = 1) -> CreditBook:
 
 def step(made: CreditBook, count: int, now: float = 0.0) -> None:
     made.take(0, count, now)
-    made.end_step()
+    made.end_step(now)
 
 
 def test_a_new_book_asks_for_nothing() -> None:
@@ -46,7 +46,7 @@ def test_steps_without_stores_do_not_forget_the_demand() -> None:
     made = book()
     step(made, 8)
     for _ in range(10 * WINDOW_STEPS):
-        made.end_step()
+        made.end_step(0.0)
 
     assert made.shortfall(now=0.0) == [(0, 16)]
 
@@ -86,7 +86,7 @@ def test_the_daemons_limit_is_shared_among_the_groups() -> None:
     made = book(max_slots=12, groups=2)
     made.take(0, 8, now=0.0)
     made.take(1, 16, now=0.0)
-    made.end_step()
+    made.end_step(0.0)
 
     assert made.shortfall(now=0.0) == [(0, 4), (1, 8)]
 
@@ -241,7 +241,7 @@ class CreditBooks(RuleBasedStateMachine):
 
     @rule()
     def end_step(self) -> None:
-        self.book.end_step()
+        self.book.end_step(self.now)
 
     @rule()
     def ask(self) -> None:

@@ -98,7 +98,7 @@ def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 def dump(connector: Any) -> None:
     """Write the totals."""
     times: Times = connector.times
-    told: dict[str, Any] = {**times.totals, "waits": times.waits, "rpcs": {}}
+    told: dict[str, Any] = {"totals": times.totals, "waits": times.waits, "rpcs": {}}
     client = getattr(connector.connector_scheduler.manager, "_client", None)
     if client is not None:
         told["rpcs"] = {

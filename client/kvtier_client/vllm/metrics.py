@@ -54,7 +54,7 @@ class MetricCollector:
         self._skipped: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
         self._away = 0
-        self._num_attempts = 0
+        self._num_events = 0
         self._num_skipped = 0
 
     def note_failed_loads(self, reasons: Mapping[str, int]) -> None:
@@ -63,6 +63,9 @@ class MetricCollector:
 
     def collect(self) -> OffloadingConnectorStats | None:
         """Return what happened since the last call; None = nothing, as after most steps."""
+        if self._shim.num_events == self._num_events and not self._failed:
+            return None
+        self._num_events = self._shim.num_events
         waits = self._shim.take_waits()
         away = self._new_away_misses()
         skipped = self._newly_skipped()
@@ -81,11 +84,7 @@ class MetricCollector:
         return stats
 
     def _new_away_misses(self) -> int:
-        if self._shim.num_attempts == self._num_attempts:
-            return 0
-        self._num_attempts = self._shim.num_attempts
-        counts = self._client_stats.snapshot()
-        total = sum(counts[name] for name in _AWAY_COUNTERS)
+        total = self._client_stats.total(_AWAY_COUNTERS)
         new, self._away = total - self._away, total
         return new
 
