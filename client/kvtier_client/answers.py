@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from kvtier_ops.pool import MappedPool
 
@@ -45,18 +46,39 @@ class StoreVerdict(IntEnum):
     INFLIGHT = 7
 
 
+class CreditGrant(NamedTuple):
+    """Slots of one group to store into, whose keys are announced later."""
+
+    group: int
+    slot_ids: Sequence[int]
+    generations: Sequence[int]
+
+
+class SlotsForMisses(NamedTuple):
+    """A wish that goes with a lookup: a slot for each key of `group` that is missing and worth storing.
+
+    For `at_most` keys, of which the engine has `spare` slots already.
+    """
+
+    group: int
+    at_most: int
+    spare: int
+
+
 class LookupAnswer:
     """One status per key, and what is pinned under the lease.
 
     `statuses[i]` belongs to `keys[i]` (LookupStatus numbers). The pinned keys are the runs `(first, count)`
     of `leased_runs`, ascending and disjoint; `slot_ids` and `generations` belong to them in that order.
     `lease_id` is 0 when there is nothing to release. `pool_id` names the pool that the slots are in.
+    `credits` are slots to store what is missing, under the lease `store_lease_id`.
     """
 
     __slots__ = (
         "_leased",
         "_unwanted",
         "boot_id",
+        "credits",
         "generations",
         "lease_id",
         "leased_runs",
@@ -64,6 +86,7 @@ class LookupAnswer:
         "reason",
         "slot_ids",
         "statuses",
+        "store_lease_id",
         "unwanted_indexes",
     )
 
@@ -79,6 +102,8 @@ class LookupAnswer:
         reason: str = "",
         boot_id: str = "",
         pool_id: int = 0,
+        credits: Sequence[CreditGrant] = (),  # noqa: A002 - the word of the protocol
+        store_lease_id: int = 0,
     ) -> None:
         self.statuses = statuses
         self.lease_id = lease_id
@@ -89,6 +114,8 @@ class LookupAnswer:
         self.reason = reason
         self.boot_id = boot_id
         self.pool_id = pool_id
+        self.credits = credits
+        self.store_lease_id = store_lease_id
         self._leased: dict[int, tuple[int, int]] | None = None
         self._unwanted: frozenset[int] | None = None
 

@@ -16,7 +16,7 @@ from itertools import count
 import grpc
 
 from kvtier.v1 import offload_pb2
-from kvtier_client.answers import LoadGrant, LookupAnswer, SessionInfo, StoreGrant
+from kvtier_client.answers import LoadGrant, LookupAnswer, SessionInfo, SlotsForMisses, StoreGrant
 from kvtier_client.attach import attach_request, check_geometry
 from kvtier_client.channel import parse_address
 from kvtier_client.context import ReqContext, wire_request_id
@@ -212,10 +212,13 @@ class OffloadClient:
         max_tokens: int | None = None,
         pending_wait_ms: int = 0,
         lease_hits: bool = False,
+        slots_for_misses: Sequence[SlotsForMisses] = (),
         timeout_s: float | None = None,
     ) -> PendingLookup:
-        """Ask as `lookup` does, and return at once."""
-        call = self._lookup_call(ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms, lease_hits)
+        """Ask as `lookup` does, and return at once. `slots_for_misses`: have slots come with the answer."""
+        call = self._lookup_call(
+            ctx, keys, lease, first_chunks, max_tokens, pending_wait_ms, lease_hits, slots_for_misses
+        )
         if isinstance(call, str):
             return PendingLookup.settled(self._gate, LookupAnswer.missed(len(keys), call))
         deadline_s = self._lookup_deadline_s if timeout_s is None else timeout_s
@@ -373,12 +376,13 @@ class OffloadClient:
         max_tokens: int | None,
         pending_wait_ms: int,
         lease_hits: bool,
+        slots_for_misses: Sequence[SlotsForMisses] = (),
     ) -> LookupCall | str:
         """Return a lookup to send, or the reason why its keys miss at once."""
         link = self._enter(ctx, len(keys))
         if isinstance(link, str):
             return link
-        if lease and link.info.missing_ranks:
+        if (lease or slots_for_misses) and link.info.missing_ranks:
             return "workers_missing"
         self.stats.add("rpc_lookup")
         return LookupCall(
@@ -394,6 +398,8 @@ class OffloadClient:
             max_tokens=max_tokens,
             pending_wait_ms=pending_wait_ms,
             lease_hits=lease_hits,
+            slots_for_misses=slots_for_misses,
+            store_lease_id=self.new_lease_id() if slots_for_misses else 0,
         )
 
     def _give_back(self, lease_id: int) -> None:

@@ -1,8 +1,9 @@
 """Credits: slots reserved ahead, so that preparing a store needs no RPC.
 
-Owns which slots this engine holds unused, and how many it should hold: twice what the largest of the last
-100 storing steps took, or what the requests that are there are expected to store, whichever is more. Sends
-nothing: the scheduler shim asks `shortfall` and `surplus` and does the talking.
+Owns which slots this engine holds unused, and how many it should hold: what the requests that are there are
+expected to store, or twice what the largest of the last 100 storing steps took beyond that, if that is more.
+Most come with the answers to lookups, which say what will be stored. Sends nothing: the scheduler shim asks
+`shortfall` and `surplus` and does the talking.
 
 Credits are used oldest first. They do not age: the daemon never takes one, it asks for them.
 """
@@ -25,7 +26,7 @@ RETRY_S = 0.1
 """After a grant that was short, the pool had no more: asking every step would only cost RPCs."""
 
 LOOK_AGAIN_S = RETRY_S
-"""How long the books may go unlooked at while nothing changes in them: what time alone brings is no sooner."""
+"""How long the books may go unread while nothing changes in them: what time alone brings is no sooner."""
 
 REPLY_LOST_S = 1.0
 """A request for credits unanswered for so long is counted as lost; a late grant is still taken."""
@@ -65,9 +66,15 @@ class CreditBook:
         self._changed = True
         self._look_at = 0.0
 
-    def open(self, slot_bytes: Sequence[int], max_bytes: int, pool_id: int, now: float) -> None:
-        """Begin a session with no credits. What is known of the demand stays if the groups are as before."""
+    def open(
+        self, slot_bytes: Sequence[int], max_bytes: int, pool_id: int, now: float, first_lease_id: int = 0
+    ) -> None:
+        """Begin a session with no credits. What is known of the demand stays if the groups are as before.
+
+        Credits under lease ids below `first_lease_id` are of an earlier session.
+        """
         with self._lock:
+            self._first_lease_id = max(self._first_lease_id, first_lease_id)
             self._groups = [_Group(size, deque()) for size in slot_bytes]
             self._max_bytes = max_bytes
             self._pool_id = pool_id
@@ -114,14 +121,52 @@ class CreditBook:
             self._changed = True
             return []
 
-    def take(self, group: int, count: int, now: float) -> list[Credit]:
-        """Use up to `count` credits, and note that `count` were wanted in this step."""
+    def add(
+        self,
+        group: int,
+        slot_ids: Sequence[int],
+        generations: Sequence[int],
+        lease_id: int,
+        *,
+        needed: int,
+        now: float,
+    ) -> list[Credit]:
+        """Add the slots that came with a lookup, of which `needed` were needed.
+
+        Fewer means that the daemon had no more. Returns what must go back at once, as `grant` does.
+        """
+        with self._lock:
+            if group >= len(self._groups):
+                return []
+            added = [
+                Credit(slot_id, generation, self._pool_id)
+                for slot_id, generation in zip(slot_ids, generations, strict=True)
+            ]
+            if added and lease_id < self._first_lease_id:
+                return added
+            entry = self._groups[group]
+            if len(added) < needed:
+                entry.ask_after = now + RETRY_S
+            entry.held.extend(added)
+            self._changed = True
+            return []
+
+    def spare(self, group: int, own: int) -> int:
+        """Count the credits, held or on their way, that nobody needs but one request that expects `own`."""
+        with self._lock:
+            if group >= len(self._groups) or group >= len(self._expected):
+                return 0
+            entry = self._groups[group]
+            return max(0, len(entry.held) + entry.asked - (self._expected[group] - own))
+
+    def take(self, group: int, count: int, now: float, expected: int = 0) -> list[Credit]:
+        """Use up to `count` credits, and note that more than the `expected` ones were wanted in this step."""
         with self._lock:
             if count <= 0 or group >= len(self._groups):
                 return []
             self._last_use = now
             self._changed = True
-            self._step[group] += count
+            self._step[group] += max(0, count - expected)
             held = self._groups[group].held
             return [held.popleft() for _ in range(min(count, len(held)))]
 

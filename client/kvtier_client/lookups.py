@@ -12,7 +12,7 @@ from threading import Event
 import grpc
 
 from kvtier.v1 import offload_pb2
-from kvtier_client.answers import LookupAnswer
+from kvtier_client.answers import CreditGrant, LookupAnswer, SlotsForMisses
 from kvtier_client.context import ReqContext
 from kvtier_client.gate import Gate, lease_time
 from kvtier_client.link import Link
@@ -24,7 +24,7 @@ _PENDING = offload_pb2.LOOKUP_STATUS_PENDING
 
 
 class LookupCall:
-    """A lookup on its way. `give_back` ends a lease that the engine will not hear of."""
+    """A lookup on its way. `give_back` ends a lease that the engine will not hear of, or credits."""
 
     __slots__ = (
         "_ctx",
@@ -40,7 +40,9 @@ class LookupCall:
         "_num_keys",
         "_pending_wait_ms",
         "_sent_at",
+        "_slots_for_misses",
         "_stats",
+        "_store_lease_id",
     )
 
     def __init__(
@@ -57,6 +59,8 @@ class LookupCall:
         max_tokens: int | None,
         pending_wait_ms: int,
         lease_hits: bool,
+        slots_for_misses: Sequence[SlotsForMisses],
+        store_lease_id: int,
     ) -> None:
         self._gate = gate
         self._link = link
@@ -70,6 +74,8 @@ class LookupCall:
         self._max_tokens = max_tokens
         self._pending_wait_ms = pending_wait_ms
         self._lease_hits = lease_hits
+        self._slots_for_misses = slots_for_misses
+        self._store_lease_id = store_lease_id
         self._epoch = link.info.epoch
         self._sent_at = 0.0
 
@@ -92,6 +98,11 @@ class LookupCall:
             max_tokens=self._max_tokens or 0,
             pending_wait_ms=self._pending_wait_ms,
             lease_hits=self._lease_hits,
+            slots_for_misses=[
+                offload_pb2.SlotsForMisses(group=wish.group, at_most=wish.at_most, spare=wish.spare)
+                for wish in self._slots_for_misses
+            ],
+            store_lease_id=self._store_lease_id,
         )
         # Before it is sent: the daemon's count can only begin later.
         self._sent_at = lease_time()
@@ -112,7 +123,14 @@ class LookupCall:
             return LookupAnswer.missed(self._num_keys, "session_changed", reply.boot_id)
         statuses = reply.statuses
         runs = tuple([(run.first, run.count) for run in reply.leased])
-        if len(statuses) != self._num_keys or not _fits(runs, reply, self._num_keys):
+        granted = [
+            CreditGrant(grant.group, grant.slot_ids[:], grant.generations[:]) for grant in reply.credits
+        ]
+        if (
+            len(statuses) != self._num_keys
+            or not _fits(runs, reply, self._num_keys)
+            or any(len(grant.slot_ids) != len(grant.generations) for grant in granted)
+        ):
             self._stats.add("bad_replies")
             self.abandon()
             return LookupAnswer.missed(self._num_keys, "bad_reply", reply.boot_id)
@@ -138,6 +156,8 @@ class LookupCall:
             unwanted_indexes=reply.unwanted,
             boot_id=reply.boot_id,
             pool_id=link.info.pool_id,
+            credits=granted,
+            store_lease_id=self._store_lease_id if granted else 0,
         )
 
     def missed(self, reason: str) -> LookupAnswer:
@@ -146,9 +166,10 @@ class LookupCall:
         return LookupAnswer.missed(self._num_keys, reason)
 
     def abandon(self) -> None:
-        """Give back the lease."""
-        if self._lease_id:
-            self._give_back(self._lease_id)
+        """Give back the leases."""
+        for lease_id in (self._lease_id, self._store_lease_id):
+            if lease_id:
+                self._give_back(lease_id)
 
 
 def _fits(runs: tuple[tuple[int, int], ...], reply: offload_pb2.LookupResponse, num_keys: int) -> bool:
@@ -212,7 +233,7 @@ class PendingLookup:
     def cancel(self) -> None:
         """Give up what the answer grants: its lease ends. Repeating it does nothing."""
         answer = self._settle("cancelled")
-        if answer.lease_id and self._call is not None:
+        if (answer.lease_id or answer.store_lease_id) and self._call is not None:
             self._call.abandon()
             self._answer = LookupAnswer.missed(self._num_keys, "cancelled", answer.boot_id)
 

@@ -1,8 +1,8 @@
 """Whether an answer is worth waiting for.
 
-Owns one estimate: how long a lookup's answer takes while the scheduler waits for it. Where answers take longer
-than a step may wait, waiting holds up every request of the engine and brings nothing; then only a few lookups
-are waited for, to see whether that has changed.
+Owns one estimate: how long a lookup's answer takes while the scheduler waits for it. Where answers take
+longer than a step may wait, waiting holds up every request of the engine and brings nothing; then only a few
+lookups are waited for, to see whether that has changed.
 
 The estimate is a moving average, as TCP keeps one of round trips (RFC 6298, with another gain). Only lookups
 that were waited for count: an answer that arrives while the scheduler computes is read later, because both

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
+from kvtier_client.answers import LookupAnswer, SlotsForMisses
 from kvtier_client.client import OffloadClient
 from kvtier_client.options import ClientOptions
 from kvtier_client.patience import Patience
@@ -41,13 +42,15 @@ class Attempt(Enum):
 
 
 Resolution = tuple[bytes, ChunkStatus, SlotRef | None]
-MissingHandler = Callable[[RequestState, Sequence[ChunkRef], float], None]
+AnswerHandler = Callable[[RequestState, LookupAnswer, Sequence[ChunkRef], float], None]
+SlotsWisher = Callable[[RequestState, Sequence[int]], Sequence[SlotsForMisses]]
 
 
 class Pins:
     """The lookups and lookup leases of one engine's requests.
 
-    `on_missing(state, missing, asked_at)` is called with what an answer says is not there.
+    `slots_wanted(state, first_chunks)` says what slots are to come with an answer; `on_answer(state, answer,
+    missing, asked_at)` is called with it and what it says is not there.
     """
 
     def __init__(
@@ -55,7 +58,8 @@ class Pins:
         client: OffloadClient,
         options: ClientOptions,
         clock: Callable[[], float],
-        on_missing: MissingHandler,
+        slots_wanted: SlotsWisher,
+        on_answer: AnswerHandler,
         lease_hits: bool = False,
     ) -> None:
         self._client = client
@@ -63,7 +67,8 @@ class Pins:
         self._deadline_s = options.lookup_deadline_ms / 1000
         self._promotion_wait_ms = options.promotion_wait_ms
         self._clock = clock
-        self._on_missing = on_missing
+        self._slots_wanted = slots_wanted
+        self._on_answer = on_answer
         self._lease_hits = lease_hits
         self._patience = Patience()
         self._owners: dict[int, RequestState] = {}
@@ -130,6 +135,7 @@ class Pins:
             max_tokens=state.max_lookup_tokens,
             pending_wait_ms=self._promotion_wait_ms if state.may_load else 0,
             lease_hits=self._lease_hits,
+            slots_for_misses=self._slots_wanted(state, firsts),
         )
         counts = tuple(end - first for first, end in ranges)
         state.asked = Asked(pending, firsts, counts, num_computed_tokens, now, background)
@@ -160,7 +166,7 @@ class Pins:
             self._owners[state.lease_id] = state
             self._client.keep_lease(state.lease_id)
             self._apply_early(state)
-        self._on_missing(state, missing, asked.asked_at)
+        self._on_answer(state, answer, missing, asked.asked_at)
         if state.lease_id and not self._client.lease_valid(state.lease_id):
             # The answer came in a session that has ended since, or long ago.
             self.release(state)

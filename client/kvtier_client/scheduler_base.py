@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from kvtier_client.answers import SessionInfo
+from kvtier_client.answers import CreditGrant, LookupAnswer, SessionInfo, SlotsForMisses
 from kvtier_client.client import OffloadClient
 from kvtier_client.context import ReqContext
 from kvtier_client.credits import Credit, CreditBook
@@ -62,7 +62,7 @@ class SchedulerBase(ClientListener):
         self._facts = client.facts
         self._clock = clock
         self._requests: dict[str, RequestState] = {}
-        self._pins = Pins(client, client.options, clock, self._note_missing, lease_hits)
+        self._pins = Pins(client, client.options, clock, self._slots_wanted, self._note_answer, lease_hits)
         self._credits = CreditBook()
         self._recent = RecentStores()
         self._events: deque[Callable[[], None]] = deque()
@@ -89,13 +89,7 @@ class SchedulerBase(ClientListener):
         assert req_id not in self._requests, f"request {req_id} was added before and has not finished"
         state = RequestState.build(ReqContext(req_id, params), self._facts, keys, max_lookup_tokens)
         self._requests[req_id] = state
-        now = self._clock()
-        for group in range(len(state.groups)):
-            if not self._credits.held(group):
-                # After a rest there is nothing to store into: ask before the answer says how much is needed.
-                self._expect(state, group, state.stores_at_most(group), now)
-        self._pins.ask(state, 0, now)
-        self._ask_for_credits(now)
+        self._pins.ask(state, 0, self._clock())
 
     def extend_keys(self, req_id: str, group: int, keys: Sequence[bytes]) -> None:
         """Append the keys of chunks that became known later. They are stored when full, never looked up
@@ -114,8 +108,21 @@ class SchedulerBase(ClientListener):
             self._expect(state, group, 0, 0.0)
         self._client.finish(req_id)
 
-    def _note_missing(self, state: RequestState, missing: Sequence[ChunkRef], asked_at: float) -> None:
-        """Expect to store what the daemon does not have; the slots come while the engine computes."""
+    def _slots_wanted(self, state: RequestState, first_chunks: Sequence[int]) -> list[SlotsForMisses]:
+        """Wish for slots, with a lookup, for everything that it may find missing."""
+        wishes = []
+        for group, first in enumerate(first_chunks):
+            at_most = state.stores_at_most(group) - first
+            if at_most > 0:
+                wishes.append(
+                    SlotsForMisses(group, at_most, self._credits.spare(group, state.expected[group]))
+                )
+        return wishes
+
+    def _note_answer(
+        self, state: RequestState, answer: LookupAnswer, missing: Sequence[ChunkRef], asked_at: float
+    ) -> None:
+        """Expect to store what the daemon does not have, into the slots that came along."""
         wanted: Counter[int] = Counter()
         for ref in missing:
             chunks = state.groups[ref.group]
@@ -123,9 +130,14 @@ class SchedulerBase(ClientListener):
             if chunks.status[ref.chunk] is ChunkStatus.MISS and ref.chunk < state.stores_at_most(ref.group):
                 wanted[ref.group] += 1
         now = self._clock()
+        slots = {grant.group: grant for grant in answer.credits}
         for group in range(len(state.groups)):
+            needed = wanted[group] - self._credits.spare(group, state.expected[group])
             self._expect(state, group, wanted[group], now)
-        self._ask_for_credits(now)
+            _, slot_ids, generations = slots.get(group, CreditGrant(group, (), ()))
+            self._return(
+                self._credits.add(group, slot_ids, generations, answer.store_lease_id, needed=needed, now=now)
+            )
 
     def _expect(self, state: RequestState, group: int, count: int, now: float) -> None:
         """Count on a request to store `count` chunks of `group` from now on."""
@@ -140,8 +152,9 @@ class SchedulerBase(ClientListener):
         taken: list[tuple[T, Credit]] = []
         short = SkipReason.NO_CREDITS if self._client.attached else SkipReason.AWAY
         for group, refs in enumerate(wanted):
-            self._expect(state, group, max(0, state.expected[group] - len(refs)), now)
-            slots = self._credits.take(group, len(refs), now)
+            expected = state.expected[group]
+            self._expect(state, group, max(0, expected - len(refs)), now)
+            slots = self._credits.take(group, len(refs), now, expected)
             taken += zip(refs, slots, strict=False)
             if len(slots) < len(refs):
                 self.stats.skipped[short] += len(refs) - len(slots)
@@ -196,7 +209,8 @@ class SchedulerBase(ClientListener):
     def on_attached(self, session: SessionInfo) -> None:
         """Begin with no credits; what is needed is asked for in the next step."""
         max_bytes = session.limits.max_credit_bytes
-        self._credits.open(session.slot_bytes, max_bytes, session.pool_id, self._clock())
+        first_lease_id = self._client.new_lease_id()
+        self._credits.open(session.slot_bytes, max_bytes, session.pool_id, self._clock(), first_lease_id)
 
     def on_detached(self, reason: str) -> None:
         """Let every pin and credit go. Jobs under way are the workers' to end."""

@@ -106,10 +106,14 @@ class OffloadService:
     def lookup(self, message: pb.LookupRequest) -> pb.LookupResponse:
         """Answer a status per key, and what is leased."""
         session = self._session(message.session_id)
+        keys = message.keys[:]  # a slice costs a quarter less than list()
+        wishes = [(wish.group, wish.at_most, wish.spare) for wish in message.slots_for_misses]
+        if wishes:
+            self._core.grants.check_wishes(session, wishes, message.store_lease_id)
         answer = self._core.lookups.lookup(
             session,
             self._request(session, message.context),
-            message.keys[:],  # a slice costs a quarter less than list()
+            keys,
             self._clock(),
             message.lease_id,
             message.first_chunks[:],
@@ -117,7 +121,7 @@ class OffloadService:
             message.pending_wait_ms * 1_000_000,
             message.lease_hits,
         )
-        return pb.LookupResponse(
+        reply = pb.LookupResponse(
             boot_id=self._boot_id,
             statuses=bytes(answer.statuses),
             unwanted=answer.unwanted,
@@ -125,6 +129,12 @@ class OffloadService:
             slot_ids=answer.slot_ids,
             generations=answer.generations,
         )
+        if wishes:
+            for group, slot_ids, generations in self._core.grants.for_misses(
+                session, keys, answer, wishes, message.store_lease_id, self._clock()
+            ):
+                reply.credits.add(group=group, slot_ids=slot_ids, generations=generations)
+        return reply
 
     def prepare_load(self, message: pb.PrepareLoadRequest) -> pb.PrepareLoadResponse:
         """Pin all keys or refuse."""

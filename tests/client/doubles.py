@@ -10,7 +10,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvtier_client.answers import LookupAnswer, LookupStatus, SessionInfo, SessionLimits
+from kvtier_client.answers import (
+    CreditGrant,
+    LookupAnswer,
+    LookupStatus,
+    SessionInfo,
+    SessionLimits,
+    SlotsForMisses,
+)
 from kvtier_client.client import OffloadClient
 from kvtier_client.context import ReqContext
 from kvtier_client.listener import ClientListener
@@ -29,6 +36,9 @@ LIMITS = SessionLimits(
 
 
 POOL_ID = 1
+
+LATER_LEASE = 1 << 40
+"""Of slots that were asked for in the present session."""
 
 
 def session(
@@ -49,17 +59,34 @@ def session(
 class ManualLookup(PendingLookup):
     """A lookup that is answered when the test calls `arrive`."""
 
-    def __init__(self, keys: Sequence[bytes], lease_id: int, first_chunks: Sequence[int]) -> None:
+    def __init__(
+        self,
+        keys: Sequence[bytes],
+        lease_id: int,
+        first_chunks: Sequence[int],
+        slots_for_misses: Sequence[SlotsForMisses] = (),
+        store_lease_id: int = 0,
+    ) -> None:
         self.keys = list(keys)
         self.lease_id = lease_id
         self.first_chunks = tuple(first_chunks)
+        self.slots_for_misses = list(slots_for_misses)
+        self.store_lease_id = store_lease_id
         self.cancelled = False
         self.arrived: LookupAnswer | None = None
 
     def arrive(
-        self, statuses: str, *, unwanted: Sequence[int] = (), leased: Sequence[int] | None = None
+        self,
+        statuses: str,
+        *,
+        unwanted: Sequence[int] = (),
+        leased: Sequence[int] | None = None,
+        slots: Sequence[int] = (),
     ) -> None:
-        """Answer one letter a key: H(it), U(nleased hit), P(ending), M(iss). All H are leased by default."""
+        """Answer one letter a key: H(it), U(nleased hit), P(ending), M(iss). All H are leased by default.
+
+        `slots` come along for the missing keys of group 0.
+        """
         numbers = [_STATUS_OF_LETTER[letter] for letter in statuses]
         hits = [index for index, letter in enumerate(statuses) if letter == "H"]
         pinned = (hits if leased is None else leased) if self.lease_id else []
@@ -71,6 +98,8 @@ class ManualLookup(PendingLookup):
             generations=[7] * len(pinned),
             unwanted_indexes=unwanted,
             pool_id=POOL_ID,
+            credits=[CreditGrant(0, list(slots), [9] * len(slots))] if slots else (),
+            store_lease_id=self.store_lease_id if slots else 0,
         )
 
     def fail(self, reason: str) -> None:
@@ -183,9 +212,11 @@ class RecordingClient(OffloadClient):
         max_tokens: int | None = None,
         pending_wait_ms: int = 0,
         lease_hits: bool = False,
+        slots_for_misses: Sequence[SlotsForMisses] = (),
         timeout_s: float | None = None,
     ) -> PendingLookup:
-        self.lookups.append(ManualLookup(keys, next(self._ids) if lease else 0, first_chunks))
+        lease_id = next(self._ids) if lease else 0
+        self.lookups.append(ManualLookup(keys, lease_id, first_chunks, slots_for_misses, next(self._ids)))
         return self.lookups[-1]
 
     def new_lease_id(self) -> int:

@@ -162,3 +162,17 @@ def ends_before_announcements(told: list[Told], request: str) -> list[int]:
 
 
 TestCompletionBuffer = BufferModel.TestCase
+
+
+def test_only_what_others_wait_for_is_urgent() -> None:
+    buffer = CompletionBuffer("s1", MAX_ENTRIES)
+    buffer.finish("a")
+    buffer.release(1)
+    assert buffer.waits
+    assert not buffer.urgent
+    buffer.announce("b", [1], [1], [b"key"])
+    assert buffer.urgent
+    batch = buffer.next_batch()
+    assert batch is not None
+    assert not buffer.waits
+    assert not buffer.urgent

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from kvtier_client.answers import SlotsForMisses
 from kvtier_client.jobs import NO_SLOT
 from kvtier_client.keyed_scheduler import NOTHING_TO_STORE, KeyedSchedulerShim, KeyStatus
 from kvtier_client.requests import SkipReason
 
-from .doubles import LIMITS, POOL_ID, RecordingClient, session
+from .doubles import LATER_LEASE, LIMITS, POOL_ID, RecordingClient, session
 from .test_requests import CHUNK, facts, keys
 from .test_scheduler import Clock
 
@@ -26,7 +27,7 @@ class Engine:
             self.client.attach(session([4096]))
 
     def grant(self, count: int, first: int = 500) -> None:
-        self.shim.on_credits(0, list(range(first, first + count)), [3] * count, 77)
+        self.shim.on_credits(0, list(range(first, first + count)), [3] * count, LATER_LEASE)
 
     def ask(self, statuses: str, *, req_id: str = "r") -> None:
         """Add a request with one chunk a letter, give it slots to store into, and answer its lookup."""
@@ -142,39 +143,77 @@ def test_where_the_request_begins_follows_from_the_first_key_that_is_asked_for()
 # Slots to store into
 
 
-def test_a_request_waits_once_for_the_slots_that_it_needs_after_a_rest() -> None:
+def test_slots_for_what_is_missing_come_with_the_answer() -> None:
     engine = Engine()
     engine.shim.add_request("r", [keys(3)])
+    assert engine.client.lookups[-1].slots_for_misses == [SlotsForMisses(group=0, at_most=3, spare=0)]
+    engine.client.lookups[-1].arrive("HMM", slots=[7, 8])
+
+    assert engine.looks_up(3) == [HIT, MISS, MISS]
+    assert engine.shim.prepare_store("r", keys(3)).slot_ids == (7, 8)
+    engine.shim.end_step()
+    assert engine.client.told.asked_credits == []
+    assert engine.client.told.returned == []
+
+
+def test_slots_of_an_answer_from_before_a_reset_go_back() -> None:
+    engine = Engine()
+    engine.shim.add_request("r", [keys(1)])
+    lookup = engine.client.lookups[-1]
+    lookup.arrive("M", slots=[7])
+    engine.shim.add_request("later", [keys(1)])
+    engine.shim.reset()
+
+    assert lookup.cancelled  # which gives back what the answer grants
+
+
+def test_a_request_waits_once_for_slots_that_are_on_their_way() -> None:
+    engine = asking_for_slots()
+    engine.shim.add_request("r", [keys(3)])
+    assert engine.client.lookups[-1].slots_for_misses[0].spare == 4
     engine.client.lookups[-1].arrive("MMM")
 
     assert engine.looks_up(3) == [RETRY] * 3
-    engine.grant(3)
+    engine.grant(4)
     engine.shim.end_step()
     assert engine.looks_up(3) == [MISS] * 3
     assert engine.shim.prepare_store("r", keys(3)).slot_ids == (500, 501, 502)
 
 
-def test_slots_that_do_not_come_hold_a_request_no_longer_than_an_answer_would() -> None:
+def asking_for_slots() -> Engine:
+    """An engine that has stored two decoded chunks into nothing, and asks for slots for the next ones."""
     engine = Engine()
+    engine.shim.add_request("decoding", [keys(9)[7:7]])
+    engine.shim.prepare_store("decoding", keys(9)[7:])
+    engine.shim.end_step()
+    assert engine.client.told.asked_credits == [(0, 4)]
+    return engine
+
+
+def test_slots_that_do_not_come_hold_a_request_no_longer_than_an_answer_would() -> None:
+    engine = asking_for_slots()
     engine.shim.add_request("r", [keys(3)])
     engine.client.lookups[-1].arrive("MMM")
-    engine.looks_up(3)
+    assert engine.looks_up(3) == [RETRY] * 3
     engine.shim.end_step()
     engine.clock.now += 0.051
 
     assert engine.looks_up(3) == [MISS] * 3
 
 
-def test_requests_that_begin_together_find_slots_for_all_of_them() -> None:
+def test_requests_that_begin_together_ask_for_slots_of_their_own() -> None:
     engine = Engine()
     for name in "ab":
         engine.shim.add_request(name, [keys(3)])
-        engine.client.lookups[-1].arrive("MMM")
-        engine.looks_up(3, req_id=name)
-    engine.grant(3)  # the reply to what the first one asked for
-    engine.shim.end_step()
+    assert [lookup.slots_for_misses[0].spare for lookup in engine.client.lookups] == [0, 0]
+    engine.client.lookups[0].arrive("MMM", slots=[1, 2, 3])
+    engine.client.lookups[1].arrive("MMM", slots=[4, 5, 6])
 
-    assert engine.client.told.asked_credits[-1] == (0, 3)
+    for name in "ab":
+        engine.looks_up(3, req_id=name)
+    engine.shim.add_request("c", [keys(3)])
+    assert engine.client.lookups[-1].slots_for_misses[0].spare == 0  # the others need them
+    assert len(engine.shim.prepare_store("a", keys(3)).keys) == 3
 
 
 # Loads

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier_client.answers import LookupStatus
+from kvtier_client.answers import LookupStatus, SlotsForMisses
 from kvtier_client.jobs import NO_SLOT, LoadJob, StoreJob
 from kvtier_client.requests import SkipReason
 from kvtier_client.scheduler import SchedulerShim
 
 from .builders import wait_for_child
-from .doubles import LIMITS, POOL_ID, RecordingClient, Told, session
+from .doubles import LATER_LEASE, LIMITS, POOL_ID, RecordingClient, Told, session
 from .test_requests import CHUNK, TOKENS, facts, keys
 
 TABLE = list(range(1, 201))
@@ -41,7 +41,7 @@ class Engine:
             self.client.attach(session([4096] * len(windows)))
 
     def grant(self, count: int, group: int = 0, first: int = 500) -> None:
-        self.shim.on_credits(group, list(range(first, first + count)), [3] * count, 77)
+        self.shim.on_credits(group, list(range(first, first + count)), [3] * count, LATER_LEASE)
 
     def ask(self, statuses: str, *, req_id: str = "r", **options: Sequence[int]) -> None:
         """Add a request with one chunk a letter, and answer its lookup."""
@@ -490,20 +490,32 @@ def test_a_store_job_names_each_chunks_own_blocks(data: st.DataObject) -> None:
 # Credits
 
 
-def test_the_slots_for_a_prompt_are_asked_for_when_the_daemon_does_not_have_it() -> None:
+def test_the_slots_for_what_a_prompt_lacks_are_wished_for_with_its_lookup() -> None:
     engine = Engine()
     engine.grant(1)
     engine.ask("HMMM")
+
+    assert engine.client.lookups[0].slots_for_misses == [SlotsForMisses(group=0, at_most=4, spare=1)]
+
+
+def test_what_did_not_come_with_the_answer_is_asked_for_after_a_while() -> None:
+    engine = Engine()
+    engine.ask("HMMM", slots=[1])
     engine.shim.lookup("r", 0)
+    engine.shim.end_step()
+    assert engine.told.asked_credits == []  # the daemon had no more a moment ago
+    engine.clock.now += 0.1
+    engine.shim.end_step()
 
     assert engine.told.asked_credits == [(0, 2)]
 
 
-def test_the_first_request_after_a_rest_asks_for_slots_at_once() -> None:
+def test_a_request_whose_stores_are_capped_wishes_for_no_more_than_that() -> None:
     engine = Engine()
-    engine.shim.add_request("r", [keys(5)])
-
-    assert engine.told.asked_credits == [(0, 5)]
+    engine.shim.add_request("r", [keys(4)], {"max_offload_tokens": 2 * CHUNK})
+    assert [wish.at_most for wish in engine.client.lookups[-1].slots_for_misses] == [2]
+    engine.shim.add_request("nothing", [keys(4)], {"max_offload_tokens": 0})
+    assert engine.client.lookups[-1].slots_for_misses == []
 
 
 def test_steps_without_news_send_nothing_but_an_empty_flush() -> None:
@@ -676,4 +688,8 @@ def test_the_limits_of_the_session_bound_what_is_asked() -> None:
     engine.shim.add_request("r", [keys(20)])
 
     assert len(engine.client.lookups[0].keys) == 8
+    engine.client.lookups[0].arrive("M" * 8)
+    engine.shim.lookup("r", 0)
+    engine.clock.now += 0.1
+    engine.shim.end_step()
     assert engine.told.asked_credits == [(0, 3)]

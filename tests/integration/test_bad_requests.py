@@ -114,6 +114,34 @@ def test_a_lease_without_an_id_is_refused(engine: RawEngine) -> None:
     assert_bad_request(refusal(lambda: engine.prepare_load([to_key(1)], lease_id=0)), "lease_id")
 
 
+@pytest.mark.parametrize(
+    ("wishes", "store_lease_id", "field"),
+    [
+        ([pb.SlotsForMisses(group=0, at_most=1)], 0, "store_lease_id"),
+        ([pb.SlotsForMisses(group=1, at_most=1)], 5, "slots_for_misses.group"),
+        ([pb.SlotsForMisses(group=0, at_most=1)] * 2, 5, "slots_for_misses.group"),
+    ],
+)
+def test_a_wish_for_slots_that_cannot_be_met_is_refused_and_leases_nothing(
+    engine: RawEngine,
+    daemon: DaemonProcess,
+    wishes: list[pb.SlotsForMisses],
+    store_lease_id: int,
+    field: str,
+) -> None:
+    engine.store([to_key(1)])
+    asked = pb.LookupRequest(
+        session_id=engine.session_id,
+        context=context(),
+        keys=[to_key(1)],
+        lease_id=4,
+        slots_for_misses=wishes,
+        store_lease_id=store_lease_id,
+    )
+    assert_bad_request(refusal(lambda: engine.stub.Lookup(asked, timeout=WAIT_S)), field)
+    assert daemon.status().tiers[0].pinned_chunks == 0
+
+
 COLUMNS: dict[str, dict[str, object]] = {
     "announcements[0].generations": {
         "announcements": [pb.Announcement(slot_ids=[1], generations=[], keys=[to_key(1)])]

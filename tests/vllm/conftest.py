@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,10 +43,19 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
+def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """What the chat answers without any offloading, fp32."""
     from tests.vllm.engine_process import EngineProcess
     from tests.vllm.workload import chat
 
     with EngineProcess(tiny_model, tmp_path_factory.mktemp("baseline"), kv_transfer=None) as engine:
-        yield chat(engine)
+        return chat(engine)
+
+
+def skip_before(minor: int, reason: str) -> None:
+    """Skip the test where vLLM is older than 0.`minor`."""
+    from kvtier_client.vllm.versions import installed_version
+
+    version = installed_version()
+    if int(version.split(".")[1]) < minor:
+        pytest.skip(f"vLLM {version}: {reason}")

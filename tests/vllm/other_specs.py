@@ -76,7 +76,7 @@ class NativeSpec(OffloadingSpec):
         return definitions
 
     def get_manager(self) -> OffloadingManager:
-        return CPUOffloadingManager(num_chunks=self.extra_config["num_chunks"])
+        return CPUOffloadingManager(self.extra_config["num_chunks"])  # its name differs between versions
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         return CopyingWorker(kv_caches, _facts(self.config), self.extra_config["num_chunks"])

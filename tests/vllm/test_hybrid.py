@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import StartDaemon
+from tests.vllm.conftest import skip_before
 from tests.vllm.engine_process import EngineProcess, kvtier
 from tests.vllm.workload import chat
 
@@ -21,6 +22,7 @@ def hybrid_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_output_of_a_hybrid_model_is_identical(
     hybrid_model: Path, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
+    skip_before(30, "a failed load of a model with several groups ends the engine; kvtier refuses it")
     options: dict[str, Any] = {"num_gpu_blocks_override": 80, "disable_hybrid_kv_cache_manager": False}
     with EngineProcess(hybrid_model, tmp_path, kv_transfer=None, **options) as engine:
         without = chat(engine)

@@ -879,6 +879,8 @@ class LookupRequest(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     PENDING_WAIT_MS_FIELD_NUMBER: _builtins.int
     LEASE_HITS_FIELD_NUMBER: _builtins.int
+    SLOTS_FOR_MISSES_FIELD_NUMBER: _builtins.int
+    STORE_LEASE_ID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The scheduler's session."""
     lease_id: _builtins.int
@@ -892,6 +894,8 @@ class LookupRequest(_message.Message):
     several groups that decide by their own rule where the prefix ends. Falls back to that prefix when the
     instance may not pin so much.
     """
+    store_lease_id: _builtins.int
+    """Store lease to create for these slots. A repeat of a known id is answered as the first time."""
     @_builtins.property
     def context(self) -> Global___RequestContext:
         """The request."""
@@ -904,6 +908,10 @@ class LookupRequest(_message.Message):
     def first_chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Per group, the index in the request of the group's first chunk in `keys`. Empty = 0 for all."""
 
+    @_builtins.property
+    def slots_for_misses(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotsForMisses]:
+        """Slots to reserve, as credits, for keys that are MISS and wanted. At most one entry per group."""
+
     def __init__(
         self,
         *,
@@ -915,14 +923,46 @@ class LookupRequest(_message.Message):
         max_tokens: _builtins.int = ...,
         pending_wait_ms: _builtins.int = ...,
         lease_hits: _builtins.bool = ...,
+        slots_for_misses: _abc.Iterable[Global___SlotsForMisses] | None = ...,
+        store_lease_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "first_chunks", b"first_chunks", "keys", b"keys", "lease_hits", b"lease_hits", "lease_id", b"lease_id", "max_tokens", b"max_tokens", "pending_wait_ms", b"pending_wait_ms", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "first_chunks", b"first_chunks", "keys", b"keys", "lease_hits", b"lease_hits", "lease_id", b"lease_id", "max_tokens", b"max_tokens", "pending_wait_ms", b"pending_wait_ms", "session_id", b"session_id", "slots_for_misses", b"slots_for_misses", "store_lease_id", b"store_lease_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LookupRequest: _TypeAlias = LookupRequest  # noqa: Y015
+
+@_typing.final
+class SlotsForMisses(_message.Message):
+    """Asks for a slot per missing key of a group, as far as the engine has not got them already."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    AT_MOST_FIELD_NUMBER: _builtins.int
+    SPARE_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    """Group whose slots are wanted."""
+    at_most: _builtins.int
+    """Missing keys beyond this number will not be stored."""
+    spare: _builtins.int
+    """Slots that the engine has at hand for them. Only the rest is reserved."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        at_most: _builtins.int = ...,
+        spare: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_most", b"at_most", "group", b"group", "spare", b"spare"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlotsForMisses: _TypeAlias = SlotsForMisses  # noqa: Y015
 
 @_typing.final
 class IndexRun(_message.Message):
@@ -962,6 +1002,7 @@ class LookupResponse(_message.Message):
     LEASED_FIELD_NUMBER: _builtins.int
     SLOT_IDS_FIELD_NUMBER: _builtins.int
     GENERATIONS_FIELD_NUMBER: _builtins.int
+    CREDITS_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.str
     """Boot of the daemon that answers."""
     statuses: _builtins.bytes
@@ -986,6 +1027,12 @@ class LookupResponse(_message.Message):
     def generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Generations of these slots."""
 
+    @_builtins.property
+    def credits(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreditGrant]:
+        """Slots for missing keys, by group; groups that need none are left out. Fewer slots than needed, or none,
+        when the pool has no more to give.
+        """
+
     def __init__(
         self,
         *,
@@ -995,10 +1042,11 @@ class LookupResponse(_message.Message):
         leased: _abc.Iterable[Global___IndexRun] | None = ...,
         slot_ids: _abc.Iterable[_builtins.int] | None = ...,
         generations: _abc.Iterable[_builtins.int] | None = ...,
+        credits: _abc.Iterable[Global___CreditGrant] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "generations", b"generations", "leased", b"leased", "slot_ids", b"slot_ids", "statuses", b"statuses", "unwanted", b"unwanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "credits", b"credits", "generations", b"generations", "leased", b"leased", "slot_ids", b"slot_ids", "statuses", b"statuses", "unwanted", b"unwanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

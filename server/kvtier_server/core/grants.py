@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 
-from kvtier_server.core.books import Books, Notice
+from kvtier_server.core.books import Books, LookupStatus, Notice
 from kvtier_server.core.instances import Instance, Role, Session
 from kvtier_server.core.leases import Lease, LeaseKind
 from kvtier_server.core.limits import SECOND_NS
+from kvtier_server.core.lookups import LookupAnswer
 from kvtier_server.core.namespaces import check_keys
 from kvtier_server.core.refused import BadRequest, Inflight, LeaseUnknown, Refused
 from kvtier_server.core.requests import Request
@@ -147,6 +148,49 @@ class Grants:
         if StoreVerdict.FULL in answer.verdicts:
             self._ask_credits_back(instance, answer.verdicts.count(StoreVerdict.FULL), now_ns)
         return answer
+
+    def check_wishes(
+        self, session: Session, wishes: Sequence[tuple[int, int, int]], store_lease_id: int
+    ) -> None:
+        """Raise what `for_misses` would refuse, before the lookup has leased anything."""
+        instance = session.for_scheduling()
+        self._books.check_may_lease(instance)
+        if not store_lease_id:
+            raise BadRequest("store_lease_id", "0; the client chooses one where it asks for slots")
+        known = self._books.leases.get(instance, store_lease_id)
+        if known is not None and known.kind is not LeaseKind.CREDIT:
+            raise LeaseUnknown(f"lease {store_lease_id:#x} is a {known.kind} lease")
+        groups = [group for group, _, _ in wishes]
+        if len(set(groups)) < len(groups) or not all(
+            group < len(instance.namespace.classes) for group in groups
+        ):
+            raise BadRequest("slots_for_misses.group", f"{groups}; one entry per group of the namespace")
+
+    def for_misses(
+        self,
+        session: Session,
+        keys: Sequence[bytes],
+        answer: LookupAnswer,
+        wishes: Sequence[tuple[int, int, int]],
+        lease_id: int,
+        now_ns: int,
+    ) -> list[tuple[int, list[int], list[int]]]:
+        """Reserve credits for what a lookup of `keys` has just not found, and return them by group.
+
+        `wishes` are (group, at_most, spare), checked before: a slot per wanted key that is MISS, for
+        `at_most` of them, of which the engine has `spare` already.
+        """
+        ranges = session.instance.namespace.split(keys)
+        needed = []
+        for group, at_most, spare in wishes:
+            first, end = ranges[group]
+            missing = answer.statuses[first:end].count(int(LookupStatus.MISS))
+            missing -= sum(first <= index < end for index in answer.unwanted)
+            if (count := min(missing, at_most) - spare) > 0:
+                needed.append((group, count))
+        if not needed:
+            return []
+        return self.prepare_store(session, None, (), needed, lease_id, now_ns).credits
 
     def _grant_keys(
         self, lease: Lease, request: Request, keys: Sequence[bytes], ranges: Sequence[tuple[int, int]]

@@ -269,6 +269,20 @@ class Engine:
         ((_, slot_ids, generations),) = answer.credits
         return self._reserved([Slot(*slot, b"") for slot in zip(slot_ids, generations, strict=True)])
 
+    def slots_for_misses(
+        self, keys: Sequence[bytes], *wishes: tuple[int, int, int], request: str = "r", lease: int = 0
+    ) -> dict[int, list[Slot]]:
+        """Look keys up, and have slots come along for what is missing, by group."""
+        grants, lease_id = self.rig.core.grants, lease or self.new_lease_id()
+        grants.check_wishes(self.scheduler, wishes, lease_id)
+        granted = grants.for_misses(
+            self.scheduler, keys, self.lookup(keys, request), wishes, lease_id, self.rig.clock.now_ns
+        )
+        return {
+            group: self._reserved([Slot(*slot, b"") for slot in zip(slot_ids, generations, strict=True)])
+            for group, slot_ids, generations in granted
+        }
+
     def _reserved(self, slots: list[Slot]) -> list[Slot]:
         for slot in slots:
             self.rig.written.setdefault((slot.slot_id, slot.generation), Written(self.space))

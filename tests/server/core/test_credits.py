@@ -125,3 +125,46 @@ def test_no_credits_before_all_workers_are_attached() -> None:
     engine.attach_process(engine.processes[0])
     with pytest.raises(WorkersMissing):
         engine.credits(1)
+
+
+def test_a_lookup_brings_a_slot_for_every_missing_key_that_the_engine_has_none_for() -> None:
+    rig = Rig()
+    engine = rig.engine()
+    engine.store([1])
+    engine.prepare_store(to_keys([2]))  # on its way: nobody need store it again
+    keys = to_keys(range(1, 7))
+
+    assert len(engine.slots_for_misses(keys, (0, 100, 0))[0]) == 4
+    assert len(engine.slots_for_misses(keys, (0, 100, 3))[0]) == 1
+    assert len(engine.slots_for_misses(keys, (0, 2, 0))[0]) == 2
+    assert engine.slots_for_misses(keys, (0, 100, 4)) == {}
+    assert engine.slots_for_misses(keys, (0, 2, 2)) == {}
+
+
+def test_a_lookup_brings_no_slots_for_what_would_be_refused() -> None:
+    engine = Rig(reuse_threshold=2).engine()
+    keys = to_keys([1, 2, 3])
+
+    assert engine.slots_for_misses(keys, (0, 100, 0), request="first") == {}
+    assert len(engine.slots_for_misses(keys, (0, 100, 0), request="second")[0]) == 3
+
+
+def test_a_lookup_brings_slots_by_group_and_the_same_ones_when_it_is_repeated() -> None:
+    engine = Rig().engine(namespace=facts("two sizes", (2, 1)))
+    keys = [*to_keys([1, 2, 3], group=0), *to_keys([1, 2], group=1)]
+    lease = engine.new_lease_id()
+    slots = engine.slots_for_misses(keys, (0, 9, 0), (1, 9, 0), lease=lease)
+
+    assert [len(slots[group]) for group in (0, 1)] == [3, 2]
+    assert engine.slots_for_misses(keys, (0, 9, 0), (1, 9, 0), lease=lease) == slots
+
+
+def test_wishes_are_checked_before_anything_is_looked_up() -> None:
+    engine = Rig().engine()
+    for wishes, lease in (([(1, 1, 0)], 5), ([(0, 1, 0), (0, 1, 0)], 5)):
+        with pytest.raises(BadRequest, match="slots_for_misses.group"):
+            engine.slots_for_misses(to_keys([1]), *wishes, lease=lease)
+    engine.lookup(to_keys([1]), lease=7, wait_s=1)
+    engine.prepare_store(to_keys([2]), lease=8)
+    with pytest.raises(LeaseUnknown):
+        engine.slots_for_misses(to_keys([1]), (0, 1, 0), lease=8)
