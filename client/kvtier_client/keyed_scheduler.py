@@ -328,6 +328,11 @@ class KeyedSchedulerShim(SchedulerBase):
         self.stats.stored_chunks += len(store.keys)
         return store
 
+    def give_up(self, num_chunks: int) -> None:
+        """Count chunks that are not stored because their blocks are gone."""
+        self.num_events += 1
+        self.stats.skipped[SkipReason.INCOMPLETE] += num_chunks
+
     def store_finished(self, keys: Collection[bytes]) -> None:
         """Note that every rank has ended a store. The ranks have told the daemon how."""
         self._recent.end(keys, self._clock())

@@ -32,8 +32,8 @@ class Outbox:
 
     def hand_over(self, start_call: Callable[[], None]) -> None:
         """Have `start_call` run soon. After `stop` it never does: there is no session to call in."""
-        if self._thread is None:
-            self._start()
+        if self._thread is None and not self._start():
+            return
         self._queue.put(start_call)
 
     def stop(self) -> None:
@@ -46,7 +46,8 @@ class Outbox:
             if thread is not threading.current_thread():
                 thread.join(STOP_S)
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Start the thread; False if there can be none."""
         with self._lock:
             if self._thread is None and not self._stopped:
                 thread = threading.Thread(target=self._run, name="kvtier-outbox", daemon=True)
@@ -54,8 +55,9 @@ class Outbox:
                     thread.start()
                 except RuntimeError:
                     logger.exception("no thread can be started to call the daemon; it is as if it were away")
-                    return
+                    return False
                 self._thread = thread
+            return self._thread is not None
 
     def _run(self) -> None:
         while (start_call := self._queue.get()) is not None and not self._stopped:

@@ -19,6 +19,9 @@ from kvtier_client.requests import Asked, ChunkRef, ChunkStatus, RequestState, S
 REFRESH_FIRST_S = 0.05
 """A request that waits longer than this asks again for what it missed: another engine may have stored it."""
 
+UNLEASED_FIRST_S = 0.005
+"""The same for a request whose chunks are there but could not all be pinned."""
+
 REFRESH_MAX_S = 2.0
 """Each refresh doubles the delay up to this, or a full waiting queue would ask all the time."""
 
@@ -157,11 +160,15 @@ class Pins:
             return True
         self.release(state)
         missing = state.take_answer(asked, answer)
-        state.pending_until = asked.asked_at + self._promotion_wait_ms / 1000
+        if not state.pending_until and state.has(ChunkStatus.PENDING):
+            # Once: what is still PENDING when it is asked for again has been waited for already.
+            state.pending_until = asked.asked_at + self._promotion_wait_ms / 1000
         self._plan_refresh(state, self._clock())
         if state.has(ChunkStatus.HIT_UNLEASED):
-            # The share of pins was used up in that instant only: the next attempt asks anew.
-            state.refresh_after = 0.0
+            # The share of pins was used up in that instant: it is worth asking anew soon.
+            state.refresh_delay = min(state.refresh_delay, max(2 * state.unleased_delay, UNLEASED_FIRST_S))
+            state.unleased_delay = state.refresh_delay
+            state.refresh_after = self._clock() + state.refresh_delay
         if state.lease_id:
             self._owners[state.lease_id] = state
             self._client.keep_lease(state.lease_id)

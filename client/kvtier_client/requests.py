@@ -52,6 +52,8 @@ class SkipReason(IntEnum):
     """No slot was at hand."""
     AWAY = 6
     """There is no daemon."""
+    RESET = 7
+    """The weights have changed since the request began."""
 
 
 class SlotRef(NamedTuple):
@@ -134,9 +136,12 @@ class RequestState:
     pool_id: int = 0
     """The pool that the pins are in."""
     pending_until: float = 0.0
-    """PENDING chunks are worth waiting for until then."""
+    """PENDING chunks are worth waiting for until then. 0 = none was seen yet."""
     refresh_after: float = 0.0
     refresh_delay: float = 0.0
+    unleased_delay: float = 0.0
+    outdated: bool = False
+    """It was there when the weights changed: what it has computed is not to be stored."""
     failed: set[bytes] = field(default_factory=set)
     expected: list[int] = field(default_factory=list)
     """Per group, how many chunks it is expected to store yet."""

@@ -110,7 +110,9 @@ class SchedulerBase(ClientListener):
 
     def _slots_wanted(self, state: RequestState, first_chunks: Sequence[int]) -> list[SlotsForMisses]:
         """Wish for slots, with a lookup, for everything that it may find missing."""
-        wishes = []
+        wishes: list[SlotsForMisses] = []
+        if state.outdated:
+            return wishes
         for group, first in enumerate(first_chunks):
             at_most = state.stores_at_most(group) - first
             if at_most > 0:
@@ -150,6 +152,9 @@ class SchedulerBase(ClientListener):
         """Give each chunk a slot, the leading ones where there are not enough."""
         now = self._clock()
         taken: list[tuple[T, Credit]] = []
+        if state.outdated:
+            self.stats.skipped[SkipReason.RESET] += sum(map(len, wanted))
+            return taken
         short = SkipReason.NO_CREDITS if self._client.attached else SkipReason.AWAY
         for group, refs in enumerate(wanted):
             expected = state.expected[group]
@@ -188,6 +193,7 @@ class SchedulerBase(ClientListener):
             self._pins.abandon(state)
             self._pins.release(state)
             state.forget()
+            state.outdated = True
         self._recent.clear()
         self._return(self._credits.reset(self._client.new_lease_id()))
         return self._client.reset(weights_id, timeout_s)

@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,6 +51,10 @@ TASK_BYTES = 32 << 20
 load does not wait for the whole of a large store."""
 
 _NO_SESSION = -1
+
+MAX_UNTOLD_JOBS = 1024
+"""Jobs that were given while no session was open, kept to be reported in the next one. Beyond it the oldest
+are dropped: their slots come free with the engine's session."""
 
 
 _FAILURE_OF_LOAD = {
@@ -126,6 +130,7 @@ class WorkerShim(ClientListener):
         self._jobs: dict[JobId, _Progress] = {}
         self._finished: list[JobResult] = []
         self._pool: MappedPool | None = None
+        self._untold: deque[_Progress] = deque(maxlen=MAX_UNTOLD_JOBS)
 
     def _notice_fork(self) -> None:
         """In the child of a fork begin anew, without a pool: every job fails at once.
@@ -186,6 +191,17 @@ class WorkerShim(ClientListener):
         """Copy into this session's pool from now on. A running copy keeps the pool that it began with."""
         with self._changed:
             self._pool = session.pool
+            untold = [
+                progress
+                for progress in self._untold
+                if session.pool is not None and progress.job.pool_id == session.pool.pool_id
+            ]
+            self._untold.clear()
+        for progress in untold:
+            # The scheduler was attached before this rank was: the daemon waits for the ends of these.
+            self._report(progress, 0, 0.0)
+        if untold:
+            self._client.flush()
 
     def on_detached(self, reason: str) -> None:
         """Fail what is queued: the daemon may give the slots away now."""
@@ -250,7 +266,7 @@ class WorkerShim(ClientListener):
                 )
             if not len(copies) == len(job.slot_ids) == len(job.generations) == len(job.keys):
                 raise PlanError(f"slot_ids: {len(job.slot_ids)} entries, the blocks fill {len(copies)} slots")
-        except PlanError:
+        except Exception:
             logger.exception("job %d cannot be copied; this is a bug of whoever made it", job.job_id)
             return ()
         return copies
@@ -340,7 +356,7 @@ class WorkerShim(ClientListener):
     def _end(self, progress: _Progress) -> None:
         """Report a job whose last task is over to the daemon, then to the engine. Never raises."""
         job = progress.job
-        result = JobResult(job.job_id, progress.kind, ok=False)
+        result = JobResult(job.job_id, progress.kind, ok=False, failed_keys=frozenset(job.keys))
         try:
             result = self._conclude(progress)
         except Exception:
@@ -357,9 +373,10 @@ class WorkerShim(ClientListener):
         num_bytes = self._copied_bytes(progress)
         with self._changed:
             same_session = progress.session == self._session
+            if progress.session == _NO_SESSION and job.pool_id:
+                self._untold.append(progress)
         if same_session:
-            report = self._report_load if kind is JobKind.LOAD else self._report_store
-            report(progress, num_bytes, seconds)
+            self._report(progress, num_bytes, seconds)
             self._client.flush()
         failures = [
             # What was stored for a session that is over will not be published.
@@ -383,6 +400,10 @@ class WorkerShim(ClientListener):
                 layout = self._layouts[copy.group]
                 total += layout.part_bytes * len(copy.block_ids) // layout.blocks_per_chunk
         return total
+
+    def _report(self, progress: _Progress, num_bytes: int, seconds: float) -> None:
+        report = self._report_load if progress.kind is JobKind.LOAD else self._report_store
+        report(progress, num_bytes, seconds)
 
     def _report_store(self, progress: _Progress, num_bytes: int, seconds: float) -> None:
         job = progress.job

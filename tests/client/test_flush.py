@@ -165,14 +165,14 @@ TestCompletionBuffer = BufferModel.TestCase
 
 
 def test_only_what_others_wait_for_is_urgent() -> None:
+    def state() -> tuple[bool, bool]:
+        return buffer.waits, buffer.urgent
+
     buffer = CompletionBuffer("s1", MAX_ENTRIES)
     buffer.finish("a")
     buffer.release(1)
-    assert buffer.waits
-    assert not buffer.urgent
+    assert state() == (True, False)
     buffer.announce("b", [1], [1], [b"key"])
-    assert buffer.urgent
-    batch = buffer.next_batch()
-    assert batch is not None
-    assert not buffer.waits
-    assert not buffer.urgent
+    assert state() == (True, True)
+    assert buffer.next_batch() is not None
+    assert state() == (False, False)

@@ -144,15 +144,54 @@ def test_an_answer_whose_lease_is_gone_when_it_is_read_is_a_miss() -> None:
     assert engine.shim.lookup("r", 0) == 0
 
 
-def test_an_unleased_hit_is_a_miss_for_this_attempt_and_asked_for_anew_in_the_next() -> None:
+def test_an_unleased_hit_is_a_miss_for_this_attempt_and_asked_for_anew_soon() -> None:
     engine = Engine()
     engine.ask("HU")
     assert engine.shim.lookup("r", 0) == CHUNK
+    engine.clock.now += 0.005
     assert engine.shim.lookup("r", 0) == CHUNK
 
     engine.client.lookups[1].arrive("HH")
     assert engine.shim.lookup("r", 0) == 2 * CHUNK
     assert engine.told.released == [engine.client.lookups[0].lease_id]
+
+
+def test_what_cannot_be_pinned_is_asked_for_ever_more_seldom() -> None:
+    engine = Engine()
+    engine.ask("HU")
+    for _ in range(1000):
+        engine.clock.now += 0.001
+        engine.shim.lookup("r", 0)
+        engine.client.lookups[-1].arrive("HU")
+
+    assert len(engine.client.lookups) < 12
+
+
+def test_what_stays_pending_is_waited_for_once() -> None:
+    engine = Engine()
+    engine.ask("P")
+    began = engine.clock.now
+    while engine.shim.lookup("r", 0) is None:
+        engine.clock.now += 0.01
+        engine.client.lookups[-1].arrive("P")
+        assert engine.clock.now < began + 2.1
+
+    assert engine.clock.now == pytest.approx(began + 2.0, abs=0.05)
+    engine.clock.now += 10.0
+    engine.shim.lookup("r", 0)
+    engine.client.lookups[-1].arrive("P")
+    assert engine.shim.lookup("r", 0) == 0
+
+
+def test_a_request_that_lives_through_a_reset_stores_nothing_of_the_old_weights() -> None:
+    engine = Engine()
+    engine.ask("MM", slots=[1, 2])
+    engine.shim.lookup("r", 0)
+    engine.shim.reset("weights-2")
+    engine.grant(2, first=600)
+
+    assert engine.shim.prepare_store("r", 2 * CHUNK, [TABLE]) is None
+    assert engine.shim.stats.skipped[SkipReason.RESET] == 2
 
 
 def test_the_misses_of_a_waiting_request_are_refreshed_in_the_background() -> None:

@@ -462,6 +462,24 @@ def test_what_is_submitted_while_the_daemon_is_away_fails_at_once(rank: Rank) ->
     assert not any(result.ok for result in results.values())
 
 
+def test_a_job_that_came_before_the_rank_was_attached_is_reported_failed_when_it_is(rank: Rank) -> None:
+    slots, generations = reserve(rank, 1)
+    rank.client.detach()
+    load, store = load_job(rank, slots, generations, [10, 11]), store_job(rank, slots, generations, [3, 7])
+    rank.shim.submit_load(load)
+    rank.shim.submit_store(store)
+    assert rank.client.told.store_reports == []
+    rank.client.attach(session([rank.slot_bytes], rank.pool))
+
+    (stored,) = rank.client.told.store_reports
+    assert (list(stored.slot_ids), list(stored.failed)) == (list(slots), [0])
+    (loaded,) = rank.client.told.load_reports
+    assert loaded.lease_id == load.load_lease_id
+    rank.client.detach()
+    rank.client.attach(session([rank.slot_bytes], rank.pool))
+    assert len(rank.client.told.store_reports) == 1
+
+
 def test_after_attaching_again_jobs_are_copied_again(rank: Rank) -> None:
     rank.client.detach()
     assert rank.shim.drain(LONG_S)

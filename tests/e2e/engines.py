@@ -86,16 +86,6 @@ class OffloadedEngine:
         self._chats = conversations()
         self._turns_left = TURNS
 
-    def wait_for_credits(self, chunks: int) -> None:
-        """Wait until there are slots for so many chunks of each group.
-
-        They are asked for when a request is added and never waited for: without this, a test that stores with
-        an engine's first request would see nothing stored where the machine hesitates.
-        """
-        book = self.offload._scheduler._credits
-        groups = range(len(self.engine.cache.groups))
-        wait_until(lambda: all(book.held(group) >= chunks for group in groups), "the engine has slots")
-
     def turn(self) -> Iterator[RequestResult]:
         """Run the next turn of the chat; yield results as they finish."""
         self._turns_left -= 1

@@ -52,7 +52,6 @@ def test_a_load_may_begin_inside_a_chunk(start_daemon: StartDaemon, window: int 
     prompt = list(TEXT_FILE.read_bytes()[:140])  # two chunks of four blocks, and a bit
     with attached_engine(daemon, "one", window=window) as one:
         one.engine.add_request("long", prompt, 8)
-        one.wait_for_credits(chunks=2)
         (stored,) = one.engine.run()
     with attached_engine(daemon, "two", window=window) as two:
         two.engine.add_request("short", prompt[:40], 8)

@@ -227,6 +227,9 @@ class EngineProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=30)
         self.kill()
+        # What kvtier says where it has caught an exception that would have ended the engine.
+        bugs = [line for line in self.log_text().splitlines() if "this is a bug" in line.lower()]
+        assert not bugs, "\n".join(bugs)
 
     def _close(self) -> None:
         if self._socket is not None:

@@ -62,7 +62,7 @@ def test_after_a_reset_nothing_is_hit_that_was_stored_before(
     with EngineProcess(tiny_model, tmp_path, kv_transfer=kvtier(daemon.address)) as engine:
         before = engine.generate(prompts)
         engine.generate(others)
-        assert engine.generate(prompts) == before or engine.external_hits() > 0
+        assert [each.token_ids for each in engine.generate(prompts)] == [each.token_ids for each in before]
         hits = engine.external_hits()
         assert hits > 0
         assert engine.reset()

@@ -116,6 +116,7 @@ def test_a_daemon_that_accepts_and_never_answers_holds_no_request(
     ):
         assert chat(engine).tokens == expected.tokens
         assert engine.external_hits() == 0
+        assert engine.metrics()["vllm:kvtier_away_misses"] > 0
 
 
 def test_a_daemon_that_stops_answering_holds_no_request(
@@ -129,6 +130,7 @@ def test_a_daemon_that_stops_answering_holds_no_request(
                 daemon.signal(signal.SIGSTOP)
 
         assert chat(engine, during_turn=during_turn).tokens == expected.tokens
+        assert engine.metrics()["vllm:kvtier_away_misses"] > 0
 
 
 @pytest.mark.parametrize("point", ["worker.before_load", "load.after_copy"])

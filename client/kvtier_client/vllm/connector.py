@@ -123,8 +123,9 @@ class KVTierConnector(OffloadingConnector):
 
     def on_new_request(self, request: Request) -> None:
         super().on_new_request(request)
-        params = request.kv_transfer_params or {}
-        may_load = not request.skip_reading_prefix_cache and params.get("max_load_tokens") != 0
+        most = (request.kv_transfer_params or {}).get("max_load_tokens")
+        # As strict as vLLM: it takes an int, and ignores False and 0.0.
+        may_load = not request.skip_reading_prefix_cache and not (type(most) is int and most == 0)
         self._manager.add_request(request.request_id, request.block_hashes, may_load)
 
     def get_num_new_matched_tokens(
@@ -138,6 +139,9 @@ class KVTierConnector(OffloadingConnector):
         return matched
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
+        self._manager.note_scheduled(
+            scheduler_output.preempted_req_ids or (), scheduler_output.num_scheduled_tokens
+        )
         meta = super().build_connector_meta(scheduler_output)
         self._manager.end_step()
         return meta
@@ -206,11 +210,20 @@ def adopt(connectors: Iterable[object]) -> None:
     """Make a plain OffloadingConnector of this worker a KVTierConnector.
 
     It would take a load that brought nothing for a good one, or end the engine. Nothing but methods differs,
-    so changing the class of the object is enough.
+    so changing the class of the object is enough. Raises ValueError if there is none to change.
     """
+    seen = []
     for connector in connectors:
         if type(connector) is OffloadingConnector:
             connector.__class__ = KVTierConnector
+        if isinstance(connector, KVTierConnector):
+            return
+        seen.append(type(connector).__name__)
+    raise ValueError(
+        f"kvtier cannot tell {' and '.join(seen) or 'this connector'} of failed loads, which it would take "
+        'for good ones; use kvtier\'s own: "kv_connector": "KVTierConnector", "kv_connector_module_path": '
+        '"kvtier_client.vllm"'
+    )
 
 
 def _warn_of_policy(vllm_config: VllmConfig) -> None:

@@ -37,7 +37,8 @@ from kvtier_client.vllm.metrics import MetricCollector
 logger = init_logger("vllm.kvtier")
 
 RESET_TIMEOUT_S = 0.25
-"""What a weight update may wait for the daemon. Without its answer everything misses until it comes."""
+"""What a weight update may wait for the daemon to confirm it, after at most `prepare_deadline_ms` for what is
+still to be sent. Without its answer everything misses until it comes."""
 
 START_WAIT_S = 1.0
 """What a start of the engine may wait for the daemon. It takes tens of milliseconds when one is there."""
@@ -91,6 +92,8 @@ class KVTierOffloadingManager(OffloadingManager):
         self._metrics = MetricCollector(self._shim, client.stats)
         self._new: dict[str, ReqContext] = {}
         """Requests whose keys are not known yet."""
+        self._preempted: set[str] = set()
+        """Requests whose blocks are not theirs any more, until they are scheduled again."""
         self._failed_keys: dict[str, set[bytes]] = {}
         self._bugs: set[str] = set()
         client.start()
@@ -139,8 +142,20 @@ class KVTierOffloadingManager(OffloadingManager):
     def note_failed_loads(self, keys: Mapping[str, Collection[bytes]], reasons: Mapping[str, int]) -> None:
         """Hear which keys of which requests did not arrive, before `complete_load`."""
         for req_id, failed in keys.items():
-            self._failed_keys.setdefault(req_id, set()).update(failed)
+            if self._shim.has_request(req_id):
+                self._failed_keys.setdefault(req_id, set()).update(failed)
         self._metrics.note_failed_loads(reasons)
+
+    @_otherwise(None)
+    def note_scheduled(self, preempted: Collection[str], scheduled: Iterable[str]) -> None:
+        """Hear who lost its blocks and who has blocks again, before the stores of a step are prepared.
+
+        A preempted request may finish by the output of the step before. vLLM offers its last chunks then,
+        with the block ids of before, which hold another request's KV by now.
+        """
+        if self._preempted:
+            self._preempted.difference_update(scheduled)
+        self._preempted.update(preempted)
 
     @_otherwise(None)
     def end_step(self) -> None:
@@ -157,6 +172,8 @@ class KVTierOffloadingManager(OffloadingManager):
     @_otherwise(LookupResult.MISS)
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         req_id = req_context.req_id
+        if not self._has_connector:
+            self._preempted.discard(req_id)  # it begins anew
         if not self._shim.has_request(req_id):
             # Without KVTierConnector: by now vLLM has noted all keys of the request in its context.
             positions = req_context._offload_key_positions  # noqa: SLF001 - there is no public list of them
@@ -207,6 +224,9 @@ class KVTierOffloadingManager(OffloadingManager):
         if not self._shim.has_request(ctx.req_id):
             # Nobody looked it up, it may not read the cache: what it computes is stored on suspicion.
             self._add(ctx, [[] for _ in range(self._keys.num_groups)], may_load=False)
+        if ctx.req_id in self._preempted:
+            self._shim.give_up(len(keys))
+            return KVTierStoreSpec.empty()
         whole = [key for key in keys if self._keys.is_whole_chunk(key, ctx)]
         slots = self._shim.prepare_store(ctx.req_id, self._keys.wire_all(whole))
         return KVTierStoreSpec(
@@ -229,12 +249,15 @@ class KVTierOffloadingManager(OffloadingManager):
     def on_request_finished(self, req_context: ReqContext) -> None:
         self._new.pop(req_context.req_id, None)
         self._failed_keys.pop(req_context.req_id, None)
+        self._preempted.discard(req_context.req_id)
         if self._shim.has_request(req_context.req_id):
             self._shim.finish(req_context.req_id)
 
     def on_schedule_end(self, context: ScheduleEndContext | None = None) -> None:
         """End the step, where no KVTierConnector does: before 0.33 stores are still to come then."""
         if not self._has_connector:
+            if context is not None:
+                self.note_scheduled(context.preempted_req_ids, ())
             self.end_step()
 
     @_otherwise(None)

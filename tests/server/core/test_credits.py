@@ -162,7 +162,7 @@ def test_a_lookup_brings_slots_by_group_and_the_same_ones_when_it_is_repeated() 
 def test_wishes_are_checked_before_anything_is_looked_up() -> None:
     engine = Rig().engine()
     for wishes, lease in (([(1, 1, 0)], 5), ([(0, 1, 0), (0, 1, 0)], 5)):
-        with pytest.raises(BadRequest, match="slots_for_misses.group"):
+        with pytest.raises(BadRequest, match=r"slots_for_misses\.group"):
             engine.slots_for_misses(to_keys([1]), *wishes, lease=lease)
     engine.lookup(to_keys([1]), lease=7, wait_s=1)
     engine.prepare_store(to_keys([2]), lease=8)
