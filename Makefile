@@ -58,7 +58,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 
 # Warnings of vLLM and torch are not ours to mend.
 test-vllm: $(VLLM_READY) ## Run the tests that run real vLLM, in .venv-vllm (under 20 minutes on 2 cores)
-	@$(VLLM_BIN)/python -m pytest -q -W default --disable-warnings tests/vllm
+	@$(VLLM_BIN)/python -m pytest -q -W default --disable-warnings -n 2 --dist worksteal tests/vllm
 
 demo-vllm: $(VLLM_READY) ## Show what kvtier gives a real vLLM: hit rate and TTFT, cold and warm
 	@PYTHONPATH=. $(VLLM_BIN)/python -m tests.vllm.show

@@ -1,8 +1,9 @@
 """What kvtier costs a real vLLM, against a spec in the engine that does nothing.
 
-Run by `make bench-vllm`, in the environment that has vLLM. Both engines live at the same time and take turns,
+Run by `make bench-vllm`, in the environment that has vLLM. All engines live at the same time and take turns,
 with prompts that nobody has seen before. The machine decides the times; what counts are the ratios and the
-time inside the connector's and the manager's calls.
+time inside the connector's and the manager's calls. A second engine that does nothing says what two equal
+engines differ by on this machine.
 """
 
 from __future__ import annotations
@@ -69,28 +70,30 @@ def measure() -> list[tuple[str, str, str]]:
                 "kv_connector": "TimedOffloadingConnector",
                 "kv_connector_module_path": timed,
             }
-            seconds: dict[str, list[float]] = {"kvtier": [], "nothing": []}
+            seconds: dict[str, list[float]] = {"kvtier": [], "nothing": [], "nothing again": []}
             env_a = {
                 "KVTIER_TIMES": str(ours),
                 "KVTIER_FAULTS": f"worker.before_load=sleep:{LOAD_S}",
                 **NO_SPINNING,
             }
             env_b = {"KVTIER_TIMES": str(nothing), **NO_SPINNING}
+            env_c = {"KVTIER_TIMES": str(path / "again.json"), **NO_SPINNING}
             with (
                 EngineProcess(model, path, kv_transfer=with_kvtier, env=env_a) as a,
                 EngineProcess(model, path, kv_transfer=with_nothing, env=env_b) as b,
+                EngineProcess(model, path, kv_transfer=with_nothing, env=env_c) as c,
             ):
-                both = [("kvtier", a), ("nothing", b)]
+                engines = [("kvtier", a), ("nothing", b), ("nothing again", c)]
                 for number in range(ROUNDS + 1):
                     prompts = [prompt(PROMPT_TOKENS, PROMPTS * number + i) for i in range(PROMPTS)]
-                    for name, engine in both:
+                    for name, engine in engines:
                         took = []
                         for each in prompts:
                             engine.generate([each])
                             took.append(engine.seconds)
                         if number:  # the first ones have to warm the caches that the other engine has used
                             seconds[name].append(sum(took[PROMPTS // 4 :]))
-                    both.reverse()
+                    engines = engines[1:] + engines[:1]
                     if not number:  # the first round warms up
                         before = Times.read(ours), Times.read(nothing)
                 fresh = Times.read(ours), Times.read(nothing)
@@ -120,14 +123,17 @@ class Times:
     @property
     def per_request_ms(self) -> float:
         """Time inside calls of steps that do something, by request."""
-        return self.totals["busy_ns"] / 1e6 / self.totals["requests"]
+        return self.per_request("busy_ns")
 
-    @property
-    def per_empty_step(self) -> str:
-        """Time inside calls of steps that do nothing."""
+    def per_request(self, name: str) -> float:
+        """Return a total of nanoseconds by request, in milliseconds."""
+        return self.totals[name] / 1e6 / self.totals["requests"]
+
+    def per_empty_step(self, name: str) -> str:
+        """Return a total of nanoseconds by step that did nothing."""
         if not self.totals["empty_steps"]:
             return "none"
-        return f"{self.totals['empty_ns'] / 1e3 / self.totals['empty_steps']:.1f} us"
+        return f"{self.totals[name] / 1e3 / self.totals['empty_steps']:.1f} us"
 
 
 def rows(
@@ -135,6 +141,7 @@ def rows(
 ) -> list[tuple[str, str, str]]:
     """Turn what was measured into a table."""
     ratios = [a / b for a, b in zip(seconds["kvtier"], seconds["nothing"], strict=True)]
+    noise = [a / b for a, b in zip(seconds["nothing again"], seconds["nothing"], strict=True)]
     waited = sorted(real for asked, real in ours.waits if asked)
     asked = max((asked for asked, _ in ours.waits), default=0.0)
     rpcs, requests = ours.rpcs.total(), ours.totals["requests"]
@@ -142,11 +149,15 @@ def rows(
     return [
         ("time inside calls, a request, kvtier more than nothing", f"{more:.3f} ms", "1 ms"),
         ("time inside calls, a request, kvtier", f"{ours.per_request_ms:.3f} ms", ""),
+        ("  of it inside kvtier's manager", f"{ours.per_request('busy_manager_ns'):.3f} ms", ""),
         ("time inside calls, a request, nothing", f"{nothing.per_request_ms:.3f} ms", ""),
-        ("time inside calls, an empty step, kvtier", loading.per_empty_step, "20 us"),
+        ("time inside calls, an empty step, kvtier", loading.per_empty_step("empty_ns"), "20 us"),
+        ("  of it inside kvtier's manager", loading.per_empty_step("empty_manager_ns"), ""),
         ("  empty steps seen", f"{loading.totals['empty_steps']}", ""),
         ("request wall time, kvtier / nothing, median", f"{statistics.median(ratios):.3f}x", "1.05x"),
         ("  by round", " ".join(f"{ratio:.2f}" for ratio in ratios), ""),
+        ("request wall time, nothing / nothing, median", f"{statistics.median(noise):.3f}x", "the noise"),
+        ("  by round", " ".join(f"{ratio:.2f}" for ratio in noise), ""),
         ("of it waiting for answers, a request", f"{1000 * sum(waited) / requests:.3f} ms", ""),
         ("longest wait that was asked for", f"{1000 * asked:.2f} ms", "lookup_wait_ms = 0.5 ms"),
         ("lookups waited for", f"{len(waited)} of {requests}", ""),

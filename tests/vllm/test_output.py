@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +92,34 @@ def test_output_is_identical_on_two_tensor_parallel_ranks(
         assert engine.external_hits() > 0
 
 
-def test_bf16_differs_from_no_offload_only_where_two_tokens_were_as_good(
+def test_bf16_loads_what_was_stored_and_differs_only_where_two_tokens_were_as_good(
     tiny_model: Path, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     with EngineProcess(tiny_model, tmp_path, kv_transfer=None, dtype="bfloat16") as engine:
         without = chat(engine, logprobs=2)
     daemon = start_daemon(pool_bytes=POOL_CHUNKS * CHUNK_BYTES)
-    config = kvtier(daemon.address)
-    with EngineProcess(tiny_model, tmp_path, kv_transfer=config, dtype="bfloat16") as engine:
+    config = kvtier(daemon.address, spec_name="RecordingSpec", spec_module_path="tests.vllm.recording")
+    record = tmp_path / "bytes.jsonl"
+    env = {"KVTIER_RECORD": str(record)}
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=config, env=env, dtype="bfloat16") as engine:
         answers = chat(engine, logprobs=2, forced=without)
         assert engine.external_hits() > 0
 
+    stored: dict[str, set[str]] = {}
+    loaded = 0
+    for line in map(json.loads, record.read_text().splitlines()):
+        for key, digest in line.get("store", {}).items():
+            stored.setdefault(key, set()).add(digest)
+        for key, digest in line.get("load", {}).items():
+            assert digest in stored[key], f"{key} was loaded with other bytes than were stored"
+            loaded += 1
+    assert loaded > 0
     differing = 0
     for ours, theirs, gaps in zip(answers.tokens, without.tokens, without.gaps, strict=True):
         first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if first is not None:
             differing += 1
             assert gaps[first] < 1e-2, f"token {first} differs where the gap was {gaps[first]}"
-    print(f"bf16: {differing} of {len(answers.tokens)} answers differ")  # noqa: T201 - a figure for people
+    print(  # noqa: T201 - a figure for people
+        f"bf16: {loaded} chunks loaded byte for byte; {differing} of {len(answers.tokens)} answers differ"
+    )

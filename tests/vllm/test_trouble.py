@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from tests.conftest import StartDaemon
 from tests.daemon_process import DaemonProcess, wait_until
-from tests.vllm.engine_process import EngineProcess, kvtier
+from tests.vllm.conftest import skip_before
+from tests.vllm.engine_process import EngineProcess, kvtier, plain
 from tests.vllm.workload import Answers, chat, prompt
 
 POOL = "64MiB"
@@ -144,6 +145,18 @@ def test_a_request_whose_every_load_fails_is_computed(
         metrics = engine.metrics()
 
     assert metrics['vllm:kvtier_loads_failed{"reason": "error"}'] > 0
+
+
+def test_under_the_plain_connector_too_a_request_whose_every_load_fails_is_computed(
+    tiny_model: Path, expected: Answers, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    skip_before(31, "the plain connector tells no keys before the first lookup")
+    daemon = start_daemon(pool_bytes=POOL)
+    env = {"KVTIER_FAULTS": "worker.before_load=error"}
+    config = plain("KVTierOffloadingSpec", "kvtier_client.vllm", address=daemon.address, weights_id="tiny")
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=config, env=env) as engine:
+        assert chat(engine).tokens == expected.tokens
+        assert engine.external_hits() > 0  # it has tried
 
 
 def test_an_engine_that_is_killed_leaves_nothing_behind_and_its_successor_attaches_at_once(
