@@ -52,7 +52,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	@$(VLLM_BIN)/python -m pip uninstall -qq --yes --disable-pip-version-check \
 		torchvision torchaudio torchcodec triton
 	@$(VLLM_BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-vllm.txt \
-		--editable '.[server]' hypothesis pytest pytest-timeout
+		--editable '.[server]' hypothesis pytest pytest-timeout pytest-xdist
 	@touch $@
 	@echo "venv-vllm: ready"
 
