@@ -23,6 +23,7 @@ from vllm.logger import init_logger
 
 from kvtier_client.vllm.facts import EngineFacts, describe_engine, engine_facts
 from kvtier_client.vllm.manager import KVTierOffloadingManager
+from kvtier_client.vllm.versions import is_at_least
 from kvtier_client.vllm.worker import FailedLoad, KVTierOffloadingWorker
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class KVTierConnector(OffloadingConnector):
     _failed_requests: frozenset[str] = frozenset()
     _failed_blocks: frozenset[int] = frozenset()
     _unreported: tuple[FailedLoad, ...] = ()
+    _defers: bool = False
+    """Whether a request was told to wait in this step."""
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -131,11 +134,15 @@ class KVTierConnector(OffloadingConnector):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
+        if self._defers and not _OVERTAKING_IS_SAFE:
+            return None, False
         if not request.skip_reading_prefix_cache and not self._manager.begin_attempt(
             request.request_id, request.block_hashes, num_computed_tokens
         ):
+            self._defers = True
             return None, False
         matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        self._defers |= matched[0] is None
         return matched
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
@@ -144,6 +151,7 @@ class KVTierConnector(OffloadingConnector):
         )
         meta = super().build_connector_meta(scheduler_output)
         self._manager.end_step()
+        self._defers = False
         return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -197,6 +205,14 @@ class KVTierConnector(OffloadingConnector):
 
 _REPORTS_REQUESTS = hasattr(OffloadingConnector, "get_transfer_results")
 """Whether failed loads are named by request. Older versions know blocks only, and one group only."""
+
+
+_OVERTAKING_IS_SAFE = is_at_least(31)
+"""Whether a request may begin to load while an earlier one still waits for an answer.
+
+Up to 0.30 vLLM looks at waiting requests in their order and stops at the first that finds no blocks. Later
+ones that have blocks, because they load, are not reached then: when the first needs these, all wait for ever.
+"""
 
 
 def fill_in_spec(vllm_config: VllmConfig) -> None:

@@ -43,6 +43,12 @@ def check_version(version: str | None = None) -> str:
     return found
 
 
+def is_at_least(minor: int) -> bool:
+    """Tell whether the installed vLLM is 0.`minor` or newer."""
+    match = _RELEASE.match(installed_version())
+    return match is not None and (int(match[1]), int(match[2])) >= (0, minor)
+
+
 def _range() -> str:
     return f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
 
