@@ -187,19 +187,23 @@ class Engine:
 
     # Requests as an engine runs them
 
-    def run(self, req: str, names: list[str]) -> dict[str, Any]:
-        """Run a request to its end: look up, load what is there, compute and store the rest."""
-        loaded = self.begin(req, names)
+    def run(self, req: str, names: list[str], num_decoded: int = 0) -> dict[str, Any]:
+        """Run a request to its end: look up, load what is there, compute and store the rest.
+
+        The last `num_decoded` chunks are not known before they are computed.
+        """
+        loaded = self.begin(req, names, num_decoded)
         answer = self.load(req, loaded["num_hits"])
         answer |= self.compute(req)
         self.finish(req)
         self._flush()
         return answer
 
-    def begin(self, req: str, names: list[str]) -> dict[str, Any]:
+    def begin(self, req: str, names: list[str], num_decoded: int = 0) -> dict[str, Any]:
         """Add a request and look it up; what was found stays pinned."""
         self._tables[req] = (names, self._device.allocate(len(names)))
-        self._timed("add_request", self._scheduler.add_request, req, [[key_of(name) for name in names]])
+        keys = [key_of(name) for name in names[: len(names) - num_decoded]]
+        self._timed("add_request", self._scheduler.add_request, req, [keys])
         tokens: list[int] = []
 
         def has_answer() -> bool:
@@ -248,6 +252,8 @@ class Engine:
         before = stats.stored_chunks, stats.skipped.copy()
         for index, name in enumerate(names):
             self._device.write(chunk_blocks(blocks, index), content_of(key_of(name), self._weights))
+        num_known = len(self._scheduler._requests[req].groups[0].keys)
+        self._scheduler.extend_keys(req, 0, [key_of(name) for name in names[num_known:]])
         stored: list[str] = []
         lost: list[str] = []
         end = 0

@@ -70,6 +70,8 @@ def work(engine: EngineProcess, pick: random.Random) -> None:
         prompt = f"shared{pick.randrange(4)}"
         direct = f"direct{pick.randrange(1000)}"
         engine.ask("run", req=f"run-{round_number}", names=chunk_names(prompt, pick.randint(3, 9)))
+        decoded = chunk_names(f"decoded{pick.randrange(4)}", 9)
+        engine.ask("run", req=f"decode-{round_number}", names=decoded, num_decoded=pick.randint(3, 9))
         engine.ask("store", req=f"store-{round_number}", names=chunk_names(direct, pick.randint(1, 5)))
         engine.ask("read", req=f"read-{round_number}", names=chunk_names(prompt, 9))
 
@@ -88,6 +90,7 @@ def test_r1_an_engine_killed_anywhere_leaves_nothing_behind_and_no_half_stored_c
     wait_nothing_held(daemon, engines=1)
     fds, threads = daemon.num_fds(), daemon.num_threads()
     names = [name for prompt in range(4) for name in chunk_names(f"shared{prompt}", 9)]
+    names += [name for prompt in range(4) for name in chunk_names(f"decoded{prompt}", 9)]
     names += [name for prompt in range(1000) for name in chunk_names(f"direct{prompt}", 5)]
 
     next_one = start_engine()
