@@ -45,7 +45,8 @@ class Gate:
         self.closing = False
         self.resetting = False
         """The engine has new weights and the daemon does not know yet: nothing may be hit."""
-        self.breaker = Breaker(options.breaker_threshold)
+        shortest_ms = min(options.lookup_deadline_ms, options.prepare_deadline_ms)
+        self.breaker = Breaker(options.breaker_threshold, shortest_ms / 1000)
         self._stats = stats
         self._pid = os.getpid()
         self._logged: set[str] = set()
@@ -95,9 +96,7 @@ class Gate:
         """Note a failed call and say why it failed. `counts`: its deadline was one to judge the daemon by."""
         failure = read_failure(error)
         if failure.is_missed_deadline:
-            self._stats.add("deadline_misses")
-            if counts:
-                self._missed_deadline(call)
+            self.missed_deadline(call, counts=counts)
             return failure
         self._stats.add("refused_calls")
         if failure.is_our_bug and failure.reason not in self._logged:
@@ -112,6 +111,19 @@ class Gate:
         if failure.reason == "session_unknown":
             self.lose(link, "the daemon does not know the session any more")
         return failure
+
+    def missed_deadline(self, call: str, *, counts: bool = True) -> None:
+        """Note that there is no answer by the deadline. `counts`: it was one to judge the daemon by."""
+        self._stats.add("deadline_misses")
+        if not counts:
+            return
+        with self.lock:
+            opened = self.breaker.missed(call, time.monotonic())
+            if opened:
+                self.changed.notify_all()
+        if opened:
+            self._stats.add("breaker_opens")
+            logger.warning("the daemon does not answer in time; the engine goes on without it until it does")
 
     def install(self, link: Link) -> None:
         """Let calls through to a new session."""
@@ -152,12 +164,3 @@ class Gate:
         except Exception:
             self._stats.add("listener_errors")
             logger.exception("the listener's %s failed", getattr(call, "__name__", call))
-
-    def _missed_deadline(self, call: str) -> None:
-        with self.lock:
-            opened = self.breaker.missed(call)
-            if opened:
-                self.changed.notify_all()
-        if opened:
-            self._stats.add("breaker_opens")
-            logger.warning("the daemon does not answer in time; the engine goes on without it until it does")

@@ -160,6 +160,10 @@ class LookupCall:
             store_lease_id=self._store_lease_id if granted else 0,
         )
 
+    def missed_deadline(self, *, counts: bool) -> None:
+        """Note that the engine gave up at the deadline."""
+        self._gate.missed_deadline("Lookup", counts=counts)
+
     def missed(self, reason: str) -> LookupAnswer:
         """Give up: answer MISS, and give back the lease that may have been granted."""
         self.abandon()
@@ -274,6 +278,9 @@ class PendingLookup:
             return answer
         self._arrived.set()
         if self._call is not None:
+            if self._timeout_s <= self.age_s:
+                # As grpc would have said an instant later, had it not been cancelled here.
+                self._call.missed_deadline(counts=self._counts)
             self._call.abandon()
         if self._future is not None:
             self._future.cancel()

@@ -49,7 +49,7 @@ def main() -> int:
 def measure() -> list[tuple[str, str, str]]:
     """Return (name, value, limit) rows."""
     from tests.daemon_process import DaemonProcess
-    from tests.vllm.engine_process import EngineProcess, kvtier, plain
+    from tests.vllm.engine_process import DEFAULT_DEADLINE_MS, EngineProcess, kvtier, plain
     from tests.vllm.tiny_models import save_llama
     from tests.vllm.workload import prompt
 
@@ -61,7 +61,7 @@ def measure() -> list[tuple[str, str, str]]:
             daemon.start()
             timed = "tests.vllm.timed_connectors"
             with_kvtier = {
-                **kvtier(daemon.address),
+                **kvtier(daemon.address, lookup_deadline_ms=DEFAULT_DEADLINE_MS),
                 "kv_connector": "TimedKVTierConnector",
                 "kv_connector_module_path": timed,
             }

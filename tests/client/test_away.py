@@ -25,6 +25,7 @@ from kvtier_client import (
     StoreReportItem,
     StoreVerdict,
 )
+from kvtier_client.lookups import PendingLookup
 
 from . import scripted_peer
 from .builders import KEYS, Notes, make_client, wait_until
@@ -177,6 +178,35 @@ def test_three_missed_deadlines_open_the_breaker_and_only_an_answered_probe_clos
         wait_until(lambda: client.ready, "the background thread closes the breaker")
         assert client.lookup(ReqContext("r2"), KEYS).reason == ""
         assert client.stats.snapshot()["breaker_opens"] == 1
+        client.close()
+
+
+def give_up_when_overdue(lookup: PendingLookup) -> None:
+    wait_until(lambda: lookup.age_s >= 0.1, "the lookup is overdue")
+    lookup.cancel()
+
+
+def test_lookups_that_the_engine_gives_up_at_their_deadline_open_the_breaker_too(directory: Path) -> None:
+    go_on = threading.Event()
+
+    def stall(request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
+        go_on.wait(LONG_S)
+        return pb.LookupResponse(
+            boot_id=peer.boot_id, statuses=bytes([pb.LOOKUP_STATUS_MISS]) * len(request.keys)
+        )
+
+    with Peer(directory / "s", directory / "pool") as peer:
+        peer.scripts["Lookup"] = stall
+        client = make_client(peer.address, options=ClientOptions(lookup_deadline_ms=100))
+        client.start()
+        assert client.wait_attached(LONG_S)
+        for number in range(3):
+            assert client.ready, "the daemon answers everything else in time"
+            pending = client.lookup_async(ReqContext(f"r{number}"), KEYS)
+            give_up_when_overdue(pending)
+        assert client.stats.snapshot()["deadline_misses"] == 3
+        assert client.stats.snapshot()["breaker_opens"] == 1
+        go_on.set()
         client.close()
 
 

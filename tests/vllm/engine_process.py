@@ -25,15 +25,26 @@ START_S = 240.0
 COMMAND_S = 240.0
 BLOCK_TOKENS = 32
 
+PATIENCE_MS = 1000
+"""The `lookup_deadline_ms` of tests about what is stored and loaded: every process of a vLLM for CPUs spins,
+and where two engines share two cores the daemon waits for its turn. Tests of a daemon that does not answer
+use the default, as users do."""
 
-def kvtier(address: str, **extra_config: Any) -> dict[str, Any]:
+DEFAULT_DEADLINE_MS = 50
+
+
+def kvtier(address: str, *, lookup_deadline_ms: float = PATIENCE_MS, **extra_config: Any) -> dict[str, Any]:
     """Return what a user writes into --kv-transfer-config."""
     return {
         "kv_connector": "KVTierConnector",
         "kv_connector_module_path": "kvtier_client.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"address": address, **extra_config},
+        "kv_connector_extra_config": {
+            "address": address,
+            "lookup_deadline_ms": lookup_deadline_ms,
+            **extra_config,
+        },
     }
 
 
@@ -49,6 +60,17 @@ def plain(spec_name: str, spec_module_path: str, **extra_config: Any) -> dict[st
             **extra_config,
         },
     }
+
+
+def plain_kvtier(address: str) -> dict[str, Any]:
+    """Return what has vLLM's own connector work with kvtier."""
+    return plain(
+        "KVTierOffloadingSpec",
+        "kvtier_client.vllm",
+        address=address,
+        weights_id="tiny",
+        lookup_deadline_ms=PATIENCE_MS,
+    )
 
 
 @dataclass(frozen=True)

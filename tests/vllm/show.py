@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.daemon_process import DaemonProcess
-from tests.vllm.engine_process import EngineProcess, kvtier
+from tests.vllm.engine_process import DEFAULT_DEADLINE_MS, EngineProcess, kvtier
 from tests.vllm.tiny_models import save_llama
 from tests.vllm.workload import prompt
 
@@ -31,7 +31,7 @@ def main() -> int:
     ):
         daemon.start()
         model = save_llama(Path(folder) / "model", seed=0, layers=LAYERS, hidden=HIDDEN)
-        config = kvtier(daemon.address)
+        config = kvtier(daemon.address, lookup_deadline_ms=DEFAULT_DEADLINE_MS)
         print(
             f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, a random Llama ({LAYERS} x {HIDDEN}), fp32, CPU\n"
         )

@@ -117,10 +117,12 @@ def test_one_flag_turns_it_on_and_the_api_server_lives_with_its_metrics(
     prompts = [prompt(300, seed) for seed in range(8)]
     with vllm_serve(tiny_model, daemon.address, tmp_path / "serve.log") as server:
         first = [server.complete(each) for each in prompts]
-        assert [server.complete(each) for each in prompts] == first
-        wait_until(
-            lambda: (server.metric("vllm:external_prefix_cache_hits_total") or 0) > 0, "hits are counted"
-        )
+
+        def is_hitting() -> bool:
+            assert [server.complete(each) for each in prompts] == first
+            return (server.metric("vllm:external_prefix_cache_hits_total") or 0) > 0
+
+        wait_until(is_hitting, "hits are counted")
         assert (server.metric("vllm:kvtier_lookup_wait_seconds_count") or 0) > 0
 
         # What is only emitted when the daemon is gone must be declared too, or the API server dies of it.

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import StartDaemon
 from tests.daemon_process import DaemonProcess, wait_until
 from tests.vllm.conftest import skip_before
-from tests.vllm.engine_process import EngineProcess, kvtier, plain
+from tests.vllm.engine_process import DEFAULT_DEADLINE_MS, EngineProcess, kvtier, plain_kvtier
 from tests.vllm.workload import Answers, chat, prompt
 
 POOL = "64MiB"
@@ -113,7 +113,9 @@ def test_a_daemon_that_accepts_and_never_answers_holds_no_request(
 ) -> None:
     with (
         silent_listener() as address,
-        EngineProcess(tiny_model, tmp_path, kv_transfer=kvtier(address)) as engine,
+        EngineProcess(
+            tiny_model, tmp_path, kv_transfer=kvtier(address, lookup_deadline_ms=DEFAULT_DEADLINE_MS)
+        ) as engine,
     ):
         assert chat(engine).tokens == expected.tokens
         assert engine.external_hits() == 0
@@ -124,7 +126,8 @@ def test_a_daemon_that_stops_answering_holds_no_request(
     tiny_model: Path, expected: Answers, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     daemon = start_daemon(pool_bytes=POOL)
-    with EngineProcess(tiny_model, tmp_path, kv_transfer=kvtier(daemon.address)) as engine:
+    config = kvtier(daemon.address, lookup_deadline_ms=DEFAULT_DEADLINE_MS)
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=config) as engine:
 
         def during_turn(turn: int) -> None:
             if turn == 2:
@@ -153,7 +156,7 @@ def test_under_the_plain_connector_too_a_request_whose_every_load_fails_is_compu
     skip_before(31, "the plain connector tells no keys before the first lookup")
     daemon = start_daemon(pool_bytes=POOL)
     env = {"KVTIER_FAULTS": "worker.before_load=error"}
-    config = plain("KVTierOffloadingSpec", "kvtier_client.vllm", address=daemon.address, weights_id="tiny")
+    config = plain_kvtier(daemon.address)
     with EngineProcess(tiny_model, tmp_path, kv_transfer=config, env=env) as engine:
         assert chat(engine).tokens == expected.tokens
         assert engine.external_hits() > 0  # it has tried

@@ -96,10 +96,11 @@ class Settings:
         return settings
 
     def client_options(self) -> ClientOptions:
-        """Return the bounds of one client."""
+        """Return the bounds of one client. Who is patient with lookups is so with the other calls."""
         return ClientOptions(
             lookup_wait_ms=self.lookup_wait_ms,
             lookup_deadline_ms=self.lookup_deadline_ms,
+            prepare_deadline_ms=max(ClientOptions().prepare_deadline_ms, 2 * self.lookup_deadline_ms),
             promotion_wait_ms=self.promotion_wait_ms,
         )
 

@@ -59,6 +59,7 @@ def test_the_client_gets_the_bounds() -> None:
     settings = Settings(ADDRESS, lookup_wait_ms=0, lookup_deadline_ms=10, promotion_wait_ms=0)
     expected = ClientOptions(lookup_wait_ms=0, lookup_deadline_ms=10, promotion_wait_ms=0)
     assert settings.client_options() == expected
+    assert Settings(ADDRESS, lookup_deadline_ms=400).client_options().prepare_deadline_ms == 800
 
 
 def test_without_an_address_the_error_says_what_to_type() -> None:
