@@ -2,8 +2,8 @@
 
 Owns the counts: of all calls together, because a daemon that hangs answers none, and of each kind of call,
 because a daemon that is too slow for lookups may well answer what is small in between. Calls that were on
-their way together miss together when the daemon pauses once, say because its CPUs were busy: that is one miss.
-Only the background thread closes the breaker again, so that no engine call ever pays for a probe. Not
+their way together miss together when the daemon pauses once, say because its CPUs were busy: that is one
+miss. Only the background thread closes the breaker again, so that no engine call ever pays for a probe. Not
 thread-safe: the gate's lock is held around every method; `is_open` and `is_clean` may be read without.
 """
 
@@ -30,7 +30,7 @@ class _Misses:
 class Breaker:
     """Opens at `threshold` missed deadlines without an answer between them. `call` names the kind of call.
 
-    `shortest_deadline_s`: of all calls. Misses that are less than half of it apart were on their way together.
+    `shortest_deadline_s`: of all calls. Misses less than half of it apart were on their way together.
     """
 
     __slots__ = ("_in_a_row", "_misses", "_threshold", "_together_s", "is_open")
