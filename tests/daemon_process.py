@@ -144,8 +144,8 @@ class DaemonProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,
-                # As a service of its own. Linux shares CPUs out by session first (sched_autogroup): in ours it
-                # would wait for its turn behind whatever the tests compute.
+                # As a service of its own. Linux shares CPUs out by session first (sched_autogroup): in ours
+                # it would wait for its turn behind whatever the tests compute.
                 start_new_session=True,
             )
         return self
