@@ -152,12 +152,17 @@ class CreditBook:
             return []
 
     def spare(self, group: int, own: int) -> int:
-        """Count the credits, held or on their way, that nobody needs but one request that expects `own`."""
+        """Count the credits, held or on their way, that nobody needs but one request that expects `own`.
+
+        What is held for stores that no lookup foresees is not spare: each use of it would have to be asked
+        for again, in a call of its own.
+        """
         with self._lock:
             if group >= len(self._groups) or group >= len(self._expected):
                 return 0
             entry = self._groups[group]
-            return max(0, len(entry.held) + entry.asked - (self._expected[group] - own))
+            others = self._expected[group] - own
+            return max(0, len(entry.held) + entry.asked - others - 2 * entry.largest)
 
     def take(self, group: int, count: int, now: float, expected: int = 0) -> list[Credit]:
         """Use up to `count` credits, and note that more than the `expected` ones were wanted in this step."""

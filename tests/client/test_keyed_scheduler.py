@@ -170,14 +170,27 @@ def test_slots_of_an_answer_from_before_a_reset_go_back() -> None:
 def test_a_request_waits_once_for_slots_that_are_on_their_way() -> None:
     engine = asking_for_slots()
     engine.shim.add_request("r", [keys(3)])
-    assert engine.client.lookups[-1].slots_for_misses[0].spare == 4
-    engine.client.lookups[-1].arrive("MMM")
+    engine.client.lookups[-1].arrive("MMM")  # there were none to come along
 
     assert engine.looks_up(3) == [RETRY] * 3
     engine.grant(4)
     engine.shim.end_step()
     assert engine.looks_up(3) == [MISS] * 3
     assert engine.shim.prepare_store("r", keys(3)).slot_ids == (500, 501, 502)
+
+
+def test_slots_that_are_kept_for_decoded_chunks_are_left_to_them() -> None:
+    engine = asking_for_slots()
+    engine.grant(4)
+    engine.client.told.asked_credits.clear()
+    engine.shim.add_request("r", [keys(3)])
+    assert engine.client.lookups[-1].slots_for_misses == [SlotsForMisses(group=0, at_most=3, spare=0)]
+    engine.client.lookups[-1].arrive("MMM", slots=[7, 8, 9])
+
+    engine.looks_up(3)
+    assert len(engine.shim.prepare_store("r", keys(3)).slot_ids) == 3
+    engine.shim.end_step()
+    assert engine.client.told.asked_credits == []
 
 
 def asking_for_slots() -> Engine:
