@@ -23,6 +23,15 @@ MAX_WORLD_SIZE = 32
 """Worker ranks and parts of one slot, at most: what a slot record has room for."""
 
 
+@dataclass(frozen=True, slots=True)
+class SpaceName:
+    """What files a key besides itself: equal keys of different names never meet."""
+
+    namespace: str
+    tenant: str
+    epoch: int
+
+
 class FactsError(ValueError):
     """A fact is missing or out of range. The message names the field; nothing was registered."""
 

@@ -13,11 +13,11 @@ import structlog
 
 from kvtier_ops.layout import SLOT_UNIT_BYTES, TensorLayout
 from kvtier_ops.locks import held_owner_locks
+from kvtier_ops.namespace import SpaceName
 from kvtier_ops.pool import Pool, SlotState
 from kvtier_server.core.adoption import Adopted, KeptSlot, adopt
 from kvtier_server.core.namespaces import Geometry
 from kvtier_server.core.tiering import Core
-from kvtier_server.primary.index import SpaceName
 
 PAYLOAD_VERSION = 1
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from kvtier_ops.namespace import SpaceName
 from kvtier_server.core.books import Books
-from kvtier_server.primary.index import SpaceName
 
 
 @dataclass(frozen=True, slots=True)

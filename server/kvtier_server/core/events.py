@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtier_server.primary.index import SpaceName
+from kvtier_ops.namespace import SpaceName
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from kvtier_ops.namespace import FactsError, NamespaceFacts
+from kvtier_ops.namespace import FactsError, NamespaceFacts, SpaceName
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.core.books import Books, Notice
 from kvtier_server.core.completions import Completions
@@ -23,7 +23,7 @@ from kvtier_server.core.lookups import Lookups
 from kvtier_server.core.namespaces import Geometry, Namespace
 from kvtier_server.core.refused import BadRequest, Draining, Refused
 from kvtier_server.policies.base import CachePolicy
-from kvtier_server.primary.index import Chunk, SpaceName
+from kvtier_server.primary.index import Chunk
 from kvtier_server.primary.size_classes import SizeClass, SlotTable
 from kvtier_server.primary.tier import SLICE_ITEMS
 

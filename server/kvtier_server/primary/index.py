@@ -7,9 +7,9 @@ eviction order or leases; `tier.py` keeps those in step with it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvtier_ops.namespace import SpaceName
 from kvtier_server.policies.base import ChunkId
 
 if TYPE_CHECKING:
@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 
 SPACE_TAG_BYTES = 8
 """Leading bytes of a ChunkId: the key space, big-endian."""
-
-
-@dataclass(frozen=True, slots=True)
-class SpaceName:
-    """What files a key besides itself: equal keys of different names never meet."""
-
-    namespace: str
-    tenant: str
-    epoch: int
 
 
 class KeySpace:

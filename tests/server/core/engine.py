@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvtier_ops.layout import SLOT_UNIT_BYTES, TensorLayout
-from kvtier_ops.namespace import GroupFacts, NamespaceFacts
+from kvtier_ops.namespace import GroupFacts, NamespaceFacts, SpaceName
 from kvtier_server.core.books import LookupStatus
 from kvtier_server.core.completions import MismatchReport
 from kvtier_server.core.grants import StoreAnswer, StoreVerdict
@@ -20,7 +20,6 @@ from kvtier_server.core.lookups import LookupAnswer
 from kvtier_server.core.namespaces import Geometry
 from kvtier_server.core.requests import Request
 from kvtier_server.core.stores import ItemStatus
-from kvtier_server.primary.index import SpaceName
 
 from .slots_in_memory import CELL_BYTES, SECOND_NS, checksum
 

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kvtier_ops.layout import SLOT_UNIT_BYTES
-from kvtier_ops.namespace import NamespaceFacts
+from kvtier_ops.namespace import NamespaceFacts, SpaceName
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.core.adoption import KeptSlot, adopt
 from kvtier_server.core.books import Notice
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.tiering import Core
 from kvtier_server.policies.loader import make_policy
-from kvtier_server.primary.index import SpaceName
 
 from .engine import Engine, Written, facts
 from .slots_in_memory import CELL_BYTES, FakeClock, FakeLocks, SlotsInMemory, State

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from kvtier_ops.namespace import SpaceName
 from kvtier_server.core.events import EventLog
-from kvtier_server.primary.index import SpaceName
 
 SPACE = SpaceName("namespace", "", 0)
 

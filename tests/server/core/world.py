@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field, replace
 
+from kvtier_ops.namespace import SpaceName
 from kvtier_server.core.completions import MismatchReport
 from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.core.instances import Instance, RankTaken
 from kvtier_server.core.stores import ItemStatus
-from kvtier_server.primary.index import SpaceName
 
 from .engine import Engine, Process, Slot, to_keys
 from .rig import Rig

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from kvtier_ops.namespace import SpaceName
 from kvtier_server.policies.loader import make_policy
-from kvtier_server.primary.index import Chunk, KeySpace, SpaceName
+from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.primary.size_classes import SizeClass
 from kvtier_server.primary.tier import SLICE_ITEMS, PrimaryTier
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtier_ops.namespace import SpaceName
 from kvtier_server.policies.base import ChunkId, MayEvict
 from kvtier_server.policies.lru import LruPolicy
-from kvtier_server.primary.index import Chunk, KeySpace, SpaceName
+from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.primary.size_classes import SizeClass
 from kvtier_server.primary.tier import PrimaryTier
 
