@@ -30,6 +30,10 @@ class PoolSlots:
         self.generation = pool.slots.generation
         self.configure_slabs = pool.slabs.configure
 
+    def checksums(self, slot_id: int, num_parts: int) -> tuple[int, ...]:
+        """Read the part checksums from the slot's record."""
+        return tuple([self._pool.part_checksum(slot_id, part) for part in range(num_parts)])
+
     def assign_slab(self, slab: int, slot_bytes: int, slot_ids: Sequence[int]) -> None:
         """Write down the slab's class; its records get memory first."""
         if slot_bytes:

@@ -145,7 +145,7 @@ ROOMS = (
     ),
     Room(
         "server/kvtier_server/secondary",
-        ours=("kvtier_ops", "kvtier_server.secondary"),
+        ours=("kvtier_ops", "kvtier_server.secondary", "kvtier_server.config_values"),
         libraries=DAEMON_LIBRARIES,
         why="a tier gets what it needs from the factory and knows nothing above it",
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvtier_server.core.below import Below
 from kvtier_server.core.books import Books, HashRequest
 from kvtier_server.core.instances import Instance, Role, Session
 from kvtier_server.core.leases import Lease, LeaseKind
@@ -34,8 +35,9 @@ class MismatchReport:
 class Completions:
     """Takes the items of Complete, one after the other."""
 
-    def __init__(self, books: Books) -> None:
+    def __init__(self, books: Books, below: Below) -> None:
         self._books = books
+        self._below = below
         self._stored: dict[KeySpace, list[bytes]] = {}
         """What the report at hand has published, until it is recorded as one event."""
         self._hashing: set[tuple[int, int, int]] = set()
@@ -207,6 +209,7 @@ class Completions:
         books.counts["store:published"] += 1
         self._stored.setdefault(space, []).append(key)
         books.resolve(space, key, chunk)
+        self._below.published(chunk)
 
     def report_load(
         self,

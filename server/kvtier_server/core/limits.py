@@ -35,5 +35,7 @@ class Limits:
     """Share of the pool one instance may have pinned, and another such share for its unfinished stores."""
     credit_share: float = 1 / 16
     """Share of the pool one instance may hold as credits."""
+    promotion_share: float = 1 / 8
+    """Share of the pool that promotions may have reserved at once."""
     min_credit_slots: int = 64
     """Credits an instance may hold in a small pool, but never more than a quarter of it."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvtier_ops.prefix import GroupPresence, first_gap, usable_prefix
+from kvtier_server.core.below import Below, LowerTier
 from kvtier_server.core.books import Books, LookupStatus
 from kvtier_server.core.instances import Instance, Session
 from kvtier_server.core.leases import Lease, LeaseKind
@@ -37,8 +38,9 @@ class LookupAnswer:
 class Lookups:
     """Answers Lookup and Touch."""
 
-    def __init__(self, books: Books) -> None:
+    def __init__(self, books: Books, below: Below) -> None:
         self._books = books
+        self._below = below
 
     def lookup(
         self,
@@ -54,7 +56,8 @@ class Lookups:
     ) -> LookupAnswer:
         """Answer one status per key; with a lease id, pin the longest prefix that all groups can use.
 
-        With `lease_hits` pin every resident key instead, as long as the instance may pin so much.
+        With `lease_hits` pin every resident key instead, as long as the instance may pin so much. What a
+        lower tier has of that prefix begins to come up, and is PENDING under the same lease.
         """
         instance = session.for_scheduling()
         check_number_of_keys(keys, self._books.limits.max_keys)
@@ -71,18 +74,22 @@ class Lookups:
         statuses: list[int] = [_HIT] * len(keys)
         unwanted: list[int] = []
         pending: set[bytes] = set()
+        below: dict[bytes, LowerTier] = {}
         if num_missing:
             statuses, pending = self._statuses(space, keys, found)
             unwanted = self._unwanted(space, request, keys, statuses)
+            if lease_id and pending_wait_ns:
+                below = self._find_below(space, request, keys, statuses)
         self._count(instance, found, ranges, num_missing, len(pending))
         if not lease_id:
             self._books.note_use(instance, request, keys, found, ranges)
             return LookupAnswer(statuses, unwanted)
         if not pending_wait_ns:
             pending = set()  # nobody waits for them: they are holes like any other
+        coming = pending | below.keys() if below else pending
         wanted = list(ranges)
-        if not lease_hits or self._need(instance, keys, found, pending, ranges) > self._room(instance):
-            wanted = self._wanted_runs(instance, keys, found, pending, ranges, first_chunks, max_tokens)
+        if not lease_hits or self._need(instance, keys, found, coming, ranges) > self._room(instance):
+            wanted = self._wanted_runs(instance, keys, found, coming, ranges, first_chunks, max_tokens)
         # What lies behind a hole is resident but of no use to this request.
         self._books.note_use(instance, request, keys, found, ranges, wanted)
         return self._lease_runs(
@@ -94,10 +101,20 @@ class Lookups:
             unwanted,
             wanted,
             pending,
+            below,
             lease_id,
             now_ns,
             pending_wait_ns,
         )
+
+    def _find_below(
+        self, space: KeySpace, request: Request, keys: Sequence[bytes], statuses: Sequence[int]
+    ) -> dict[bytes, LowerTier]:
+        """Say which of the missing keys lower tiers may have, as far as the request may load from them."""
+        if not self._below.tiers:
+            return {}
+        missing = [key for key, status in zip(keys, statuses, strict=True) if status == _MISS]
+        return self._below.find(space, request, missing)
 
     def _count(
         self,
@@ -189,6 +206,7 @@ class Lookups:
         unwanted: list[int],
         wanted: Sequence[tuple[int, int]],
         pending: set[bytes],
+        below: dict[bytes, LowerTier],
         lease_id: int,
         now_ns: int,
         pending_wait_ns: int,
@@ -198,7 +216,8 @@ class Lookups:
             if known.kind is not LeaseKind.LOOKUP:
                 raise LeaseUnknown(f"lease {lease_id:#x} is a {known.kind} lease")
             self._books.end_lease(known)  # a repeated call: the answer is made anew
-        fitting = self._fitting(instance, keys, found, pending, wanted)
+        coming = pending | below.keys() if below else pending
+        fitting = self._fitting(instance, keys, found, coming, wanted)
         if (
             self._books.leases.is_buried(instance, lease_id)
             or instance.num_leases >= self._books.limits.max_leases
@@ -210,13 +229,15 @@ class Lookups:
                     statuses[index] = _HIT_UNLEASED
         runs, chunks = self._runs(found, fitting)
         waiting = pending and {k for first, end in fitting for k in keys[first:end] if k in pending}
-        if not chunks and not waiting:
-            return LookupAnswer(statuses, unwanted)
         lease = Lease(lease_id, LeaseKind.LOOKUP, instance, now_ns, self._books.limits.lookup_lease_ns)
         lease.request_id = request.id
+        self._books.pin(lease, chunks)  # before room is made for what comes up
+        if below:
+            waiting |= self._promote(instance, request, keys, fitting, below, statuses)
+        if not chunks and not waiting:
+            return LookupAnswer(statuses, unwanted)
         instance.requests.add_lease(request, lease_id)
         self._books.leases.add(lease)
-        self._books.pin(lease, chunks)
         if waiting:
             until_ns = now_ns + min(pending_wait_ns, self._books.limits.max_pending_wait_ns)
             self._books.wait_for(lease, waiting, until_ns)
@@ -227,6 +248,32 @@ class Lookups:
             [chunk.slot_id for chunk in chunks],
             [chunk.generation for chunk in chunks],
         )
+
+    def _promote(
+        self,
+        instance: Instance,
+        request: Request,
+        keys: Sequence[bytes],
+        fitting: Sequence[tuple[int, int]],
+        below: dict[bytes, LowerTier],
+        statuses: list[int],
+    ) -> set[bytes]:
+        """Begin to bring up what the lease would cover; its statuses become PENDING. Returns the keys."""
+        index_of: dict[bytes, int] = {}
+        wanted = []
+        for size_class, (first, end) in zip(instance.namespace.classes, fitting, strict=True):
+            for index in range(first, end):
+                key = keys[index]
+                if key in below and key not in index_of:
+                    index_of[key] = index
+                    wanted.append((key, size_class, below[key]))
+        begun = self._below.promote(instance.space, request, wanted)
+        for key in begun:
+            statuses[index_of[key]] = _PENDING
+        counts = self._books.counts
+        counts["lookup:pending"] += len(begun)
+        counts["lookup:miss"] -= len(begun)
+        return set(begun)
 
     def _fitting(
         self,

@@ -5,6 +5,8 @@ Owns the comparison of geometries. The digest's rule is `kvtier_ops.namespace`'s
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 from kvtier_ops.layout import TensorLayout
@@ -18,6 +20,8 @@ Geometry = tuple[tuple[TensorLayout, ...], ...]
 
 GROUP_TAIL_BYTES = 4
 """An OffloadKey ends with its group's index, big-endian."""
+
+GEOMETRY_DIGEST_BYTES = 16
 
 MIN_KEY_BYTES = 5
 MAX_KEY_BYTES = 128
@@ -59,7 +63,7 @@ class GeometryMismatch(Refused):
 class Namespace:
     """One set of facts, with the size class of each group."""
 
-    __slots__ = ("classes", "digest", "facts", "geometries", "num_engines", "tails")
+    __slots__ = ("_geometry_digest", "classes", "digest", "facts", "geometries", "num_engines", "tails")
 
     def __init__(self, facts: NamespaceFacts, digest: str, classes: tuple[SizeClass, ...]) -> None:
         self.facts = facts
@@ -67,12 +71,37 @@ class Namespace:
         self.classes = classes
         self.geometries: dict[int, Geometry] = {}
         """By part: what is loaded by one rank may have been stored by another of the same part."""
+        self._geometry_digest: tuple[int, bytes] = (0, b"")
+        """Of how many parts, and the digest."""
         self.num_engines = 0
         self.tails = tuple(index.to_bytes(GROUP_TAIL_BYTES, "big") for index in range(len(classes)))
 
     def part_of(self, rank: int) -> int:
         """Part of a slot that a rank reads: its own, or the only one where ranks hold equal bytes."""
         return 0 if self.facts.num_parts == 1 else rank
+
+    def forget_geometries(self) -> None:
+        """Let the next engine register its own."""
+        self.geometries.clear()
+        self._geometry_digest = (0, b"")
+
+    def geometry_digest(self) -> bytes | None:
+        """Digest what lies where in a slot: tensors, their order and sizes, of all parts.
+
+        None while a part is not registered. Chunks below the pool carry it: equal keys under another digest
+        are other bytes.
+        """
+        num_parts = self.facts.num_parts
+        if len(self.geometries) < num_parts:
+            return None
+        if self._geometry_digest[0] != num_parts:
+            parts = [
+                [[[tensor.name, tensor.page_bytes] for tensor in group] for group in self.geometries[part]]
+                for part in range(num_parts)
+            ]
+            canonical = json.dumps(parts, separators=(",", ":"), ensure_ascii=True).encode()
+            self._geometry_digest = (num_parts, hashlib.sha256(canonical).digest()[:GEOMETRY_DIGEST_BYTES])
+        return self._geometry_digest[1]
 
     def register_geometry(self, rank: int, geometry: Geometry) -> None:
         """Compare with the facts and with what was registered first for the rank's part, if anything was.

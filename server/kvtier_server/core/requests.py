@@ -7,16 +7,31 @@ from its end; chunks stored by a request stand where the request's lookup put th
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from kvtier_server.core.refused import Inflight
+from kvtier_server.secondary.base import Locality, Medium
+
+LOAD_TIERS = "kv_load_tiers"
+"""vLLM's parameter: a list of {"medium": ..., "locality": ...}, each part optional; [] = load nothing."""
 
 
 class Request:
     """One unfinished request of one instance."""
 
-    __slots__ = ("_stamps", "holds_chunks", "id", "lookup_leases", "num_keys", "params", "runs", "serial")
+    __slots__ = (
+        "_load_tiers",
+        "_stamps",
+        "holds_chunks",
+        "id",
+        "lookup_leases",
+        "num_keys",
+        "params",
+        "runs",
+        "serial",
+    )
 
     def __init__(self, request_id: str, serial: int) -> None:
         self.id = request_id
@@ -28,6 +43,21 @@ class Request:
         self.runs: list[tuple[Sequence[bytes], Sequence[int]]] = []
         self.num_keys = 0
         self._stamps: dict[bytes, int] | None = None
+        self._load_tiers: tuple[bytes | None, list[dict[str, object]] | None] = (None, None)
+        """The parameters that were read last, and the filter they hold."""
+
+    def may_load_from(self, medium: Medium, locality: Locality) -> bool:
+        """Tell whether the request's `kv_load_tiers` lets it load from such a tier; without one it may."""
+        read_from, entries = self._load_tiers
+        if read_from is not self.params:
+            entries = _read_load_tiers(self.params)
+            self._load_tiers = (self.params, entries)
+        if entries is None:
+            return True
+        return any(
+            entry.get("medium", medium) == medium and entry.get("locality", locality) == locality
+            for entry in entries
+        )
 
     def add_run(self, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         """Remember that the request counted as a use of `keys` at `stamps`."""
@@ -49,6 +79,18 @@ class Request:
         self.runs = []
         self.num_keys = 0
         self._stamps = None
+
+
+def _read_load_tiers(params: bytes | None) -> list[dict[str, object]] | None:
+    """Return the entries of the filter; None where there is none, or none that can be read."""
+    try:
+        given = json.loads(params or b"{}")
+    except ValueError:
+        return None
+    entries = given.get(LOAD_TIERS) if isinstance(given, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return None
+    return entries
 
 
 class Requests:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from kvtier_ops.namespace import FactsError, NamespaceFacts, SpaceName
 from kvtier_server.admission import ReuseFilter
+from kvtier_server.core.below import Below, ChunkShape, TierRules
 from kvtier_server.core.books import Books, Notice
 from kvtier_server.core.completions import Completions
 from kvtier_server.core.endings import Endings
@@ -23,9 +24,10 @@ from kvtier_server.core.lookups import Lookups
 from kvtier_server.core.namespaces import Geometry, Namespace
 from kvtier_server.core.refused import BadRequest, Draining, Refused
 from kvtier_server.policies.base import CachePolicy
-from kvtier_server.primary.index import Chunk
+from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.primary.size_classes import SizeClass, SlotTable
 from kvtier_server.primary.tier import SLICE_ITEMS
+from kvtier_server.secondary.base import SecondaryTier
 
 
 class DoesNotFit(Refused):
@@ -49,7 +51,9 @@ class Core:
         random64: Callable[[], int],
         limits: Limits | None = None,
         reuse_filter: ReuseFilter | None = None,
+        tiers: Sequence[tuple[SecondaryTier, TierRules]] = (),
     ) -> None:
+        """Begin empty. `tiers`: those below the pool, in the order in which they are asked."""
         self.books = Books(
             pool_bytes,
             table,
@@ -58,9 +62,10 @@ class Core:
             limits or Limits(),
             ReuseFilter(0) if reuse_filter is None else reuse_filter,
         )
-        self.lookups = Lookups(self.books)
+        self.below = Below(self.books, tiers, self._shape_of)
+        self.lookups = Lookups(self.books, self.below)
         self.grants = Grants(self.books)
-        self.completions = Completions(self.books)
+        self.completions = Completions(self.books, self.below)
         self._endings = Endings(self.books, self._forget_unused)
         self.namespaces: dict[str, Namespace] = {}
         self.known_geometries: dict[str, dict[int, Geometry]] = {}
@@ -134,7 +139,7 @@ class Core:
         known = self.namespaces.get(digest)
         if known is not None:
             if not known.num_engines and not self._has_chunks(known):
-                known.geometries.clear()  # nothing is left that a new geometry could contradict
+                known.forget_geometries()  # nothing is left that a new geometry could contradict
             return known
         slabs = self.books.primary.slabs
         classes: dict[int, SizeClass] = {}
@@ -150,6 +155,15 @@ class Core:
         namespace = Namespace(facts, digest, tuple(classes[group] for group in range(len(facts.groups))))
         namespace.geometries.update(self.known_geometries.get(digest, {}))
         return namespace
+
+    def _shape_of(self, space: KeySpace, key: bytes) -> ChunkShape | None:
+        """Describe a chunk for a lower tier; None while not every part's geometry is known."""
+        namespace = self.namespaces.get(space.name.namespace)
+        geometry = namespace.geometry_digest() if namespace is not None else None
+        if namespace is None or geometry is None:
+            return None
+        group = namespace.facts.groups[namespace.group_of(key)]
+        return ChunkShape(group.part_bytes, namespace.facts.num_parts, geometry)
 
     def geometries(self) -> dict[str, dict[int, Geometry]]:
         """Registered geometries by namespace digest and part; those an earlier daemon left included."""
@@ -306,9 +320,12 @@ class Core:
         pins: Counter[Chunk] = Counter()
         for lease in self.books.leases:
             pins.update(lease.chunks)
+        pins.update(self.below.pins())
         for chunk in self.books.primary.by_slot.values():
             assert chunk.pins == pins[chunk], f"slot {chunk.slot_id}: {chunk.pins} pins, {pins[chunk]} leases"
         reserved: Counter[int] = Counter(r.size_class.slot_bytes for r in self.books.reservations)
+        reserved.update(size_class.slot_bytes for _, _, size_class in self.below.reserved())
+        self.below.check_integrity()
         for slot_bytes, size_class in self.books.primary.slabs.classes.items():
             assert reserved[slot_bytes] == size_class.num_reserved, (
                 slot_bytes,
@@ -327,4 +344,5 @@ class Core:
             writers = Counter(
                 r.key for r in self.books.reservations if r.space is space and r.key is not None
             )
+            writers.update(key for coming_into, key, _ in self.below.reserved() if coming_into is space)
             assert writers == Counter(space.writers), f"writers of {space.name} do not add up"

@@ -39,11 +39,13 @@ class KeySpace:
 class Chunk:
     """One resident chunk. `pins` counts leases that hold it; `user` is the request that used it last.
 
+    `below` has a bit for each lower tier that is known to hold it too, so that it can go first.
     `ordered` says whether the policy has it among the evictable ones; `tier.py` brings it in step with
     `pins` before anything is evicted. `dropped`: no longer filed, its slot waits for the last pin.
     """
 
     __slots__ = (
+        "below",
         "dropped",
         "generation",
         "id",
@@ -77,6 +79,7 @@ class Chunk:
         self.slab = slab
         self.stamp = stamp
         self.pins = 0
+        self.below = 0
         self.ordered = True
         self.dropped = False
         self.user: object | None = None
@@ -99,6 +102,10 @@ class KeySpaces:
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    def get(self, name: SpaceName) -> KeySpace | None:
+        """Return the space called `name`, if there is one."""
+        return self._by_name.get(name)
 
     def get_or_add(self, name: SpaceName) -> KeySpace:
         """Return the space called `name`, new and empty if there is none."""

@@ -44,6 +44,9 @@ class SlotTable(Protocol):
     def generation(self, slot_id: int) -> int:
         """Current generation."""
 
+    def checksums(self, slot_id: int, num_parts: int) -> tuple[int, ...]:
+        """Checksums that a chunk was published with, one per part; 0 = none was recorded."""
+
     def write_recency(self, slot_ids: Sequence[int], stamps: Sequence[int]) -> None:
         """Note when slots were last used, for a later daemon."""
 

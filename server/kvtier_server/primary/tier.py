@@ -266,6 +266,10 @@ class PrimaryTier:
         size_class.num_quarantined -= len(slot_ids)
         self.slabs.add_free(size_class, slot_ids)
 
+    def checksums(self, slot_id: int, num_parts: int) -> tuple[int, ...]:
+        """Part checksums of a resident chunk; 0 = none was recorded."""
+        return self._table.checksums(slot_id, num_parts)
+
     def generation(self, slot_id: int) -> int | None:
         """Current generation of a slot id, or None for a number that is no slot's.
 

@@ -43,13 +43,29 @@ class CoreMachine(World, RuleBasedStateMachine):
         backed=st.sampled_from([1.0, 0.5, 0.0]),
         reuse_threshold=st.sampled_from([0, 0, 0, 2]),
         num_stored=st.sampled_from([8, 20, 0]),
+        num_tiers=st.sampled_from([0, 1, 2]),
+        shared=st.booleans(),
     )
     def start(
-        self, policy: str, num_units: int, backed: float, reuse_threshold: int, num_stored: int
+        self,
+        policy: str,
+        num_units: int,
+        backed: float,
+        reuse_threshold: int,
+        num_stored: int,
+        num_tiers: int,
+        shared: bool,
     ) -> None:
         self.num_units = num_units
         backed_units = int(num_units * backed)
-        self.rig = Rig(num_units, policy=policy, reuse_threshold=reuse_threshold, backed_units=backed_units)
+        self.rig = Rig(
+            num_units,
+            policy=policy,
+            reuse_threshold=reuse_threshold,
+            backed_units=backed_units,
+            num_tiers=num_tiers,
+            shared_tiers=shared,
+        )
         engines = [
             Engine(self.rig, "one", facts("a")),
             Engine(self.rig, "two", facts("a")),
@@ -339,6 +355,36 @@ class CoreMachine(World, RuleBasedStateMachine):
         if which > 4:
             self.rig.back(self.num_units)
 
+    # Tiers below the pool.
+
+    @precondition(lambda self: self.rig.tiers)
+    @rule(
+        which=WHICH,
+        what=st.sampled_from(["pump", "step", "step", "step", "all", "collect", "lose", "hide", "refuse"]),
+        how=st.sampled_from(["ok", "ok", "ok", "ok", "failed", "corrupt", "missing"]),
+    )
+    def tier(self, which: int, what: str, how: str) -> None:
+        """Give the tiers work, let them do a bit of it, hear of it; or let one of them change its mind."""
+        tier = self.rig.tiers[which % len(self.rig.tiers)]
+        match what:
+            case "pump":
+                self.rig.core.below.pump()
+            case "step":
+                tier.step(which, how)
+            case "all":
+                tier.finish_all(how)
+                self.rig.core.below.collect()
+            case "collect":
+                self.rig.core.below.collect()
+            case "refuse":
+                tier.refuses = not tier.refuses
+            case _ if not tier.stored:
+                pass
+            case "lose":
+                tier.lose(list(tier.stored)[which % len(tier.stored)])
+            case _:
+                tier.hidden.add(list(tier.stored)[which % len(tier.stored)])
+
     # What always holds.
 
     @invariant()
@@ -364,5 +410,8 @@ class CoreMachine(World, RuleBasedStateMachine):
             self.free_the_lock(process)
         for session_id in list(self.rig.core.books.instances.sessions):
             self.rig.core.end_session(session_id, "STREAM_ENDED")
+        for tier in self.rig.tiers:
+            tier.refuses = False
+        self.rig.move()
         self.rig.tick(400)
         self.rig.assert_nothing_is_held()

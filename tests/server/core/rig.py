@@ -7,20 +7,23 @@ books, the slot table and the bytes of every resident chunk agree with it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_ops.namespace import NamespaceFacts, SpaceName
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.core.adoption import KeptSlot, adopt
+from kvtier_server.core.below import DAEMON, TierRules
 from kvtier_server.core.books import Notice
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.tiering import Core
 from kvtier_server.policies.loader import make_policy
+from kvtier_server.secondary.base import JobKind
 
 from .engine import Engine, Written, facts
 from .slots_in_memory import CELL_BYTES, FakeClock, FakeLocks, SlotsInMemory, State
+from .stepped_tier import SteppedTier
 
 
 class Rig:
@@ -34,7 +37,11 @@ class Rig:
         limits: Limits | None = None,
         reuse_threshold: int = 0,
         backed_units: int | None = None,
+        num_tiers: int = 0,
+        shared_tiers: bool = False,
+        rules: Sequence[TierRules] = (),
     ) -> None:
+        """`num_tiers` tiers below the pool; `rules` for each, or the defaults."""
         self.clock = FakeClock()
         self.locks = FakeLocks()
         self.slots = SlotsInMemory(num_units)
@@ -43,6 +50,8 @@ class Rig:
         self._policy = policy
         self._limits = limits
         self._reuse_threshold = reuse_threshold
+        self.rules = rules or [TierRules(f"tier{index}") for index in range(num_tiers)]
+        self.tiers = [SteppedTier(self.slots, shared=shared_tiers) for _ in self.rules]
         self.core = self._new_core()
         self.back(num_units if backed_units is None else backed_units)
         self.may_read: dict[tuple[SpaceName, bytes], set[bytes]] = {}
@@ -60,6 +69,7 @@ class Rig:
             lambda: 1_000 + 2 * next(self.serial),
             self._limits,
             ReuseFilter(self._reuse_threshold),
+            list(zip(self.tiers, self.rules, strict=True)),
         )
 
     def restart_daemon(self) -> None:
@@ -68,6 +78,8 @@ class Rig:
         spaces = [(space.id, space.name) for space in old.spaces]
         backed_bytes = old.slabs.backed_bytes
         geometries = self.core.geometries()
+        for tier in self.tiers:
+            tier.restart()
         self.core = self._new_core()
         self.core.known_geometries = geometries
         slabs = self.core.books.primary.slabs
@@ -81,7 +93,10 @@ class Rig:
             for slab in size_class.slabs.values():
                 for slot_id in slab.slot_ids:
                     record = self.slots.record(slot_id)
-                    is_settled = record.state in (State.FREE, State.PUBLISHED)
+                    is_settled = record.state in (State.FREE, State.PUBLISHED) or (
+                        # What the daemon itself was writing died with it.
+                        record.state is State.RESERVED and record.owner == DAEMON
+                    )
                     kept = KeptSlot(slot_id, size_class.slot_bytes, is_settled, record.generation)
                     if record.state is State.PUBLISHED:
                         kept = replace(kept, space_id=record.space_id, key=record.key, recency=record.recency)
@@ -111,6 +126,20 @@ class Rig:
         taken = [notice for notice in self.core.books.notices if notice.kind == kind]
         self.core.books.notices.clear()
         return taken
+
+    def pump(self) -> None:
+        """Hand the tiers what is to go down, as the daemon does after a call."""
+        while self.core.below.pump():
+            pass
+
+    def move(self, how: str = "ok") -> None:
+        """Let all that goes up and down arrive, or fail as `how` says."""
+        self.pump()
+        while self.core.below.has_work:
+            for tier in self.tiers:
+                tier.finish_all(how)
+            self.core.below.collect()
+            self.pump()
 
     def hash_asked(self) -> list[bool]:
         """Hash what readers complained about, as the daemon's threads do. Returns what matched."""
@@ -154,12 +183,24 @@ class Rig:
         for reservation in books.reservations:
             record = self.slots.record(reservation.slot_id)
             assert (record.state, record.generation) == (State.RESERVED, reservation.generation)
+        self._check_tiers()
         for lease in books.leases:
             for chunk in lease.chunks:
                 if chunk.dropped:
                     condemned = self.slots.record(chunk.slot_id).state is State.QUARANTINED
                     kept = primary.by_slot.get(chunk.slot_id) is chunk
                     assert condemned or kept, f"slot {chunk.slot_id} is leased, and was evicted"
+
+    def _check_tiers(self) -> None:
+        """Assert that what tiers read and write is nobody else's meanwhile."""
+        for tier in self.tiers:
+            for running in tier.running:
+                for moving in running.job.chunks[len(running.outcomes) :]:
+                    state = self.slots.record(moving.offset // SLOT_UNIT_BYTES).state
+                    if running.job.kind is JobKind.STORE:
+                        assert state in (State.PUBLISHED, State.QUARANTINED), f"a {state} slot is read"
+                    else:
+                        assert state is State.RESERVED, f"a {state} slot is written"
 
     def assert_nothing_is_held(self) -> None:
         """All slots are free or published (or corrupt), nothing is pinned, leased or reserved."""

@@ -90,6 +90,11 @@ class SlotsInMemory:
             record.generation += 1
             record.owner = owner
 
+    def checksums(self, slot_id: int, num_parts: int) -> tuple[int, ...]:
+        found = self.record(slot_id).checksums
+        assert len(found) == num_parts, f"{num_parts} parts asked for, {len(found)} recorded"
+        return found
+
     def write_recency(self, slot_ids: Sequence[int], stamps: Sequence[int]) -> None:
         for slot_id, stamp in zip(slot_ids, stamps, strict=True):
             self.record(slot_id).recency = stamp

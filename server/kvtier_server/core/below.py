@@ -1,0 +1,496 @@
+"""The tiers below the pool, in their order: what goes down, what comes up, and which slots that takes.
+
+Owns cascades and promotions: what is queued, what is pinned or reserved for I/O, and what its end means. The
+order of the tiers is the order in which they are asked. Does no I/O: it gives jobs to tiers and hears of
+their ends in `collect`. Who waits for a promotion is in the books, as for an unfinished store.
+
+    published ──> queued ──> pinned, written by the tier ──> unpinned, held below
+    missing   ──> slot reserved, [probed,] read by the tier ──> published, pinned for whoever waits
+                                   └─ missing, corrupt, failed: the next tier that may have it, else MISS
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import count
+
+from kvtier_ops.layout import slot_offset
+from kvtier_server.core.books import Books
+from kvtier_server.core.requests import Request
+from kvtier_server.primary.index import Chunk, KeySpace
+from kvtier_server.primary.size_classes import SizeClass
+from kvtier_server.secondary.base import (
+    JobKind,
+    JobResult,
+    Outcome,
+    Presence,
+    Removal,
+    SecondaryTier,
+    TierChunk,
+    TierJob,
+)
+
+DAEMON = 0
+"""Owner of slots that the daemon itself writes: no engine has this nonce."""
+
+MAX_JOB_BYTES = 16 << 20
+MAX_JOB_CHUNKS = 64
+"""A batch is over when its slowest chunk is: small enough that the first chunks of a prompt do not wait long
+for the last, large enough that a job costs little."""
+
+SLICE_CHUNKS = 256
+"""Chunks of cascades that are looked at in one go, so that a flood of stores never holds the core."""
+
+
+class CascadeWhen(StrEnum):
+    """When a chunk goes down."""
+
+    PUBLISHED = "published"
+    """At once: every chunk is below before it can be evicted, if the tier keeps up."""
+    NEVER = "never"
+    """The tier is read only."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierRules:
+    """How one tier is used. Sizes in bytes."""
+
+    name: str
+    cascade: CascadeWhen = CascadeWhen.PUBLISHED
+    max_queued_bytes: int = 1 << 30
+    """Chunks that wait to go down, without holding their slots; what comes beyond it is dropped."""
+    max_running_bytes: int = 64 << 20
+    """Chunks that are being written, and so cannot be evicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkShape:
+    """What a tier must know of a chunk's inside."""
+
+    part_bytes: int
+    num_parts: int
+    geometry: bytes
+
+
+ShapeOf = Callable[[KeySpace, bytes], ChunkShape | None]
+
+
+class LowerTier:
+    """One tier, its rules, what waits to go there, and what happened. `bit` marks chunks that it holds."""
+
+    def __init__(self, tier: SecondaryTier, rules: TierRules, index: int) -> None:
+        self.tier = tier
+        self.rules = rules
+        self.index = index
+        self.bit = 1 << index
+        self.waiting: deque[Chunk] = deque()
+        self.waiting_bytes = 0
+        self.running_bytes = 0
+        self.counts: Counter[str] = Counter()
+        """cascade:<outcome> and promotion:<outcome> in chunks, cascade_bytes, promotion_bytes, dropped."""
+
+
+@dataclass(slots=True)
+class _Cascade:
+    below: LowerTier
+    chunks: list[Chunk]
+    num_bytes: int
+
+
+@dataclass(slots=True)
+class _Promotion:
+    """One chunk on its way up; its slot is reserved until the last I/O on it is over."""
+
+    space: KeySpace
+    key: bytes
+    size_class: SizeClass
+    slot_id: int
+    generation: int
+    shape: ChunkShape
+    stamp: int | None
+    below: LowerTier
+    probing: bool = False
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Promotions of one job."""
+
+    below: LowerTier
+    promotions: list[_Promotion]
+
+
+class Below:
+    """Moves chunks between the pool and the tiers below it."""
+
+    def __init__(
+        self,
+        books: Books,
+        tiers: Sequence[tuple[SecondaryTier, TierRules]],
+        shape_of: ShapeOf,
+    ) -> None:
+        self.tiers = [LowerTier(tier, rules, index) for index, (tier, rules) in enumerate(tiers)]
+        self._books = books
+        self._shape_of = shape_of
+        self._job_ids = count(1)
+        self._cascades: dict[int, _Cascade] = {}
+        self._batches: dict[int, _Batch] = {}
+        self._promotions: dict[tuple[KeySpace, bytes], _Promotion] = {}
+        self._promoting_bytes = 0
+
+    # Down
+
+    def published(self, chunk: Chunk, held_by: LowerTier | None = None) -> None:
+        """Queue a chunk for every tier that is to have it and does not."""
+        if held_by is not None:
+            chunk.below |= held_by.bit
+        for below in self.tiers:
+            if below.rules.cascade is not CascadeWhen.PUBLISHED or chunk.below & below.bit:
+                continue
+            num_bytes = chunk.size_class.slot_bytes
+            if below.waiting_bytes + num_bytes > below.rules.max_queued_bytes:
+                below.counts["dropped:queue_full"] += 1
+                continue
+            below.waiting.append(chunk)
+            below.waiting_bytes += num_bytes
+
+    def pump(self) -> bool:
+        """Hand the tiers what they may take now, a slice of it; True if more could go at once."""
+        left = SLICE_CHUNKS
+        for below in self.tiers:
+            while below.waiting and left > 0:
+                chunks, looked_at = self._next_batch(below, left)
+                left -= looked_at
+                if not chunks:
+                    if looked_at:
+                        continue
+                    break
+                if not self._submit_store(below, chunks):
+                    break
+        return left <= 0 and any(below.waiting for below in self.tiers)
+
+    def _next_batch(self, below: LowerTier, max_chunks: int) -> tuple[list[tuple[Chunk, TierChunk]], int]:
+        """Take chunks off the queue for one job, as far as they may run; how many were looked at."""
+        batch: list[tuple[Chunk, TierChunk]] = []
+        batch_bytes = looked_at = 0
+        while below.waiting and looked_at < max_chunks and len(batch) < MAX_JOB_CHUNKS:
+            chunk = below.waiting[0]
+            num_bytes = chunk.size_class.slot_bytes
+            fits = below.running_bytes + batch_bytes + num_bytes <= below.rules.max_running_bytes
+            if not fits and (below.running_bytes or batch_bytes):
+                break
+            if batch and batch_bytes + num_bytes > MAX_JOB_BYTES:
+                break
+            below.waiting.popleft()
+            below.waiting_bytes -= num_bytes
+            looked_at += 1
+            described = self._describe(below, chunk)
+            if described is not None:
+                batch.append((chunk, described))
+                batch_bytes += num_bytes
+        return batch, looked_at
+
+    def _describe(self, below: LowerTier, chunk: Chunk) -> TierChunk | None:
+        """Name a chunk for a tier; None if it need not or cannot go there any more."""
+        if chunk.dropped:
+            below.counts["dropped:evicted"] += 1
+            return None
+        if below.tier.lookup(chunk.space.name, (chunk.key,))[0] is Presence.YES:
+            chunk.below |= below.bit
+            return None
+        shape = self._shape_of(chunk.space, chunk.key)
+        if shape is None:
+            below.counts["dropped:unknown_shape"] += 1
+            return None
+        return TierChunk(
+            chunk.space.name,
+            chunk.key,
+            shape.geometry,
+            shape.part_bytes,
+            shape.num_parts,
+            slot_offset(chunk.slot_id),
+            self._books.primary.checksums(chunk.slot_id, shape.num_parts),
+        )
+
+    def _submit_store(self, below: LowerTier, batch: Sequence[tuple[Chunk, TierChunk]]) -> bool:
+        chunks = [chunk for chunk, _ in batch]
+        job = TierJob(next(self._job_ids), JobKind.STORE, tuple(named for _, named in batch))
+        num_bytes = sum(chunk.size_class.slot_bytes for chunk in chunks)
+        # Before it is submitted: the tier's threads may begin at once.
+        self._books.primary.pin(chunks)
+        if not below.tier.submit_store(job):
+            self._books.primary.unpin(chunks)
+            below.counts["dropped:refused"] += len(chunks)
+            return False
+        below.running_bytes += num_bytes
+        self._cascades[job.id] = _Cascade(below, chunks, num_bytes)
+        return True
+
+    def _stored(self, cascade: _Cascade, job: JobResult) -> None:
+        below = cascade.below
+        below.running_bytes -= cascade.num_bytes
+        stored: dict[KeySpace, list[bytes]] = {}
+        for chunk, outcome in zip(cascade.chunks, job.outcomes, strict=True):
+            below.counts[f"cascade:{outcome.name.lower()}"] += 1
+            if outcome is Outcome.DONE:
+                below.counts["cascade_bytes"] += chunk.size_class.slot_bytes
+                chunk.below |= below.bit
+                stored.setdefault(chunk.space, []).append(chunk.key)
+            elif outcome is Outcome.CORRUPT and not chunk.dropped:
+                self._books.counts["checksum:corrupt"] += 1
+                self._books.primary.condemn(chunk, owner=DAEMON)
+        for space, keys in stored.items():
+            self._books.events.record("stored", space.name, "cascade", keys, below.rules.name)
+        self._books.primary.unpin(cascade.chunks)
+
+    # Up
+
+    def find(self, space: KeySpace, request: Request, keys: Sequence[bytes]) -> dict[bytes, LowerTier]:
+        """Say which of these keys, which the pool lacks, may come up for the request, and from where."""
+        found: dict[bytes, LowerTier] = {}
+        left = keys
+        for below in self.tiers:
+            if not left:
+                break
+            if not request.may_load_from(below.tier.medium, below.tier.locality):
+                continue
+            known = below.tier.lookup(space.name, left)
+            found.update(
+                (key, below) for key, presence in zip(left, known, strict=True) if _may_have(below, presence)
+            )
+            left = [key for key in left if key not in found]
+        return found
+
+    def promote(
+        self, space: KeySpace, request: Request, wanted: Sequence[tuple[bytes, SizeClass, LowerTier]]
+    ) -> list[bytes]:
+        """Begin to bring chunks up, the leading ones where there is no room for all. Returns their keys.
+
+        From now on they are PENDING for everybody.
+        """
+        self._books.unpin_all()
+        max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
+        begun: list[_Promotion] = []
+        by_class: dict[SizeClass, list[tuple[bytes, LowerTier]]] = {}
+        for key, size_class, below in wanted:
+            by_class.setdefault(size_class, []).append((key, below))
+        for size_class, items in by_class.items():
+            room = max(max_bytes - self._promoting_bytes, 0) // size_class.slot_bytes
+            reserved = self._reserve(space, request, size_class, items[:room])
+            begun += reserved
+            for _, below in items[len(reserved) :]:
+                below.counts["promotion:no_slot"] += 1
+        self._submit(begun)
+        return [
+            promotion.key for promotion in begun if self._promotions.get((space, promotion.key)) is promotion
+        ]
+
+    def _reserve(
+        self,
+        space: KeySpace,
+        request: Request,
+        size_class: SizeClass,
+        items: Sequence[tuple[bytes, LowerTier]],
+    ) -> list[_Promotion]:
+        shapes = [(key, below, self._shape_of(space, key)) for key, below in items]
+        known = [(key, below, shape) for key, below, shape in shapes if shape is not None]
+        if not known:
+            return []
+        reserved = self._books.primary.reserve(
+            size_class,
+            len(known),
+            DAEMON,
+            lambda: [space.chunk_id(key) for key, _, _ in known],
+            request if request.holds_chunks else None,
+        )
+        begun = []
+        for (key, below, shape), slot_id, generation in zip(
+            known, reserved.slot_ids, reserved.generations, strict=False
+        ):
+            promotion = _Promotion(
+                space, key, size_class, slot_id, generation, shape, request.stamp_of(key), below
+            )
+            space.writers[key] = space.writers.get(key, 0) + 1
+            self._promotions[space, key] = promotion
+            self._promoting_bytes += size_class.slot_bytes
+            begun.append(promotion)
+        return begun
+
+    def _submit(self, promotions: Sequence[_Promotion]) -> None:
+        """Give each promotion's tier its load, or the probe before it."""
+        for below in self.tiers:
+            own = [promotion for promotion in promotions if promotion.below is below]
+            if not own:
+                continue
+            known = below.tier.lookup(own[0].space.name, [promotion.key for promotion in own])
+            for promotion, presence in zip(own, known, strict=True):
+                promotion.probing = presence is not Presence.YES
+            for probing in (False, True):
+                for batch in _batches([p for p in own if p.probing is probing]):
+                    self._submit_batch(below, batch, JobKind.PROBE if probing else JobKind.LOAD)
+
+    def _submit_batch(self, below: LowerTier, batch: list[_Promotion], kind: JobKind) -> None:
+        job = TierJob(next(self._job_ids), kind, tuple(map(self._named, batch)))
+        self._batches[job.id] = _Batch(below, batch)
+        submit = below.tier.submit_load if kind is JobKind.LOAD else below.tier.submit_probe
+        if not submit(job):
+            del self._batches[job.id]
+            for promotion in batch:
+                below.counts["promotion:refused"] += 1
+                self._try_next(promotion)
+
+    def _named(self, promotion: _Promotion) -> TierChunk:
+        shape = promotion.shape
+        return TierChunk(
+            promotion.space.name,
+            promotion.key,
+            shape.geometry,
+            shape.part_bytes,
+            shape.num_parts,
+            slot_offset(promotion.slot_id),
+        )
+
+    def _loaded(self, batch: _Batch, job: JobResult) -> None:
+        arrived: dict[KeySpace, list[bytes]] = {}
+        found: list[_Promotion] = []
+        for index, (promotion, outcome) in enumerate(zip(batch.promotions, job.outcomes, strict=True)):
+            if promotion.probing:
+                if outcome is Outcome.DONE:
+                    promotion.probing = False
+                    found.append(promotion)
+                else:
+                    self._try_next(promotion)
+                continue
+            batch.below.counts[f"promotion:{outcome.name.lower()}"] += 1
+            if outcome is not Outcome.DONE:
+                self._try_next(promotion)
+                continue
+            batch.below.counts["promotion_bytes"] += promotion.size_class.slot_bytes
+            if self._arrived(promotion, job.checksums[index]):
+                arrived.setdefault(promotion.space, []).append(promotion.key)
+        for space, keys in arrived.items():
+            self._books.events.record("stored", space.name, "promotion", keys)
+        for some in _batches(found):
+            self._submit_batch(batch.below, some, JobKind.LOAD)
+
+    def _arrived(self, promotion: _Promotion, checksums: Sequence[int]) -> bool:
+        """Publish what a tier has brought; False if the pool has got it otherwise by now."""
+        space, key = promotion.space, promotion.key
+        self._take_out(promotion)
+        primary = self._books.primary
+        if key in space.chunks:
+            primary.free_reserved(promotion.size_class, [promotion.slot_id])
+            return False
+        stamp = primary.issue_stamps(1) if promotion.stamp is None else promotion.stamp
+        chunk = primary.publish(
+            space,
+            key,
+            promotion.slot_id,
+            promotion.generation,
+            promotion.size_class,
+            checksums,
+            stamp,
+            None,
+        )
+        self._books.resolve(space, key, chunk)
+        self.published(chunk, held_by=promotion.below)
+        return True
+
+    def _try_next(self, promotion: _Promotion) -> None:
+        """Ask the tiers after this one; where none has it, give the slot back and say so."""
+        for below in self.tiers[promotion.below.index + 1 :]:
+            if _may_have(below, below.tier.lookup(promotion.space.name, (promotion.key,))[0]):
+                promotion.below = below
+                self._submit([promotion])
+                return
+        self._take_out(promotion)
+        self._books.primary.free_reserved(promotion.size_class, [promotion.slot_id])
+        if promotion.key not in promotion.space.writers and promotion.key not in promotion.space.chunks:
+            self._books.resolve(promotion.space, promotion.key, None)
+
+    def _take_out(self, promotion: _Promotion) -> None:
+        space, key = promotion.space, promotion.key
+        del self._promotions[space, key]
+        self._promoting_bytes -= promotion.size_class.slot_bytes
+        space.writers[key] -= 1
+        if not space.writers[key]:
+            del space.writers[key]
+
+    # Both
+
+    def collect(self) -> None:
+        """Take the ends of jobs, and what the tiers have let go of."""
+        for below in self.tiers:
+            for removal in below.tier.get_removed():
+                self._removed(below, removal)
+            for job in below.tier.get_finished():
+                cascade = self._cascades.pop(job.job_id, None)
+                if cascade is not None:
+                    self._stored(cascade, job)
+                    continue
+                batch = self._batches.pop(job.job_id, None)
+                assert batch is not None, f"{below.rules.name}: job {job.job_id} is not under way"
+                self._loaded(batch, job)
+
+    def _removed(self, below: LowerTier, removal: Removal) -> None:
+        space = self._books.primary.spaces.get(removal.space)
+        if space is not None:
+            for key in removal.keys:
+                if (chunk := space.chunks.get(key)) is not None:
+                    chunk.below &= ~below.bit
+        below.counts[f"removed:{removal.reason}"] += len(removal.keys)
+        self._books.events.record("removed", removal.space, removal.reason, removal.keys, below.rules.name)
+
+    def touch(self, space: KeySpace, keys: Sequence[bytes]) -> None:
+        """Let the tiers know that chunks are used, also those that the pool has."""
+        for below in self.tiers:
+            below.tier.touch(space.name, keys)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything is queued or under way."""
+        return bool(self._cascades or self._batches) or any(below.waiting for below in self.tiers)
+
+    # For `Core.check_integrity`
+
+    def pins(self) -> Iterator[Chunk]:
+        """Chunks that cascades pin, once per pin."""
+        for cascade in self._cascades.values():
+            yield from cascade.chunks
+
+    def reserved(self) -> Iterator[tuple[KeySpace, bytes, SizeClass]]:
+        """Slots that promotions have reserved, with what is to come into them."""
+        for promotion in self._promotions.values():
+            yield promotion.space, promotion.key, promotion.size_class
+
+    def check_integrity(self) -> None:
+        """Assert that the sums are right."""
+        assert self._promoting_bytes == sum(p.size_class.slot_bytes for p in self._promotions.values())
+        under_way = {id(p) for batch in self._batches.values() for p in batch.promotions}
+        assert under_way == {id(p) for p in self._promotions.values()}, "a promotion without a job"
+        for below in self.tiers:
+            assert below.waiting_bytes == sum(chunk.size_class.slot_bytes for chunk in below.waiting)
+            running = sum(c.num_bytes for c in self._cascades.values() if c.below is below)
+            assert below.running_bytes == running, (below.rules.name, below.running_bytes, running)
+
+
+def _may_have(below: LowerTier, presence: Presence) -> bool:
+    return presence is Presence.YES or (presence is Presence.UNKNOWN and below.tier.is_shared)
+
+
+def _batches(promotions: Sequence[_Promotion]) -> Iterator[list[_Promotion]]:
+    """Cut promotions into jobs, in their order."""
+    batch: list[_Promotion] = []
+    num_bytes = 0
+    for promotion in promotions:
+        size = promotion.size_class.slot_bytes
+        if batch and (num_bytes + size > MAX_JOB_BYTES or len(batch) >= MAX_JOB_CHUNKS):
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(promotion)
+        num_bytes += size
+    if batch:
+        yield batch

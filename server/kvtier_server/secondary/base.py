@@ -1,0 +1,241 @@
+"""What every tier below the pool promises.
+
+Owns the interface between the core, which decides what goes down and comes up, and a tier, which does the
+I/O. The words: *cascade* = pool to tier, *promotion* = tier to pool. Owns no I/O and no thread.
+
+    core    lookup      answered from memory, at once
+            submit_*    takes a job, or refuses it; the work runs on the tier's own threads
+    tier    on_finished called from any thread: `get_finished` has something
+    core    get_finished
+
+The pool's slots of a job are pinned from `submit_*` until the job has come back through `get_finished`,
+however late that is: a tier may read and write them meanwhile, and not an instant longer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+from kvtier_ops.layout import part_offset
+from kvtier_ops.namespace import SpaceName
+from kvtier_server.secondary.parameters import TierParameters
+
+
+class Medium(StrEnum):
+    """What a tier's bytes lie on; a request may exclude it (`kv_load_tiers`)."""
+
+    CPU = "CPU"
+    STORAGE = "STORAGE"
+
+
+class Locality(StrEnum):
+    """Where they lie; likewise."""
+
+    LOCAL = "LOCAL"
+    REMOTE = "REMOTE"
+
+
+class Presence(IntEnum):
+    """What a tier knows of a chunk without looking."""
+
+    NO = 0
+    YES = 1
+    """It was there when last heard of. A load may still find it gone, which is a miss."""
+    UNKNOWN = 2
+    """Somebody else may have stored it, or the index is not complete: only a probe tells."""
+
+
+class JobKind(StrEnum):
+    """What a job does with its chunks."""
+
+    STORE = "store"
+    LOAD = "load"
+    PROBE = "probe"
+
+
+class Outcome(IntEnum):
+    """What became of one chunk of a job."""
+
+    DONE = 1
+    """Stored, loaded and verified, or, of a probe, there."""
+    MISSING = 2
+    """Of a load or probe: it is not there."""
+    CORRUPT = 3
+    """Of a load: what is there is not what was stored, and will not be found again. Of a store: the pool's
+    bytes do not match their checksums; nothing was stored."""
+    FAILED = 4
+    """An error of the medium, or too late."""
+    REFUSED = 5
+    """Of a store: no room, not worth it, or more than may be written; not an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadingSpec:
+    """What a tier is told of the pool: all it may assume about offsets and sizes."""
+
+    pool_bytes: int
+    slot_unit_bytes: int
+    """Offsets are multiples of it; no two slots share such a unit."""
+    max_key_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TierChunk:
+    """One chunk of a job: its name, its shape, and where in the pool it lies or is to lie.
+
+    Only the bytes of its group move, never the rest of the slot. `checksums`: xxh3-64 of each part, 0 where
+    none was recorded; empty in loads and probes. `geometry`: digest of the order and sizes of the tensors in
+    a part; equal keys of another geometry are other chunks.
+    """
+
+    space: SpaceName
+    key: bytes
+    geometry: bytes
+    part_bytes: int
+    num_parts: int
+    offset: int = 0
+    checksums: tuple[int, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that move: the parts, with the padding between them."""
+        return part_offset(self.part_bytes, self.num_parts - 1) + self.part_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TierJob:
+    """A batch of chunks that go the same way. Ids are the core's, unique over all tiers."""
+
+    id: int
+    kind: JobKind
+    chunks: tuple[TierChunk, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that move."""
+        return sum(chunk.num_bytes for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """The end of a job: one outcome per chunk, and for each that a load has brought its part checksums."""
+
+    job_id: int
+    outcomes: tuple[Outcome, ...]
+    checksums: tuple[tuple[int, ...], ...] = ()
+    seconds: float = 0.0
+    """What the I/O took, without the wait for its turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Chunks that are not in the tier any more, and why: evict, corrupt, missing, clear."""
+
+    space: SpaceName
+    keys: tuple[bytes, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """What a tier says of itself. `capacity_bytes` 0 = no bound of its own.
+
+    `counts` go to the metrics by name; `problem` is "" for a tier in order, else one line for people.
+    """
+
+    capacity_bytes: int
+    used_bytes: int
+    num_chunks: int
+    queued_bytes: int = 0
+    problem: str = ""
+    counts: tuple[tuple[str, int], ...] = ()
+
+
+class SecondaryTier(ABC):
+    """One tier below the pool. Every method is called by the core's thread only, and none of them waits.
+
+    A tier loses what it likes, and never hands out anything but what was stored under the same name: a load
+    ends DONE only when the bytes in the slot are verified.
+    """
+
+    medium: Medium = Medium.STORAGE
+    locality: Locality = Locality.LOCAL
+    Parameters: type[TierParameters] = TierParameters
+    """What may be written into its `[[tiers]]` table beyond what every tier has."""
+    is_shared: bool = False
+    """Whether others store here too: then UNKNOWN is worth a probe, for which a prompt may wait."""
+
+    def __init__(
+        self,
+        spec: OffloadingSpec,
+        pool: memoryview,
+        tier_type: str,
+        on_finished: Callable[[], None],
+        parameters: TierParameters,
+    ) -> None:
+        """Keep what is needed. `parameters` is an instance of the class's `Parameters`.
+
+        `pool`: shape (pool_bytes,), uint8, writable. Raises TierError when the tier cannot be had at all;
+        what fails later is the tier's own trouble.
+        """
+        self.spec = spec
+        self.pool = pool
+        self.tier_type = tier_type
+        self.on_finished = on_finished
+        self.parameters = parameters
+
+    @abstractmethod
+    def lookup(self, space: SpaceName, keys: Sequence[bytes]) -> Sequence[Presence]:
+        """Say what is known of each key, from memory. O(1) per key: it is in the path of every miss."""
+
+    @abstractmethod
+    def submit_store(self, job: TierJob) -> bool:
+        """Take a cascade; False = no, and nothing was taken. Chunks that are there already end DONE."""
+
+    @abstractmethod
+    def submit_load(self, job: TierJob) -> bool:
+        """Take a promotion; False = no."""
+
+    # Not abstract on purpose: without a shared medium there is nothing to probe.
+    def submit_probe(self, job: TierJob) -> bool:
+        """Take a question whether chunks are there; False = no."""
+        return False
+
+    @abstractmethod
+    def get_finished(self) -> Sequence[JobResult]:
+        """Return the jobs that have ended since the last call, each exactly once."""
+
+    def get_removed(self) -> Sequence[Removal]:
+        """Return what has gone since the last call, in any order."""
+        return ()
+
+    # Not abstract on purpose: a tier without an order of eviction has nothing to note.
+    def touch(self, space: SpaceName, keys: Sequence[bytes]) -> None:  # noqa: B027
+        """Note that chunks are used, wherever they were read from."""
+
+    @abstractmethod
+    def clear(self, space: SpaceName | None = None) -> None:
+        """Begin to remove everything, or everything of one space. What is gone is told as Removal."""
+
+    @abstractmethod
+    def has_work(self) -> bool:
+        """Tell whether jobs are under way: a daemon that stops waits for them, up to its limit."""
+
+    @abstractmethod
+    def stats(self) -> TierStats:
+        """Count what is there now."""
+
+    @abstractmethod
+    def shutdown(self, timeout_s: float) -> None:
+        """End the threads; what is queued fails. Returns in about `timeout_s` whatever the medium does.
+
+        After it the tier touches the pool no more, unless an I/O hangs: then a thread of the daemon is left
+        over, which the end of the process ends. Called once, last, and may wait.
+        """
+
+
+class TierError(Exception):
+    """A tier cannot be made. The message says what was found and what to change."""

@@ -1,0 +1,186 @@
+"""A tier in the daemon's own memory: the template for a tier of your own.
+
+It is real - it stores, loads, verifies, evicts and tells - and as short as one can be. The README walks
+through it. What a tier has to decide is here; threads, queues, deadlines and backpressure are `TierWorkers`.
+
+    [[tiers]]
+    type = "example"
+    capacity = "256MiB"
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+from kvtier_ops.checksum import part_checksum
+from kvtier_ops.layout import part_offset
+from kvtier_ops.namespace import SpaceName
+from kvtier_server.config_values import Bytes
+from kvtier_server.secondary.base import (
+    JobKind,
+    JobResult,
+    Locality,
+    Medium,
+    OffloadingSpec,
+    Outcome,
+    Presence,
+    Removal,
+    SecondaryTier,
+    TierChunk,
+    TierJob,
+    TierStats,
+)
+from kvtier_server.secondary.parameters import TierParameters
+from kvtier_server.secondary.workers import ChunkResult, TierWorkers
+
+DEADLINE_S = 10.0
+MAX_QUEUED_BYTES = 1 << 30
+
+Name = tuple[SpaceName, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    data: bytes
+    geometry: bytes
+    checksums: tuple[int, ...]
+
+
+class ExampleParameters(TierParameters):
+    """The one key that this tier has beyond those of every tier."""
+
+    capacity: Bytes = 256 << 20
+    """Bytes of chunks, beside the pool."""
+
+
+class ExampleTier(SecondaryTier):
+    """Keeps the chunks that were used last, up to `capacity` bytes."""
+
+    medium = Medium.CPU
+    locality = Locality.LOCAL
+    Parameters = ExampleParameters
+
+    def __init__(
+        self,
+        spec: OffloadingSpec,
+        pool: memoryview,
+        tier_type: str,
+        on_finished: Callable[[], None],
+        parameters: ExampleParameters,
+    ) -> None:
+        super().__init__(spec, pool, tier_type, on_finished, parameters)
+        self._capacity = parameters.capacity
+        # The index is the core's to read at any time; the workers change it under the lock, in one step.
+        self._lock = Lock()
+        self._stored: OrderedDict[Name, _Stored] = OrderedDict()
+        self._used_bytes = 0
+        self._removed: list[Removal] = []
+        self._workers = TierWorkers(
+            tier_type,
+            self._run,
+            on_finished,
+            num_readers=1,
+            num_writers=1,
+            max_queued_bytes=MAX_QUEUED_BYTES,
+            deadline_s=DEADLINE_S,
+        )
+
+    # The core's side: from memory, at once
+
+    def lookup(self, space: SpaceName, keys: Sequence[bytes]) -> Sequence[Presence]:
+        with self._lock:
+            return [Presence.YES if (space, key) in self._stored else Presence.NO for key in keys]
+
+    def submit_store(self, job: TierJob) -> bool:
+        return self._workers.submit(job)
+
+    def submit_load(self, job: TierJob) -> bool:
+        return self._workers.submit(job)
+
+    def get_finished(self) -> Sequence[JobResult]:
+        return self._workers.get_finished()
+
+    def get_removed(self) -> Sequence[Removal]:
+        with self._lock:
+            removed, self._removed = self._removed, []
+        return removed
+
+    def touch(self, space: SpaceName, keys: Sequence[bytes]) -> None:
+        with self._lock:
+            for key in reversed(keys):  # the head of a prefix is to stay longest
+                if (space, key) in self._stored:
+                    self._stored.move_to_end((space, key))
+
+    def clear(self, space: SpaceName | None = None) -> None:
+        with self._lock:
+            for name in [name for name in self._stored if space is None or name[0] == space]:
+                self._remove(name, "clear")
+
+    def has_work(self) -> bool:
+        return self._workers.has_work
+
+    def stats(self) -> TierStats:
+        with self._lock:
+            return TierStats(
+                self._capacity,
+                self._used_bytes,
+                len(self._stored),
+                self._workers.backpressure.queued_bytes,
+                self._workers.problem,
+            )
+
+    def shutdown(self, timeout_s: float) -> None:
+        self._workers.stop(timeout_s)
+
+    # The workers' side: one chunk at a time
+
+    def _run(self, kind: JobKind, chunk: TierChunk) -> ChunkResult:
+        return self._store(chunk) if kind is JobKind.STORE else self._load(chunk)
+
+    def _store(self, chunk: TierChunk) -> ChunkResult:
+        if chunk.num_bytes > self._capacity:
+            return ChunkResult(Outcome.REFUSED)
+        # Copied first and verified then: nothing that changes meanwhile gets in.
+        data = bytes(self.pool[chunk.offset : chunk.offset + chunk.num_bytes])
+        found = _checksums(memoryview(data), chunk)
+        if any(recorded not in (0, now) for recorded, now in zip(chunk.checksums, found, strict=True)):
+            return ChunkResult(Outcome.CORRUPT)
+        name = (chunk.space, chunk.key)
+        with self._lock:
+            if name in self._stored:
+                self._remove(name, "replaced", tell=False)
+            while self._used_bytes + len(data) > self._capacity:
+                self._remove(next(iter(self._stored)), "evict")
+            self._stored[name] = _Stored(data, chunk.geometry, found)
+            self._used_bytes += len(data)
+        return ChunkResult(Outcome.DONE)
+
+    def _load(self, chunk: TierChunk) -> ChunkResult:
+        name = (chunk.space, chunk.key)
+        with self._lock:
+            stored = self._stored.get(name)
+        if stored is None or stored.geometry != chunk.geometry or len(stored.data) != chunk.num_bytes:
+            return ChunkResult(Outcome.MISSING)
+        if _checksums(memoryview(stored.data), chunk) != stored.checksums:
+            with self._lock:
+                if self._stored.get(name) is stored:
+                    self._remove(name, "corrupt")
+            return ChunkResult(Outcome.CORRUPT)
+        self.pool[chunk.offset : chunk.offset + chunk.num_bytes] = stored.data
+        return ChunkResult(Outcome.DONE, stored.checksums)
+
+    def _remove(self, name: Name, reason: str, *, tell: bool = True) -> None:
+        """Let go of one chunk, with the lock held."""
+        space, key = name
+        self._used_bytes -= len(self._stored.pop(name).data)
+        if tell:
+            self._removed.append(Removal(space, (key,), reason))
+
+
+def _checksums(data: memoryview, chunk: TierChunk) -> tuple[int, ...]:
+    """Hash every part of a chunk."""
+    starts = [part_offset(chunk.part_bytes, part) for part in range(chunk.num_parts)]
+    return tuple([part_checksum(data[start : start + chunk.part_bytes]) for start in starts])

@@ -1,0 +1,227 @@
+"""The threads of one tier: jobs in, chunk by chunk over readers and writers, results out.
+
+Owns queues, deadlines and the tier's backpressure. Knows nothing of the medium: the tier hands in one
+function that does the I/O of one chunk. Reads have threads of their own, so no promotion waits for a cascade.
+
+A thread cannot be stopped in the middle of an I/O, so a job whose I/O hangs stays under way, with its slots
+pinned, until the medium answers; what has not begun by then fails at its deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Condition, Thread
+
+from kvtier_server.secondary.backpressure import Backpressure
+from kvtier_server.secondary.base import JobKind, JobResult, Outcome, TierChunk, TierJob
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What became of one chunk; `checksums` of its parts where it was loaded."""
+
+    outcome: Outcome
+    checksums: tuple[int, ...] = ()
+
+
+RunChunk = Callable[[JobKind, TierChunk], ChunkResult]
+"""Does the I/O of one chunk, on a worker thread. An OSError counts as an error of the medium."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job, and what its chunks came to so far."""
+
+    job: TierJob
+    deadline: float
+    left: int
+    results: list[ChunkResult] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+_Task = tuple[_Running, int]
+
+
+class TierWorkers:
+    """Runs the jobs of one tier. Every method may be called from any thread; none but `stop` waits."""
+
+    def __init__(
+        self,
+        name: str,
+        run_chunk: RunChunk,
+        on_finished: Callable[[], None],
+        *,
+        num_readers: int,
+        num_writers: int,
+        max_queued_bytes: int,
+        deadline_s: float,
+    ) -> None:
+        """Start the threads. `deadline_s`: what a chunk may take from its submission on."""
+        self.name = name
+        self.backpressure = Backpressure(max_queued_bytes)
+        self.num_late = 0
+        self.num_errors = 0
+        self.last_error = ""
+        self._run_chunk = run_chunk
+        self._on_finished = on_finished
+        self._deadline_s = deadline_s
+        self._changed = Condition()
+        self._reads: deque[_Task] = deque()
+        self._writes: deque[_Task] = deque()
+        self._finished: deque[JobResult] = deque()
+        self._num_jobs = 0
+        self._running_since: dict[str, float] = {}
+        self._stopped = False
+        self._threads = [
+            Thread(target=self._work, args=(queue,), name=f"kvtier-{name}-{kind}-{number}", daemon=True)
+            for kind, queue, num_threads in (
+                ("read", self._reads, num_readers),
+                ("write", self._writes, num_writers),
+            )
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: TierJob) -> bool:
+        """Take a job; False if there is too much to do, or the medium is out of order."""
+        running = _Running(job, time.monotonic() + self._deadline_s, len(job.chunks))
+        running.results = [ChunkResult(Outcome.FAILED)] * len(job.chunks)
+        is_store = job.kind is JobKind.STORE
+        with self._changed:
+            now = time.monotonic()
+            if self._stopped:
+                return False
+            if is_store:
+                if not self.backpressure.admits(job.num_bytes, now):
+                    return False
+                self.backpressure.queued(job.num_bytes)
+            elif not self.backpressure.admits_trial(now):
+                return False
+            self._num_jobs += 1
+            queue = self._writes if is_store else self._reads
+            queue.extend((running, index) for index in range(len(job.chunks)))
+            self._changed.notify(len(job.chunks))
+        return True
+
+    def get_finished(self) -> Sequence[JobResult]:
+        """Return the jobs that have ended since the last call."""
+        if not self._finished:
+            return ()
+        with self._changed:
+            finished = list(self._finished)
+            self._finished.clear()
+        return finished
+
+    @property
+    def has_work(self) -> bool:
+        """Whether jobs are queued, running, or waiting to be taken by `get_finished`."""
+        return bool(self._num_jobs or self._finished)
+
+    @property
+    def oldest_s(self) -> float:
+        """Seconds that the longest I/O has been running."""
+        with self._changed:
+            began = min(self._running_since.values(), default=None)
+        return 0.0 if began is None else time.monotonic() - began
+
+    @property
+    def problem(self) -> str:
+        """One line about what is wrong, "" if nothing is."""
+        oldest_s = self.oldest_s
+        if oldest_s > self._deadline_s:
+            return f"an I/O has been running for {oldest_s:.0f} s; waiting for the medium"
+        if self.backpressure.is_tripped:
+            return f"left alone after {self.last_error}; tried again by itself"
+        return ""
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the threads; what has not begun fails. False if an I/O hangs: its thread is left behind."""
+        give_up_at = time.monotonic() + timeout_s
+        with self._changed:
+            self._stopped = True
+            for queue in (self._reads, self._writes):
+                while queue:
+                    self._end(*queue.popleft(), ChunkResult(Outcome.FAILED))
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, give_up_at - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self, queue: deque[_Task]) -> None:
+        from threading import current_thread
+
+        name = current_thread().name
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: queue or self._stopped)
+                if not queue:
+                    return
+                running, index = queue.popleft()
+                began = time.monotonic()
+                late = began >= running.deadline
+                if not late:
+                    self._running_since[name] = began
+            result = ChunkResult(Outcome.FAILED) if late else self._run(running.job, index)
+            ended = time.monotonic()
+            with self._changed:
+                self._running_since.pop(name, None)
+                if ended >= running.deadline:
+                    # Whoever waited has gone on without it: the slot is freed, and nothing else.
+                    self.num_late += 1
+                    result = ChunkResult(Outcome.FAILED)
+                running.seconds = max(running.seconds, ended - began)
+                is_last = self._end(running, index, result)
+                if running.job.kind is JobKind.STORE and result.outcome is Outcome.DONE:
+                    self.backpressure.written(running.job.chunks[index].num_bytes, ended - began)
+            if is_last:
+                self._on_finished()
+
+    def _run(self, job: TierJob, index: int) -> ChunkResult:
+        try:
+            result = self._run_chunk(job.kind, job.chunks[index])
+        except OSError as error:
+            self._note_error(f"{type(error).__name__}: {error.strerror or error}")
+            return ChunkResult(Outcome.FAILED)
+        except Exception as error:
+            self._note_error(f"{type(error).__name__}: {error}")
+            logger.exception("tier %s: %s failed; this is a bug", self.name, job.kind)
+            return ChunkResult(Outcome.FAILED)
+        if result.outcome is not Outcome.REFUSED:
+            with self._changed:
+                self.backpressure.worked()
+        return result
+
+    def _note_error(self, what: str) -> None:
+        with self._changed:
+            self.num_errors += 1
+            self.last_error = what
+            tripped = self.backpressure.failed(time.monotonic())
+        if tripped:
+            logger.warning("tier %s is left alone after errors in a row, the last: %s", self.name, what)
+
+    def _end(self, running: _Running, index: int, result: ChunkResult) -> bool:
+        """Note the end of one chunk, with the lock held; True if it was the job's last."""
+        running.results[index] = result
+        running.left -= 1
+        job = running.job
+        if job.kind is JobKind.STORE:
+            self.backpressure.left(job.chunks[index].num_bytes)
+        if running.left:
+            return False
+        self._num_jobs -= 1
+        self._finished.append(
+            JobResult(
+                job.id,
+                tuple([each.outcome for each in running.results]),
+                tuple([each.checksums for each in running.results]),
+                running.seconds,
+            )
+        )
+        return True

@@ -1,0 +1,178 @@
+"""A tier whose I/O happens when a test says so, half a chunk at a time.
+
+It keeps every promise of a tier, over the cells of a pool in memory: what it stores is what lies in the slot
+while it is copied. What a medium may do wrong, the test asks for by name.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvtier_ops.layout import SLOT_UNIT_BYTES
+from kvtier_ops.namespace import SpaceName
+from kvtier_server.secondary.base import (
+    JobKind,
+    JobResult,
+    OffloadingSpec,
+    Outcome,
+    Presence,
+    Removal,
+    SecondaryTier,
+    TierChunk,
+    TierJob,
+    TierStats,
+)
+from kvtier_server.secondary.parameters import TierParameters
+
+from .slots_in_memory import CELL_BYTES, SlotsInMemory, checksum
+
+Name = tuple[SpaceName, bytes]
+
+
+@dataclass(slots=True)
+class Running:
+    """A job, and how far it is: two steps a chunk."""
+
+    job: TierJob
+    step: int = 0
+    buffer: bytes = b""
+    outcomes: list[Outcome] = field(default_factory=list)
+    checksums: list[tuple[int, ...]] = field(default_factory=list)
+
+
+class SteppedTier(SecondaryTier):
+    """Holds what it was given; `step` does the next bit of the I/O."""
+
+    def __init__(self, slots: SlotsInMemory, *, shared: bool = False) -> None:
+        spec = OffloadingSpec(len(slots.cells) // CELL_BYTES * SLOT_UNIT_BYTES, SLOT_UNIT_BYTES, 128)
+        super().__init__(spec, memoryview(b""), "stepped", lambda: None, TierParameters())
+        self.is_shared = shared
+        self.slots = slots
+        self.stored: dict[Name, tuple[bytes, tuple[int, ...], bytes]] = {}
+        self.hidden: set[Name] = set()
+        """Stored by somebody else: only a probe finds it."""
+        self.running: deque[Running] = deque()
+        self.refuses = False
+        self._finished: list[JobResult] = []
+        self._removed: list[Removal] = []
+
+    def lookup(self, space: SpaceName, keys: Sequence[bytes]) -> Sequence[Presence]:
+        there = [(space, key) in self.stored and (space, key) not in self.hidden for key in keys]
+        otherwise = Presence.UNKNOWN if self.is_shared else Presence.NO
+        return [Presence.YES if known else otherwise for known in there]
+
+    def _submit(self, job: TierJob) -> bool:
+        if not self.refuses:
+            self.running.append(Running(job))
+        return not self.refuses
+
+    submit_store = submit_load = submit_probe = _submit
+
+    def get_finished(self) -> Sequence[JobResult]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def get_removed(self) -> Sequence[Removal]:
+        removed, self._removed = self._removed, []
+        return removed
+
+    def clear(self, space: SpaceName | None = None) -> None:
+        for name in [name for name in self.stored if space in (None, name[0])]:
+            self.lose(name, "clear")
+
+    def lose(self, name: Name, reason: str = "evict") -> None:
+        """Let go of a chunk."""
+        del self.stored[name]
+        self.hidden.discard(name)
+        self._removed.append(Removal(name[0], (name[1],), reason))
+
+    def has_work(self) -> bool:
+        return bool(self.running or self._finished)
+
+    def stats(self) -> TierStats:
+        return TierStats(0, 0, len(self.stored))
+
+    def shutdown(self, timeout_s: float) -> None:
+        self.running.clear()
+
+    def restart(self) -> None:
+        """The daemon was killed: what was under way has not happened."""
+        self.running.clear()
+        self._finished.clear()
+        self._removed.clear()
+
+    def step(self, which: int = 0, how: str = "ok") -> None:
+        """Do the next half of a chunk of one job. `how`: ok, failed, corrupt or missing, from now on."""
+        if not self.running:
+            return
+        running = self.running[which % len(self.running)]
+        chunk = running.job.chunks[len(running.outcomes)]
+        if how != "ok":
+            self._end_chunk(running, {"failed": Outcome.FAILED, "corrupt": Outcome.CORRUPT}.get(how))
+            return
+        if running.job.kind is JobKind.PROBE:
+            is_there = (chunk.space, chunk.key) in self.stored
+            self.hidden.discard((chunk.space, chunk.key))
+            self._end_chunk(running, Outcome.DONE if is_there else Outcome.MISSING)
+        elif running.job.kind is JobKind.STORE:
+            self._step_store(running, chunk)
+        else:
+            self._step_load(running, chunk)
+
+    def finish_all(self, how: str = "ok") -> None:
+        """Do everything that is to be done."""
+        while self.running:
+            self.step(0, how)
+
+    def _step_store(self, running: Running, chunk: TierChunk) -> None:
+        running.buffer += self._half(running, chunk)
+        running.step ^= 1
+        if running.step:
+            return
+        parts = _parts(running.buffer, chunk)
+        if tuple(map(checksum, parts)) != chunk.checksums:
+            self._end_chunk(running, Outcome.CORRUPT)
+            return
+        self.stored[chunk.space, chunk.key] = (running.buffer, chunk.checksums, chunk.geometry)
+        self._end_chunk(running, Outcome.DONE)
+
+    def _half(self, running: Running, chunk: TierChunk) -> bytes:
+        units = chunk.num_bytes // SLOT_UNIT_BYTES
+        first = chunk.offset // SLOT_UNIT_BYTES
+        middle = units // 2
+        if running.step == 0:
+            return self.slots.read(first, middle)
+        return self.slots.read(first + middle, units - middle)
+
+    def _step_load(self, running: Running, chunk: TierChunk) -> None:
+        found = self.stored.get((chunk.space, chunk.key))
+        if found is None or found[2] != chunk.geometry:
+            self._end_chunk(running, Outcome.MISSING)
+            return
+        cells, checksums, _ = found
+        first = chunk.offset // SLOT_UNIT_BYTES
+        middle = len(cells) // CELL_BYTES // 2
+        if running.step == 0:
+            self.slots.write(first, cells[: middle * CELL_BYTES])
+        else:
+            self.slots.write(first + middle, cells[middle * CELL_BYTES :])
+            self._end_chunk(running, Outcome.DONE, checksums)
+            return
+        running.step ^= 1
+
+    def _end_chunk(self, running: Running, outcome: Outcome | None, checksums: tuple[int, ...] = ()) -> None:
+        running.outcomes.append(Outcome.MISSING if outcome is None else outcome)
+        running.checksums.append(checksums)
+        running.step, running.buffer = 0, b""
+        if len(running.outcomes) == len(running.job.chunks):
+            self.running.remove(running)
+            self._finished.append(
+                JobResult(running.job.id, tuple(running.outcomes), tuple(running.checksums))
+            )
+
+
+def _parts(cells: bytes, chunk: TierChunk) -> list[bytes]:
+    size = len(cells) // chunk.num_parts
+    return [cells[part * size : (part + 1) * size] for part in range(chunk.num_parts)]

@@ -1,0 +1,328 @@
+"""What goes down to lower tiers and comes up again, in stories."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvtier_server.core.below import CascadeWhen, TierRules
+from kvtier_server.core.books import LookupStatus
+from kvtier_server.core.grants import StoreVerdict
+from kvtier_server.secondary.base import Medium
+
+from .engine import HIT, MISS, PENDING, Engine, facts, to_key, to_keys
+from .rig import Rig
+
+POOL_UNITS = 64
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig(POOL_UNITS, num_tiers=1)
+
+
+def store_and_evict(rig: Rig, engine: Engine, numbers: range) -> None:
+    """Have chunks stored, written below, and pushed out of the pool by others, which go nowhere."""
+    engine.store(numbers, "before")
+    engine.finish("before")
+    rig.move()
+    push_out(rig, engine)
+    assert engine.hits(numbers) == []
+
+
+def push_out(rig: Rig, engine: Engine) -> None:
+    for tier in rig.tiers:
+        tier.refuses = True
+    engine.fill(range(1_000, 1_000 + POOL_UNITS))
+    rig.pump()
+    for tier in rig.tiers:
+        tier.refuses = False
+
+
+def resolved(rig: Rig) -> dict[bytes, int]:
+    return {notice.key: notice.status for notice in rig.notices("resolved")}
+
+
+def test_what_is_stored_goes_down_and_comes_up_pinned_for_whoever_waits(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(4))
+    lease = engine.new_lease_id()
+    answer = engine.lookup(to_keys(range(4)), lease=lease, wait_s=1)
+    assert answer.statuses == [PENDING] * 4
+    rig.move()
+    notices = rig.notices("resolved")
+    assert [notice.status for notice in notices] == [HIT] * 4
+    assert {notice.lease_id for notice in notices} == {lease}
+    assert engine.hits(range(4)) == [0, 1, 2, 3]
+    assert rig.core.books.leases.get(engine.scheduler.instance, lease) is not None
+    loaded = engine.load(range(4))
+    assert None not in loaded
+    rig.check()
+    engine.finish()
+    rig.tick()
+    rig.assert_nothing_is_held()
+
+
+def test_a_prefix_that_is_partly_in_the_pool_is_completed_from_below(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(4))
+    engine.store([0, 1], "again")
+    answer = engine.lookup(to_keys(range(6)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [HIT, HIT, PENDING, PENDING, MISS, MISS]
+    assert answer.leased == [(0, 2)]
+
+
+def test_what_lies_behind_a_gap_stays_below(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(4))
+    rig.tiers[0].lose((engine.space, to_key(1)))
+    answer = engine.lookup(to_keys(range(4)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING, MISS, MISS, MISS]
+
+
+def test_who_does_not_wait_or_does_not_lease_brings_nothing_up(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(4))
+    assert engine.lookup(to_keys(range(4)), lease=engine.new_lease_id()).statuses == [MISS] * 4
+    assert engine.lookup(to_keys(range(4)), wait_s=1).statuses == [MISS] * 4
+    assert not rig.tiers[0].running
+
+
+def test_two_requests_wait_for_one_promotion(rig: Rig) -> None:
+    engine, other = rig.engine("one"), rig.engine("two")
+    store_and_evict(rig, engine, range(2))
+    for each in (engine, other):
+        answer = each.lookup(to_keys(range(2)), lease=each.new_lease_id(), wait_s=1)
+        assert answer.statuses == [PENDING] * 2
+    assert len(rig.tiers[0].running) == 1
+    rig.move()
+    assert len(rig.notices("resolved")) == 4
+
+
+def test_a_promotion_takes_no_more_than_its_share_of_the_pool_and_the_rest_is_a_miss(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(16))
+    share = POOL_UNITS // 8
+    answer = engine.lookup(to_keys(range(16)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * share + [MISS] * (16 - share)
+    assert rig.core.below.tiers[0].counts["promotion:no_slot"] == 16 - share
+    rig.move()
+    answer = engine.lookup(to_keys(range(16)), "r2", lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [HIT] * share + [PENDING] * share
+
+
+@pytest.mark.parametrize("how", ["failed", "corrupt", "missing"])
+def test_a_promotion_that_fails_is_a_miss_and_gives_its_slot_back(rig: Rig, how: str) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(2))
+    engine.lookup(to_keys(range(2)), lease=engine.new_lease_id(), wait_s=1)
+    rig.move(how)
+    assert resolved(rig) == dict.fromkeys(to_keys(range(2)), MISS)
+    assert rig.core.below.tiers[0].counts[f"promotion:{how}"] == 2
+    engine.finish()
+    rig.tick()
+    rig.assert_nothing_is_held()
+    assert engine.store(range(2), "computed") == [StoreVerdict.GRANTED] * 2
+
+
+def test_of_a_promotion_that_fails_in_part_the_rest_arrives(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(3))
+    engine.lookup(to_keys(range(3)), lease=engine.new_lease_id(), wait_s=1)
+    for how in ("ok", "ok", "failed", "ok", "ok"):
+        rig.tiers[0].step(0, how)
+    rig.core.below.collect()
+    assert resolved(rig) == {to_key(0): HIT, to_key(1): MISS, to_key(2): HIT}
+    rig.check()
+
+
+def test_where_one_tier_fails_the_next_one_is_asked() -> None:
+    rig = Rig(POOL_UNITS, num_tiers=2)
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(2))
+    engine.lookup(to_keys(range(2)), lease=engine.new_lease_id(), wait_s=1)
+    rig.tiers[0].finish_all("corrupt")
+    rig.core.below.collect()
+    assert resolved(rig) == {}, "they still wait"
+    rig.move()
+    assert resolved(rig) == dict.fromkeys(to_keys(range(2)), HIT)
+
+
+def test_a_lookup_that_has_waited_long_enough_misses_and_the_slot_is_free_when_the_io_is_over(
+    rig: Rig,
+) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(1))
+    engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=1)
+    (running,) = rig.tiers[0].running
+    rig.tiers[0].step()
+    rig.tick(2)
+    assert resolved(rig) == {to_key(0): MISS}
+    assert engine.statuses([to_key(0)]) == [PENDING], "it is still being written"
+    slots = {slot.slot_id for slot in engine.credits(POOL_UNITS)}
+    assert running.job.chunks[0].offset // 4096 not in slots
+    rig.check()
+    rig.move()
+    assert engine.statuses([to_key(0)]) == [HIT], "what comes late is kept"
+
+
+def test_an_engine_that_dies_while_it_waits_leaves_the_chunk_to_the_others(rig: Rig) -> None:
+    engine, other = rig.engine("one"), rig.engine("two")
+    store_and_evict(rig, engine, range(1))
+    engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=1)
+    engine.die()
+    rig.tick()
+    rig.move()
+    assert other.hits(range(1)) == [0]
+    rig.tick()
+    rig.assert_nothing_is_held()
+
+
+def test_a_chunk_that_is_stored_while_it_comes_up_is_kept_once(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(1))
+    (credit,) = engine.credits(1)
+    engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=1)
+    assert engine.prepare_store(to_keys(range(1)), "r2").verdicts == [StoreVerdict.PENDING]
+    named = type(credit)(credit.slot_id, credit.generation, to_key(0))
+    engine.announce([named])
+    engine.write_and_report([named])
+    assert resolved(rig) == {to_key(0): HIT}
+    rig.move()
+    assert resolved(rig) == {}
+    assert engine.hits(range(1)) == [0]
+    engine.finish()
+    rig.tick()
+    rig.assert_nothing_is_held()
+
+
+def test_only_tiers_that_the_request_allows_are_asked(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(1))
+    rig.tiers[0].medium = Medium.STORAGE
+    for entries, status in (
+        ([], MISS),
+        ([{"medium": "CPU"}], MISS),
+        ([{"medium": "STORAGE", "locality": "REMOTE"}], MISS),
+        ([{"medium": "CPU"}, {"locality": "LOCAL"}], PENDING),
+    ):
+        params = json.dumps({"kv_load_tiers": entries}).encode()
+        rig.core.books.request(engine.scheduler.instance, f"r{entries}", params)
+        answer = engine.lookup([to_key(0)], f"r{entries}", lease=engine.new_lease_id(), wait_s=1)
+        assert answer.statuses == [status], entries
+
+
+@pytest.mark.parametrize("params", [b"", b"nonsense", b"[]", b'{"kv_load_tiers": 3}'])
+def test_a_filter_that_cannot_be_read_is_none(rig: Rig, params: bytes) -> None:
+    request = rig.core.books.request(rig.engine().scheduler.instance, "r", params)
+    assert request.may_load_from(Medium.STORAGE, rig.tiers[0].locality)
+
+
+def test_what_is_being_written_below_is_not_evicted_and_what_waits_may_be() -> None:
+    rig = Rig(POOL_UNITS, rules=[TierRules("disk", max_running_bytes=2 * 4096)])
+    engine = rig.engine()
+    engine.store(range(4))
+    engine.finish()
+    rig.pump()
+    engine.fill(range(100, 100 + POOL_UNITS))
+    assert len(set(engine.hits(range(4)))) == 2
+    rig.check()
+    rig.move()
+    assert rig.core.below.tiers[0].counts["dropped:evicted"] >= 2
+    assert sorted(key for _, key in rig.tiers[0].stored if key < to_key(4)) == to_keys(range(2))
+
+
+def test_a_queue_that_is_full_drops_what_comes_and_says_so() -> None:
+    rig = Rig(POOL_UNITS, rules=[TierRules("disk", max_queued_bytes=3 * 4096)])
+    engine = rig.engine()
+    engine.store(range(5))
+    assert rig.core.below.tiers[0].counts["dropped:queue_full"] == 2
+    rig.move()
+    assert sorted(key for _, key in rig.tiers[0].stored) == to_keys(range(3))
+
+
+def test_a_tier_that_is_read_only_is_given_nothing() -> None:
+    rig = Rig(POOL_UNITS, rules=[TierRules("archive", cascade=CascadeWhen.NEVER)])
+    engine = rig.engine()
+    engine.store(range(4))
+    rig.move()
+    assert not rig.tiers[0].stored
+
+
+def test_a_chunk_whose_bytes_went_bad_in_the_pool_is_not_passed_on(rig: Rig) -> None:
+    engine = rig.engine()
+    engine.store(range(1))
+    chunk = next(iter(rig.core.books.primary.by_slot.values()))
+    rig.flip(chunk.slot_id, chunk.generation)
+    rig.move()
+    assert not rig.tiers[0].stored
+    assert engine.hits(range(1)) == []
+    assert rig.core.books.counts["checksum:corrupt"] == 1
+
+
+def test_of_a_tier_that_others_store_into_a_prompt_waits_for_one_probe() -> None:
+    rig = Rig(POOL_UNITS, num_tiers=1, shared_tiers=True)
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(3))
+    rig.tiers[0].hidden = {(engine.space, to_key(number)) for number in range(3)}
+    answer = engine.lookup(to_keys(range(5)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * 5
+    rig.move()
+    assert resolved(rig) == {key: HIT if key < to_key(3) else MISS for key in to_keys(range(5))}
+
+
+def test_a_daemon_that_is_killed_while_a_chunk_comes_up_has_its_slot_back_at_once(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(1))
+    engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=1)
+    rig.tiers[0].step()
+    rig.restart_daemon()
+    assert not len(rig.core.books.quarantine)
+    rig.check()
+
+
+def test_events_name_the_tier_and_the_cause(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(1))
+    engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=1)
+    rig.move()
+    rig.tiers[0].clear()
+    rig.core.below.collect()
+    events = rig.core.books.events.since(1)
+    assert events is not None
+    told = [(event.kind, event.tier, event.reason) for event in events if to_key(0) in event.keys]
+    assert told == [
+        ("stored", "primary", "store"),
+        ("stored", "tier0", "cascade"),
+        ("removed", "primary", "evict"),
+        ("stored", "primary", "promotion"),
+        ("removed", "tier0", "clear"),
+    ]
+
+
+def test_equal_keys_of_another_layout_are_other_chunks(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(1))
+    name = (engine.space, to_key(0))
+    cells, checksums, _ = rig.tiers[0].stored[name]
+    rig.tiers[0].stored[name] = (cells, checksums, b"other")
+    engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=1)
+    rig.move()
+    assert resolved(rig) == {to_key(0): LookupStatus.MISS}
+
+
+def test_groups_of_a_hybrid_model_come_up_together(rig: Rig) -> None:
+    engine = rig.engine("hybrid", facts("h", (2, 1), windows=(0, 32)))
+    for group in (0, 1):
+        engine.store(range(3), "before", group=group)
+    engine.finish("before")
+    rig.move()
+    push_out(rig, rig.engine("small"))
+    push_out(rig, rig.engine("large", facts("large", (2,))))
+    keys = to_keys(range(3)) + to_keys(range(3), 1)
+    answer = engine.lookup(keys, lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * 3 + [MISS, PENDING, PENDING], "the window needs the last two"
+    rig.move()
+    assert set(resolved(rig).values()) == {HIT}
+    rig.check()
