@@ -5,11 +5,13 @@ exist is decided where `fault_point` is called.
 
 A test in the same process arms a point with `arm`. A test that starts a process sets `KVTIER_FAULTS`, which
 is read once at import: `name=action`, several joined by commas. Actions: `kill` (SIGKILL), `stop` (SIGSTOP),
-`sleep:SECONDS`, `error` (raises FaultInjected).
+`sleep:SECONDS`, `error` (raises FaultInjected); with `@N` behind it only when the point is passed for the Nth
+time.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -58,8 +60,24 @@ def parse_faults(text: str) -> dict[str, Callable[[], None]]:
     faults: dict[str, Callable[[], None]] = {}
     for entry in filter(None, (piece.strip() for piece in text.split(","))):
         name, _, action = entry.partition("=")
-        faults[name] = _parse_action(name, action, entry)
+        action, _, nth = action.partition("@")
+        parsed = _parse_action(name, action, entry)
+        if nth and not (nth.isascii() and nth.isdigit() and int(nth)):
+            raise ValueError(
+                f"{ENVIRONMENT_VARIABLE}: {entry!r} is not a fault; behind @ stands a number from 1"
+            )
+        faults[name] = _at_pass(int(nth), parsed) if nth else parsed
     return faults
+
+
+def _at_pass(nth: int, action: Callable[[], None]) -> Callable[[], None]:
+    passes = itertools.count(1)  # counting is one step of the interpreter: no two threads get one number
+
+    def at_pass() -> None:
+        if next(passes) == nth:
+            action()
+
+    return at_pass
 
 
 def _parse_action(name: str, action: str, entry: str) -> Callable[[], None]:
@@ -83,7 +101,7 @@ def _parse_action(name: str, action: str, entry: str) -> Callable[[], None]:
             return lambda: time.sleep(seconds)
     raise ValueError(
         f"{ENVIRONMENT_VARIABLE}: {entry!r} is not a fault; "
-        "write name=kill, name=stop, name=error or name=sleep:SECONDS"
+        "write name=kill, name=stop, name=error or name=sleep:SECONDS, each with @N for the Nth pass only"
     )
 
 

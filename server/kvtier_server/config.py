@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from kvtier_ops.directory import default_pool_directory
 from kvtier_server.address import default_address
+from kvtier_server.config_tiers import TierProblem, TierSettings, read_tiers
 from kvtier_server.config_values import (
     Bytes,
     Count,
@@ -154,6 +155,8 @@ class Config(_Section):
     leases: LeasesConfig = LeasesConfig()
     admission: AdmissionConfig = AdmissionConfig()
     drain: DrainConfig = DrainConfig()
+    tiers: tuple[TierSettings, ...] = ()
+    """Below the pool, in the order they are asked; [[tiers]] in the file (kvtier_server.config_tiers)."""
 
     @property
     def pool_directory(self) -> Path:
@@ -223,8 +226,13 @@ def load_config(flags: Mapping[str, str], file: Path | None, env: Mapping[str, s
     """
     errors: list[ConfigError] = []
     values: _Values = {("server", "address"): _Given(default_address(env), "default")}
+    tiers: tuple[TierSettings, ...] = ()
     if file is not None:
-        values |= _read_file(file, errors)
+        in_file, tables = _read_file(file, errors)
+        values |= in_file
+        problems: list[TierProblem] = []
+        tiers = read_tiers(tables, problems)
+        errors += [ConfigError(problem.path, str(file), problem.problem) for problem in problems]
     values |= _read_env(env, errors)
     for path, raw in flags.items():
         section, _, key = path.partition(".")
@@ -240,18 +248,23 @@ def load_config(flags: Mapping[str, str], file: Path | None, env: Mapping[str, s
         errors += _check_together(config, values)
     if errors or config is None:
         raise ConfigErrors(errors)
-    return config
+    return config.model_copy(update={"tiers": tiers})
 
 
-def _read_file(file: Path, errors: list[ConfigError]) -> _Values:
+def _read_file(file: Path, errors: list[ConfigError]) -> tuple[_Values, Sequence[object]]:
+    """Return the settings of the sections, and the tables of the tiers."""
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         errors.append(ConfigError("", str(file), f"cannot be read: {error.strerror}"))
-        return {}
+        return {}, ()
     except ValueError as error:  # not TOML, or not UTF-8
         errors.append(ConfigError("", str(file), f"is not TOML: {error}"))
-        return {}
+        return {}, ()
+    tables = document.pop("tiers", [])
+    if not isinstance(tables, list):
+        errors.append(ConfigError("tiers", str(file), "is no list; write [[tiers]], one for each tier"))
+        tables = []
     values: _Values = {}
     for section, body in document.items():
         if not isinstance(body, dict):
@@ -260,7 +273,7 @@ def _read_file(file: Path, errors: list[ConfigError]) -> _Values:
             errors.append(ConfigError(section, str(file), _unknown(section, "")))
         else:
             values |= {(section, key): _Given(raw, str(file)) for key, raw in body.items()}
-    return values
+    return values, tables
 
 
 def _read_env(env: Mapping[str, str], errors: list[ConfigError]) -> _Values:

@@ -8,6 +8,7 @@ comes back through the loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import os
@@ -25,17 +26,19 @@ from grpc_health.v1 import health, health_pb2
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.checksum import part_checksum
-from kvtier_ops.layout import part_offset
+from kvtier_ops.layout import SLOT_UNIT_BYTES, part_offset
 from kvtier_ops.locks import owner_lock_is_free
 from kvtier_ops.pool import Pool, PoolBusy, PoolError, check_capacity
 from kvtier_server import __version__, admin, logs, service
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.config import Config
 from kvtier_server.core.adoption import Adopted
+from kvtier_server.core.below import CascadeWhen, TierRules
 from kvtier_server.core.books import HashRequest
 from kvtier_server.core.instances import Session
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.limits import Limits
+from kvtier_server.core.namespaces import MAX_KEY_BYTES
 from kvtier_server.core.tiering import Core
 from kvtier_server.grpc_server import build_server
 from kvtier_server.http import HttpServer
@@ -44,9 +47,18 @@ from kvtier_server.policies.loader import PolicyLoadError, load_policy_class
 from kvtier_server.pool_slots import Backing, PoolSlots
 from kvtier_server.primary.tier import SLICE_ITEMS
 from kvtier_server.rpc import CallScope
+from kvtier_server.secondary.base import OffloadingSpec, SecondaryTier, TierError
+from kvtier_server.secondary.factory import BUILTIN_TIERS
 from kvtier_server.service import OffloadService, boottime_ns
 from kvtier_server.sessions import Sessions
-from kvtier_server.snapshot import by_suffix, lease_stats, primary_stats, session_stats, tenant_bytes
+from kvtier_server.snapshot import (
+    by_suffix,
+    lease_stats,
+    lower_stats,
+    primary_stats,
+    session_stats,
+    tenant_bytes,
+)
 from kvtier_server.socket_lock import SocketLock, StartError
 from kvtier_server.stats import (
     PHASE_DEGRADED,
@@ -67,6 +79,12 @@ TICK_S = 0.1
 
 LAST_CALLS_S = 1.0
 """Longest wait for calls that began while the server stopped; none of them waits for anything."""
+
+FLUSH_POLL_S = 0.01
+"""Between two looks at what goes down while the daemon stops."""
+
+TIER_STOP_S = 2.0
+"""What the threads of one tier may take to end; one that hangs in an I/O ends with the process."""
 
 SNAPSHOT_TICKS = 10
 """Ticks between two snapshots for metrics: one a second, as scrapes are far apart."""
@@ -106,6 +124,8 @@ class Daemon:
         self._socket_lock = SocketLock.of(config.server.address)
         self._pool = _open_pool(config)
         limits = _core_limits(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tiers = self._make_tiers()
         policy_class = load_policy_class(config.pool.policy)
         self.core = Core(
             self._pool.data_bytes,
@@ -115,6 +135,7 @@ class Daemon:
             functools.partial(secrets.randbits, 64),
             limits,
             ReuseFilter(config.admission.store_threshold, config.admission.max_tracked),
+            self._tiers,
         )
         self._metrics = Metrics(
             version=__version__,
@@ -150,7 +171,41 @@ class Daemon:
         self._last_tick_ns = self._start_ns
         self._loop_lag_s = 0.0
         self._settling = False
+        self._pumping = False
         self._backing: Backing | None = None
+
+    def _make_tiers(self) -> list[tuple[SecondaryTier, TierRules]]:
+        """Make the tiers below the pool. Raises StartError, with those that were made ended again."""
+        spec = OffloadingSpec(self._pool.data_bytes, SLOT_UNIT_BYTES, MAX_KEY_BYTES)
+        made: list[tuple[SecondaryTier, TierRules]] = []
+        for common, parameters in self._config.tiers:
+            try:
+                tier = BUILTIN_TIERS.create(
+                    common.type,
+                    parameters,
+                    spec,
+                    self._pool.data.data,
+                    self._on_tier_finished,
+                    common.module_path,
+                )
+            except TierError as error:
+                for other, _ in made:
+                    other.shutdown(TIER_STOP_S)
+                raise StartError(f"tier {common.name!r}: {error}", 2) from error
+            rules = TierRules(common.name, CascadeWhen(common.cascade), common.max_queued, common.max_running)
+            made.append((tier, rules))
+        return made
+
+    def _on_tier_finished(self) -> None:
+        """Have the loop's thread look at what a tier has done. Called by the tiers' threads."""
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                loop.call_soon_threadsafe(self._collect)
+
+    def _collect(self) -> None:
+        self.core.below.collect()
+        self._after_call()
 
     def _take_over(self) -> Adopted | None:
         """Serve what an earlier daemon left, if it left a pool. Raises StartError."""
@@ -187,7 +242,7 @@ class Daemon:
 
     async def serve(self, limiter: logs.RepeatLimit) -> None:
         """Run until a signal asks to stop, then drain. Raises StartError if the address cannot be had."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, stop)
@@ -247,7 +302,7 @@ class Daemon:
             f"kvtier {__version__} serving",
             f"  address  {self._config.server.address}",
             f"  pool     {pool.path} ({pool.data_bytes} bytes, {kept}, policy {self._config.pool.policy})",
-            "  tiers    primary (the pool)",
+            f"  tiers    primary (the pool){''.join(f', {b.rules.name}' for b in self.core.below.tiers)}",
             f"  metrics  {metrics}",
         )
         print("\n".join(lines), flush=True)  # noqa: T201 this is the command's output
@@ -271,9 +326,17 @@ class Daemon:
         """Deliver what the call caused, and do what it put off once its reply is on the way."""
         if self.core.books.notices:
             self._sessions.dispatch()
+        if self.core.below.is_behind and not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
         if not self._settling and self.core.books.should_settle:
             self._settling = True
             asyncio.get_running_loop().call_soon(self._settle)
+
+    def _pump(self) -> None:
+        self._pumping = self.core.below.pump()
+        if self._pumping:
+            asyncio.get_running_loop().call_soon(self._pump)
 
     def _settle(self) -> None:
         self._settling = False
@@ -325,6 +388,9 @@ class Daemon:
 
     def _tick(self, now_ns: int, with_snapshot: bool) -> None:
         self.core.tick(now_ns)
+        self.core.below.collect()
+        if not self._pumping:
+            self._pump()
         self._sessions.dispatch()
         self._start_hashes()
         if not self._settling:
@@ -362,16 +428,25 @@ class Daemon:
                 backed_bytes=books.primary.slabs.backed_bytes,
                 policy=self._config.pool.policy,
             ),
-            tiers=(replace(primary),),
+            tiers=(replace(primary), *map(lower_stats, self.core.below.tiers)),
             sessions=session_stats(books, now_ns),
             leases=lease_stats(books, now_ns),
             lookup_keys=by_suffix(counts, "lookup"),
             lookup_tokens=counts["lookup_tokens"],
-            hit_tokens={PRIMARY_TIER: counts["hit_tokens"]},
-            evictions={PRIMARY_TIER: by_suffix(counts, "removed")},
+            hit_tokens={
+                PRIMARY_TIER: counts["hit_tokens"],
+                **{below.rules.name: below.counts["hit_tokens"] for below in self.core.below.tiers},
+            },
+            evictions={
+                PRIMARY_TIER: by_suffix(counts, "removed"),
+                **{below.rules.name: by_suffix(below.counts, "removed") for below in self.core.below.tiers},
+            },
             store_refused=by_suffix(counts, "refused"),
             sessions_ended=by_suffix(counts, "session_ended"),
-            checksum_failures={PRIMARY_TIER: counts["checksum:corrupt"]},
+            checksum_failures={
+                PRIMARY_TIER: counts["checksum:corrupt"],
+                **{below.rules.name: below.counts["promotion:corrupt"] for below in self.core.below.tiers},
+            },
             loads_torn=counts["load:torn"],
             credits=sum(r.key is None for r in books.reservations),
             tenant_used_bytes=tenant_bytes(books),
@@ -391,6 +466,7 @@ class Daemon:
             await asyncio.sleep(TICK_S)
         left_copies = self._running_copies()  # asked before the sessions end, and their leases with them
         self._sessions.end_all()
+        await self._flush_tiers()
         await server.stop(grace=1.0)
         log.info("stopped", left_copies=left_copies)
         print(  # noqa: T201 the person who stopped it should know where the memory went
@@ -399,6 +475,16 @@ class Daemon:
             flush=True,
         )
 
+    async def _flush_tiers(self) -> None:
+        """Let what is on its way down arrive, as far as `drain.tiers` allows."""
+        deadline = time.monotonic() + self._config.drain.tiers / 1e9
+        while self.core.below.has_work and time.monotonic() < deadline:
+            self.core.below.collect()
+            self.core.below.pump()
+            await asyncio.sleep(FLUSH_POLL_S)
+        if self.core.below.has_work:
+            log.warning("tiers_not_flushed", waited_s=self._config.drain.tiers / 1e9)
+
     def _running_copies(self) -> int:
         books = self.core.books
         loads = sum(lease.kind is LeaseKind.LOAD for lease in books.leases)
@@ -406,6 +492,8 @@ class Daemon:
 
     def close(self) -> None:
         """Give back the pool's and the socket's locks. The pool's file stays."""
+        for tier, _ in self._tiers:
+            tier.shutdown(TIER_STOP_S)
         self._threads.shutdown(cancel_futures=True)
         self._pool.close()
         self._socket_lock.release()

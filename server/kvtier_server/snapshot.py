@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from kvtier_server.core.below import LowerTier
 from kvtier_server.core.books import Books
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.stats import LEASE_KINDS, PRIMARY_TIER, LeaseStats, SessionStats, TierStats
@@ -46,6 +47,25 @@ def primary_stats(books: Books, health: str) -> TierStats:
         quarantined_slots=total("num_quarantined", unit_bytes=False),
         pinned_chunks=sum(c.policy.num_pinned for c in classes),
         health=health,
+    )
+
+
+def lower_stats(below: LowerTier) -> TierStats:
+    """A tier below the pool."""
+    stats = below.tier.stats()
+    return TierStats(
+        name=below.rules.name,
+        capacity_bytes=stats.capacity_bytes,
+        usable_bytes=stats.capacity_bytes,
+        used_bytes=stats.used_bytes,
+        chunks=stats.num_chunks,
+        health=stats.problem or "ok",
+        queued_bytes=below.waiting_bytes + below.running_bytes,
+        dropped=by_suffix(below.counts, "dropped"),
+        cascades=by_suffix(below.counts, "cascade"),
+        cascade_bytes=below.counts["cascade_bytes"],
+        promotions=by_suffix(below.counts, "promotion"),
+        promotion_bytes=below.counts["promotion_bytes"],
     )
 
 

@@ -51,6 +51,16 @@ class TierStats:
     quarantined_slots: int = 0
     pinned_chunks: int = 0
     health: str = "ok"
+    queued_bytes: int = 0
+    """Below the pool: chunks that wait to be written there, or are."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Chunks that did not go down, by reason."""
+    cascades: Mapping[str, int] = field(default_factory=dict)
+    """Chunks that were to go down, by outcome."""
+    cascade_bytes: int = 0
+    promotions: Mapping[str, int] = field(default_factory=dict)
+    """Chunks that were to come up, by outcome."""
+    promotion_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from kvtier_ops.locks import held_owner_locks
 from kvtier_ops.namespace import SpaceName
 from kvtier_ops.pool import Pool, SlotState
 from kvtier_server.core.adoption import Adopted, KeptSlot, adopt
+from kvtier_server.core.below import DAEMON
 from kvtier_server.core.namespaces import Geometry
 from kvtier_server.core.tiering import Core
 
@@ -85,6 +86,8 @@ def _slots(pool: Pool, core: Core) -> Iterator[KeptSlot]:
 
 def _kept(pool: Pool, slot_id: int, slot_bytes: int) -> KeptSlot:
     record = pool.slots.read(slot_id)
+    if record is not None and record.state is SlotState.RESERVED and record.owner == DAEMON:
+        return KeptSlot(slot_id, slot_bytes, is_settled=True)  # what the daemon was writing died with it
     if record is None or record.state in (SlotState.RESERVED, SlotState.QUARANTINED):
         return KeptSlot(slot_id, slot_bytes, is_settled=False)
     if record.state is SlotState.FREE or record.slot_bytes != slot_bytes:

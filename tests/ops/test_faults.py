@@ -36,8 +36,27 @@ def test_an_error_names_its_point() -> None:
         faults["here"]()
 
 
+def test_a_fault_may_wait_for_its_pass() -> None:
+    fault = parse_faults("here=error@3")["here"]
+    fault()
+    fault()
+    with pytest.raises(FaultInjected):
+        fault()
+    fault()
+
+
 @pytest.mark.parametrize(
-    "text", ["here", "here=explode", "=kill", "here=sleep", "here=sleep:-1", "here=sleep:x"]
+    "text",
+    [
+        "here",
+        "here=explode",
+        "=kill",
+        "here=sleep",
+        "here=sleep:-1",
+        "here=sleep:x",
+        "here=kill@0",
+        "here=kill@x",
+    ],
 )
 def test_an_entry_that_is_no_fault_is_refused_by_name(text: str) -> None:
     with pytest.raises(ValueError, match=text):

@@ -450,6 +450,11 @@ class Below:
             below.tier.touch(space.name, keys)
 
     @property
+    def is_behind(self) -> bool:
+        """Whether `pump` may have something to hand out."""
+        return any(below.waiting for below in self.tiers)
+
+    @property
     def has_work(self) -> bool:
         """Whether anything is queued or under way."""
         return bool(self._cascades or self._batches) or any(below.waiting for below in self.tiers)

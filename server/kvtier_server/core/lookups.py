@@ -234,6 +234,7 @@ class Lookups:
         self._books.pin(lease, chunks)  # before room is made for what comes up
         if below:
             waiting |= self._promote(instance, request, keys, fitting, below, statuses)
+            unwanted = [index for index in unwanted if statuses[index] == _MISS]
         if not chunks and not waiting:
             return LookupAnswer(statuses, unwanted)
         instance.requests.add_lease(request, lease_id)
@@ -268,8 +269,12 @@ class Lookups:
                     index_of[key] = index
                     wanted.append((key, size_class, below[key]))
         begun = self._below.promote(instance.space, request, wanted)
+        chunk_tokens = instance.namespace.facts.chunk_tokens(0)
         for key in begun:
-            statuses[index_of[key]] = _PENDING
+            index = index_of[key]
+            statuses[index] = _PENDING
+            if index < fitting[0][1]:  # by the first group: the others cover the same tokens
+                below[key].counts["hit_tokens"] += chunk_tokens
         counts = self._books.counts
         counts["lookup:pending"] += len(begun)
         counts["lookup:miss"] -= len(begun)

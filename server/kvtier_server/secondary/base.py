@@ -74,7 +74,10 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class OffloadingSpec:
-    """What a tier is told of the pool: all it may assume about offsets and sizes."""
+    """What a tier is told of the pool: all it may assume about offsets and sizes.
+
+    The pool begins on a page, so offsets are what O_DIRECT asks for.
+    """
 
     pool_bytes: int
     slot_unit_bytes: int

@@ -103,3 +103,4 @@ def _describe(error: Exception) -> str:
 
 BUILTIN_TIERS = TierFactory()
 BUILTIN_TIERS.register("example", "kvtier_server.secondary.example", "ExampleTier")
+BUILTIN_TIERS.register("filesystem", "kvtier_server.secondary.filesystem.tier", "FilesystemTier")

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread, current_thread
 
 from kvtier_server.secondary.backpressure import Backpressure
 from kvtier_server.secondary.base import JobKind, JobResult, Outcome, TierChunk, TierJob
@@ -71,18 +71,20 @@ class TierWorkers:
         self._run_chunk = run_chunk
         self._on_finished = on_finished
         self._deadline_s = deadline_s
-        self._changed = Condition()
+        self._lock = Lock()
         self._reads: deque[_Task] = deque()
         self._writes: deque[_Task] = deque()
+        # One for each queue: a thread that waits for the other one must not be woken in vain.
+        self._read_ready, self._write_ready = Condition(self._lock), Condition(self._lock)
         self._finished: deque[JobResult] = deque()
         self._num_jobs = 0
         self._running_since: dict[str, float] = {}
         self._stopped = False
         self._threads = [
-            Thread(target=self._work, args=(queue,), name=f"kvtier-{name}-{kind}-{number}", daemon=True)
-            for kind, queue, num_threads in (
-                ("read", self._reads, num_readers),
-                ("write", self._writes, num_writers),
+            Thread(target=self._work, args=(queue, ready), name=f"kvtier-{name}-{kind}-{number}", daemon=True)
+            for kind, queue, ready, num_threads in (
+                ("read", self._reads, self._read_ready, num_readers),
+                ("write", self._writes, self._write_ready, num_writers),
             )
             for number in range(num_threads)
         ]
@@ -94,7 +96,7 @@ class TierWorkers:
         running = _Running(job, time.monotonic() + self._deadline_s, len(job.chunks))
         running.results = [ChunkResult(Outcome.FAILED)] * len(job.chunks)
         is_store = job.kind is JobKind.STORE
-        with self._changed:
+        with self._lock:
             now = time.monotonic()
             if self._stopped:
                 return False
@@ -107,14 +109,14 @@ class TierWorkers:
             self._num_jobs += 1
             queue = self._writes if is_store else self._reads
             queue.extend((running, index) for index in range(len(job.chunks)))
-            self._changed.notify(len(job.chunks))
+            (self._write_ready if is_store else self._read_ready).notify(len(job.chunks))
         return True
 
     def get_finished(self) -> Sequence[JobResult]:
         """Return the jobs that have ended since the last call."""
         if not self._finished:
             return ()
-        with self._changed:
+        with self._lock:
             finished = list(self._finished)
             self._finished.clear()
         return finished
@@ -127,7 +129,7 @@ class TierWorkers:
     @property
     def oldest_s(self) -> float:
         """Seconds that the longest I/O has been running."""
-        with self._changed:
+        with self._lock:
             began = min(self._running_since.values(), default=None)
         return 0.0 if began is None else time.monotonic() - began
 
@@ -144,23 +146,22 @@ class TierWorkers:
     def stop(self, timeout_s: float) -> bool:
         """End the threads; what has not begun fails. False if an I/O hangs: its thread is left behind."""
         give_up_at = time.monotonic() + timeout_s
-        with self._changed:
+        with self._lock:
             self._stopped = True
             for queue in (self._reads, self._writes):
                 while queue:
                     self._end(*queue.popleft(), ChunkResult(Outcome.FAILED))
-            self._changed.notify_all()
+            self._read_ready.notify_all()
+            self._write_ready.notify_all()
         for thread in self._threads:
             thread.join(max(0.0, give_up_at - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _work(self, queue: deque[_Task]) -> None:
-        from threading import current_thread
-
+    def _work(self, queue: deque[_Task], ready: Condition) -> None:
         name = current_thread().name
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: queue or self._stopped)
+            with self._lock:
+                ready.wait_for(lambda: queue or self._stopped)
                 if not queue:
                     return
                 running, index = queue.popleft()
@@ -170,7 +171,7 @@ class TierWorkers:
                     self._running_since[name] = began
             result = ChunkResult(Outcome.FAILED) if late else self._run(running.job, index)
             ended = time.monotonic()
-            with self._changed:
+            with self._lock:
                 self._running_since.pop(name, None)
                 if ended >= running.deadline:
                     # Whoever waited has gone on without it: the slot is freed, and nothing else.
@@ -194,12 +195,12 @@ class TierWorkers:
             logger.exception("tier %s: %s failed; this is a bug", self.name, job.kind)
             return ChunkResult(Outcome.FAILED)
         if result.outcome is not Outcome.REFUSED:
-            with self._changed:
+            with self._lock:
                 self.backpressure.worked()
         return result
 
     def _note_error(self, what: str) -> None:
-        with self._changed:
+        with self._lock:
             self.num_errors += 1
             self.last_error = what
             tripped = self.backpressure.failed(time.monotonic())

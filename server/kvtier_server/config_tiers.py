@@ -1,0 +1,118 @@
+"""The `[[tiers]]` tables of the configuration: the tiers below the pool, in the order they are asked.
+
+Owns the keys that every tier has, and says what is wrong in which table. The keys of one type of tier are
+that tier's own (`SecondaryTier.Parameters`).
+
+    [[tiers]]
+    type = "example"
+    capacity = "256MiB"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from kvtier_server.config_values import Bytes
+from kvtier_server.secondary.base import TierError
+from kvtier_server.secondary.factory import BUILTIN_TIERS
+from kvtier_server.secondary.parameters import ParameterErrors, TierParameters
+from kvtier_server.stats import PRIMARY_TIER
+
+MAX_TIERS = 8
+"""Below the pool; each miss asks them all."""
+
+MAX_NAME_CHARS = 32
+
+
+def _check_tier_name(name: str) -> str:
+    if not name or len(name) > MAX_NAME_CHARS or not name.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"{name!r} is not a name of 1 to {MAX_NAME_CHARS} letters, digits, - and _")
+    if name == PRIMARY_TIER:
+        raise ValueError(f"{name!r} is the pool's")
+    return name
+
+
+class TierConfig(BaseModel):
+    """What every tier has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: str
+    """A built-in type, or with `module_path` the name of a class there."""
+    module_path: str = ""
+    """The module of a tier that is not built in."""
+    name: Annotated[str, AfterValidator(_check_tier_name)]
+    """In status, metrics and events. Default: the type."""
+    cascade: Literal["published", "never"] = "published"
+    """When chunks go down: at once when they are published, or never (read only)."""
+    max_queued: Bytes = 1 << 30
+    """Chunks that wait to go down, without holding their slots; what comes beyond it is dropped."""
+    max_running: Bytes = 64 << 20
+    """Chunks that are being written down; they cannot be evicted meanwhile."""
+
+
+class TierSettings(NamedTuple):
+    """One table: the keys that every tier has, and the tier's own."""
+
+    common: TierConfig
+    parameters: TierParameters
+
+
+class TierProblem(NamedTuple):
+    """One mistake: where, as `tiers[0].capacity`, and what."""
+
+    path: str
+    problem: str
+
+
+def read_tiers(tables: Sequence[object], problems: list[TierProblem]) -> tuple[TierSettings, ...]:
+    """Read all tables; what is wrong goes into `problems`, with the path of the key."""
+    if len(tables) > MAX_TIERS:
+        problems.append(TierProblem("tiers", f"{len(tables)} tiers; at most {MAX_TIERS} are allowed"))
+    settings = [read for index, table in enumerate(tables) for read in _read(index, table, problems)]
+    seen: set[str] = set()
+    for index, (common, _) in enumerate(settings):
+        if common.name in seen:
+            problems.append(
+                TierProblem(f"tiers[{index}].name", f"{common.name!r} is taken; give each tier a name")
+            )
+        seen.add(common.name)
+    return tuple(settings)
+
+
+def _read(index: int, table: object, problems: list[TierProblem]) -> Iterator[TierSettings]:
+    where = f"tiers[{index}]"
+    if not isinstance(table, Mapping):
+        problems.append(TierProblem(where, "is no table; write [[tiers]] above its keys"))
+        return
+    known = TierConfig.model_fields.keys()
+    common = {key: value for key, value in table.items() if key in known}
+    own = {key: value for key, value in table.items() if key not in known}
+    if "type" not in common:
+        problems.append(TierProblem(f"{where}.type", f"is missing; types are {_types()}"))
+        return
+    common.setdefault("name", common["type"])
+    try:
+        config = TierConfig.model_validate(common)
+    except ValidationError as invalid:
+        for detail in invalid.errors():
+            problem = str(detail["msg"]).removeprefix("Value error, ")
+            problems.append(TierProblem(f"{where}.{detail['loc'][0]}", problem))
+        return
+    try:
+        parameters = BUILTIN_TIERS.parameters(config.type, own, config.module_path)
+    except TierError as error:
+        key = "module_path" if config.module_path else "type"
+        problems.append(TierProblem(f"{where}.{key}", str(error)))
+        return
+    except ParameterErrors as wrong:
+        problems += [TierProblem(f"{where}.{key}", problem) for key, problem in wrong.errors]
+        return
+    yield TierSettings(config, parameters)
+
+
+def _types() -> str:
+    return ", ".join(BUILTIN_TIERS.types)

@@ -1,0 +1,1 @@
+"""The filesystem tier: one self-describing file per chunk."""

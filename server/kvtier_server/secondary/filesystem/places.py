@@ -1,0 +1,138 @@
+"""Where a chunk's file lies below the root, and which chunk a file's place says it is.
+
+    <root>/kvtier-1/<space>/space.json      what the directory is for, for people and for a new index
+    <root>/kvtier-1/<space>/<3 digits>/<key>.chunk
+    <root>/kvtier-1/<space>/<3 digits>/tmp-...      being written
+
+A space's directory is named by a digest; a key by its hexadecimal digits, as far as names may be so long.
+The three digits spread a space over 4,096 directories. Owns names; opens directories, and keeps none open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import xxhash
+
+from kvtier_ops.namespace import SpaceName
+from kvtier_server.secondary.filesystem.disk import Disk
+
+FORMAT_DIRECTORY = "kvtier-1"
+SPACE_FILE = "space.json"
+SUFFIX = ".chunk"
+TEMPORARY = "tmp-"
+MAX_HEX_KEY_BYTES = 120
+"""A name has 255 characters at most."""
+
+MAX_SPACE_FILE_BYTES = 65_536
+
+
+def space_directory(space: SpaceName) -> str:
+    """Name the directory of a space."""
+    canonical = json.dumps([space.namespace, space.tenant, space.epoch]).encode()
+    return hashlib.blake2b(canonical, digest_size=16).hexdigest()
+
+
+def spread_directory(key: bytes) -> str:
+    """Name the directory that a key's file is in."""
+    return f"{xxhash.xxh3_64_intdigest(key) & 0xFFF:03x}"
+
+
+def file_name(key: bytes) -> str:
+    """Name a key's file."""
+    if len(key) <= MAX_HEX_KEY_BYTES:
+        return key.hex() + SUFFIX
+    return f"x{hashlib.blake2b(key, digest_size=32).hexdigest()}{SUFFIX}"
+
+
+def key_of(name: str) -> bytes | None:
+    """Read the key off a file's name; None where only its header tells, or it is no chunk's."""
+    if not name.endswith(SUFFIX) or name.startswith("x"):
+        return None
+    try:
+        return bytes.fromhex(name.removesuffix(SUFFIX))
+    except ValueError:
+        return None
+
+
+class Places:
+    """Opens directories below one root."""
+
+    def __init__(self, disk: Disk, root: str) -> None:
+        """Open the root, made if need be. Raises OSError."""
+        self._disk = disk
+        root_fd = disk.open_root(root)
+        try:
+            self.fd = disk.open_directory(root_fd, FORMAT_DIRECTORY, create=True)
+        finally:
+            disk.close(root_fd)
+
+    def close(self) -> None:
+        """Close the root."""
+        self._disk.close(self.fd)
+
+    @contextmanager
+    def directory(self, space: SpaceName, key: bytes, *, create: bool = False) -> Iterator[int]:
+        """Open the directory of a key's file. Raises FileNotFoundError if it is not there."""
+        with (
+            self.opened(self.fd, space_directory(space), create=create) as space_fd,
+            self._spread(space, space_fd, spread_directory(key), create=create) as fd,
+        ):
+            yield fd
+
+    @contextmanager
+    def _spread(self, space: SpaceName, space_fd: int, name: str, *, create: bool) -> Iterator[int]:
+        try:
+            fd = self._disk.open_directory(space_fd, name)
+        except FileNotFoundError:
+            if not create:
+                raise
+            self._describe(space, space_fd)
+            fd = self._disk.open_directory(space_fd, name, create=True)
+        try:
+            yield fd
+        finally:
+            self._disk.close(fd)
+
+    @contextmanager
+    def opened(self, parent: int, name: str, *, create: bool = False) -> Iterator[int]:
+        """Open a directory."""
+        fd = self._disk.open_directory(parent, name, create=create)
+        try:
+            yield fd
+        finally:
+            self._disk.close(fd)
+
+    def _describe(self, space: SpaceName, space_fd: int) -> None:
+        """Write down what a space's directory is for, unless that was done."""
+        if self.read_space(space_fd) == space:
+            return
+        told = {"namespace": space.namespace, "tenant": space.tenant, "epoch": space.epoch}
+        temporary = f"{TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
+        fd = self._disk.create(space_fd, temporary, direct=False)
+        try:
+            self._disk.write(fd, [json.dumps(told).encode()], 0)
+        finally:
+            self._disk.close(fd)
+        self._disk.rename(space_fd, temporary, SPACE_FILE)
+
+    def read_space(self, space_fd: int) -> SpaceName | None:
+        """Read what a space's directory is for; None if it does not say so."""
+        try:
+            fd = self._disk.open(space_fd, SPACE_FILE, direct=False)
+        except FileNotFoundError:
+            return None
+        buffer = bytearray(MAX_SPACE_FILE_BYTES)
+        try:
+            length = self._disk.read(fd, [memoryview(buffer)], 0)
+        finally:
+            self._disk.close(fd)
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            told = json.loads(bytes(buffer[:length]))
+            return SpaceName(str(told["namespace"]), str(told["tenant"]), int(told["epoch"]))
+        return None

@@ -1,0 +1,643 @@
+"""The filesystem tier: chunks as files, below one root, which other daemons may share.
+
+Owns what is written, read and evicted, and when. The file's format is `chunk_file.py`, its place
+`places.py`, what is known of the disk `index.py`. A chunk is there when its file has its name, and a file
+gets its name when it is whole: written under another one first, then renamed. Nobody writes into a file that
+has its name.
+
+    [[tiers]]
+    type = "filesystem"
+    root = "/var/lib/kvtier/chunks"
+    capacity = "200GiB"
+
+Threads: readers and writers (`TierWorkers`), and one that keeps the index's copy, reads directories after a
+crash, and removes what is cleared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import mmap
+import os
+import sqlite3
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Condition, Lock, Thread, local
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field
+
+from kvtier_ops.checksum import part_checksum
+from kvtier_ops.faults import fault_point
+from kvtier_ops.layout import part_offset
+from kvtier_ops.namespace import SpaceName
+from kvtier_server.config_values import Bytes, Count, Nanoseconds, Share
+from kvtier_server.secondary.base import (
+    JobKind,
+    JobResult,
+    Locality,
+    Medium,
+    OffloadingSpec,
+    Outcome,
+    Presence,
+    Removal,
+    SecondaryTier,
+    TierChunk,
+    TierError,
+    TierJob,
+    TierStats,
+)
+from kvtier_server.secondary.filesystem.chunk_file import (
+    BLOCK_BYTES,
+    HEADER_BYTES,
+    BrokenHeader,
+    OtherFormat,
+    file_bytes,
+    padded_bytes,
+    payload_checksum,
+    read_header,
+    write_header,
+)
+from kvtier_server.secondary.filesystem.disk import Disk
+from kvtier_server.secondary.filesystem.index import Index, IndexFile, Name
+from kvtier_server.secondary.filesystem.places import SUFFIX, TEMPORARY, Places, file_name, key_of
+from kvtier_server.secondary.parameters import TierParameters
+from kvtier_server.secondary.workers import ChunkResult, TierWorkers
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DAY_S = 86_400.0
+BURST_S = 3_600.0
+"""What may be written at once of a day's budget: an hour's."""
+
+INDEX_EVERY_S = 1.0
+"""How far the index's copy may be behind."""
+
+STALE_TEMPORARY_S = 3_600.0
+"""A file that has been written for so long is nobody's any more."""
+
+FREE_CHECK_S = 0.2
+"""How old the figure of free space may be."""
+
+MAX_OFFERS = 65_536
+"""Chunks whose offers are counted, the oldest forgotten first."""
+
+
+def _check_root(root: str) -> str:
+    if not os.path.isabs(root):
+        raise ValueError(f"{root!r} is not an absolute path")
+    return root
+
+
+class FilesystemParameters(TierParameters):
+    """Keys of a filesystem tier."""
+
+    root: Annotated[str, AfterValidator(_check_root)]
+    """Directory of the chunks. Made if it is not there; several daemons may share it."""
+    capacity: Bytes
+    """Bytes of files that this daemon keeps; what others wrote does not count."""
+    low_water: Share = 0.95
+    """Part of the capacity that eviction frees down to, so that not every store has to evict."""
+    reserve_free: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Part of the file system that stays free: below it this daemon evicts its own, or writes nothing."""
+    durability: Literal["process", "os"] = "process"
+    """What a stored chunk survives: the daemon's death, or with fsync also the machine's."""
+    direct: Literal["auto", "on", "off"] = "auto"
+    """O_DIRECT, so that chunks do not fill the page cache; auto = where the file system can."""
+    shared: bool = False
+    """Other daemons store here too: what is not known is looked for, and a prompt waits for that."""
+    readers: Annotated[Count, Field(le=64)] = 4
+    writers: Annotated[Count, Field(le=64)] = 2
+    deadline: Nanoseconds = 10 * 10**9
+    """For one chunk, from its submission on."""
+    max_waiting: Bytes = 256 << 20
+    """Bytes of stores that the tier has taken and not written yet."""
+    writes_per_day: Annotated[int, Field(ge=0)] | Bytes = 0
+    """Endurance: bytes a day, on average; 0 = no limit."""
+    min_offers: Annotated[Count, Field(le=255)] = 1
+    """Store a chunk when it is offered for this many times."""
+    state_directory: str = ""
+    """Local directory of the index; default: kvtier-state below $XDG_STATE_HOME or ~/.local/state."""
+
+
+class FilesystemTier(SecondaryTier):
+    """Chunks as files. See the module's first lines."""
+
+    medium = Medium.STORAGE
+    locality = Locality.LOCAL
+    Parameters = FilesystemParameters
+
+    def __init__(
+        self,
+        spec: OffloadingSpec,
+        pool: memoryview,
+        tier_type: str,
+        on_finished: Callable[[], None],
+        parameters: FilesystemParameters,
+        disk: Disk | None = None,
+    ) -> None:
+        """Open the root and begin. Raises TierError if the root cannot be used."""
+        super().__init__(spec, pool, tier_type, on_finished, parameters)
+        self._own = parameters
+        self._disk = disk or Disk()
+        try:
+            self._places = Places(self._disk, parameters.root)
+        except OSError as error:
+            raise TierError(
+                f"root {parameters.root} cannot be used ({error.strerror}); make it a directory that this "
+                "user may write to, or name another one"
+            ) from error
+        self._index = Index()
+        self._file = IndexFile(_state_file(parameters))
+        self._is_direct = parameters.direct != "off"
+        self._buffers = local()
+        self._lock = Lock()
+        self._removed: list[Removal] = []
+        self._offers: OrderedDict[Name, int] = OrderedDict()
+        self._wear = _Wear(parameters.writes_per_day)
+        self._free: tuple[float, int, int] = (-1.0, 0, 0)
+        self._counts = {"worn_out": 0, "no_space": 0, "too_few_offers": 0}
+        self._changed = Condition()
+        self._clearing: list[SpaceName | None] = []
+        self._stopped = False
+        self.is_shared = True  # until the index is complete, only the disk knows
+        self._workers = TierWorkers(
+            tier_type,
+            self._run,
+            on_finished,
+            num_readers=parameters.readers,
+            num_writers=parameters.writers,
+            max_queued_bytes=parameters.max_waiting,
+            deadline_s=parameters.deadline / 1e9,
+        )
+        self._keeper = Thread(target=self._keep_index, name=f"kvtier-{tier_type}-index", daemon=True)
+        self._keeper.start()
+
+    # The core's side
+
+    def lookup(self, space: SpaceName, keys: Sequence[bytes]) -> Sequence[Presence]:
+        if self._workers.backpressure.is_tripped and not self.is_shared:
+            return [Presence.NO] * len(keys)
+        otherwise = Presence.UNKNOWN if self.is_shared else Presence.NO
+        return [Presence.YES if known else otherwise for known in self._index.knows(space, keys)]
+
+    def submit_store(self, job: TierJob) -> bool:
+        return self._workers.submit(job)
+
+    def submit_load(self, job: TierJob) -> bool:
+        return self._workers.submit(job)
+
+    def submit_probe(self, job: TierJob) -> bool:
+        return self._workers.submit(job)
+
+    def get_finished(self) -> Sequence[JobResult]:
+        return self._workers.get_finished()
+
+    def get_removed(self) -> Sequence[Removal]:
+        if not self._removed:
+            return ()
+        with self._lock:
+            removed, self._removed = self._removed, []
+        return removed
+
+    def touch(self, space: SpaceName, keys: Sequence[bytes]) -> None:
+        self._index.touch(space, keys)
+
+    def clear(self, space: SpaceName | None = None) -> None:
+        with self._changed:
+            self._clearing.append(space)
+            self._changed.notify_all()
+
+    def has_work(self) -> bool:
+        return self._workers.has_work
+
+    def stats(self) -> TierStats:
+        with self._lock:
+            counts = tuple(self._counts.items())
+        return TierStats(
+            self._own.capacity,
+            self._index.own_bytes,
+            len(self._index),
+            self._workers.backpressure.queued_bytes,
+            self._workers.problem,
+            counts,
+        )
+
+    def shutdown(self, timeout_s: float) -> None:
+        give_up_at = time.monotonic() + timeout_s
+        all_ended = self._workers.stop(timeout_s)
+        with self._changed:
+            was_stopped, self._stopped = self._stopped, True
+            self._changed.notify_all()
+        self._keeper.join(max(0.0, give_up_at - time.monotonic()))
+        if all_ended and not self._keeper.is_alive() and not was_stopped:
+            self._places.close()
+
+    # One chunk at a time, on the workers' threads
+
+    def _run(self, kind: JobKind, chunk: TierChunk) -> ChunkResult:
+        if kind is JobKind.STORE:
+            return self._store(chunk)
+        return self._load(chunk) if kind is JobKind.LOAD else self._probe(chunk)
+
+    def _store(self, chunk: TierChunk) -> ChunkResult:
+        name = (chunk.space, chunk.key)
+        num_bytes = file_bytes(chunk.num_bytes)
+        if self._index.knows(chunk.space, [chunk.key])[0]:
+            return ChunkResult(Outcome.DONE)
+        if not self._is_worth_it(name, num_bytes):
+            return ChunkResult(Outcome.REFUSED)
+        header, last_block = self._blocks()
+        whole, rest = self._payload(chunk, last_block)
+        checksums = _part_checksums(self.pool, chunk)
+        recorded = chunk.checksums or (0,) * chunk.num_parts
+        if any(was not in (0, now) for was, now in zip(recorded, checksums, strict=True)):
+            return ChunkResult(Outcome.CORRUPT)
+        self._fill_last_block(chunk, last_block)
+        write_header(header, chunk, checksums, payload_checksum(whole, rest))
+        self._make_room(num_bytes)
+        self._without_direct_if_need_be(lambda: self._write(chunk, [header, whole, rest]))
+        self._index.add(name, num_bytes, is_own=True)
+        return ChunkResult(Outcome.DONE)
+
+    def _is_worth_it(self, name: Name, num_bytes: int) -> bool:
+        if num_bytes > self._own.capacity:
+            return False
+        with self._lock:
+            if self._own.min_offers > 1:
+                offers = self._offers.pop(name, 0) + 1
+                if offers < self._own.min_offers:
+                    self._offers[name] = offers
+                    if len(self._offers) > MAX_OFFERS:
+                        self._offers.popitem(last=False)
+                    self._counts["too_few_offers"] += 1
+                    return False
+            if not self._wear.admits(num_bytes, time.monotonic()):
+                self._counts["worn_out"] += 1
+                return False
+        if self._missing_space(num_bytes) > 0:
+            self._evict(self._missing_space(num_bytes))
+            if self._missing_space(num_bytes, fresh=True) > 0:
+                with self._lock:
+                    self._counts["no_space"] += 1
+                return False
+        return True
+
+    def _missing_space(self, num_bytes: int, *, fresh: bool = False) -> int:
+        """Bytes that the file system lacks for this file and the reserve; 0 or less if there is room."""
+        checked_at, free, total = self._free
+        now = time.monotonic()
+        if fresh or now - checked_at > FREE_CHECK_S:
+            free, total = self._disk.free_bytes(self._places.fd)
+            self._free = (now, free, total)
+        return int(self._own.reserve_free * total) + num_bytes - free
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Evict what this daemon wrote, down to the low-water mark, if the budget does not hold one more."""
+        too_much = self._index.own_bytes + num_bytes - self._own.capacity
+        if too_much > 0:
+            spare = int(self._own.capacity * (1 - self._own.low_water))
+            self._evict(max(too_much, spare))
+
+    def _evict(self, num_bytes: int) -> None:
+        for name in self._index.victims(num_bytes):
+            self._remove(name, "evict")
+
+    def _remove(self, name: Name, reason: str, *, unlink: bool = True) -> None:
+        """Forget a chunk and remove its file. Raises OSError if that cannot be; it is forgotten anyway."""
+        if not self._index.remove(name):
+            return
+        space, key = name
+        with self._lock:
+            self._removed.append(Removal(space, (key,), reason))
+        if not unlink:
+            return
+        with contextlib.suppress(FileNotFoundError), self._places.directory(space, key) as fd:
+            self._disk.unlink(fd, file_name(key))
+            fault_point("filesystem.after_delete")
+
+    def _without_direct_if_need_be(self, action: Callable[[], T]) -> T:
+        """Do something again, and from now on, through the page cache where O_DIRECT is refused."""
+        try:
+            return action()
+        except OSError as error:
+            if error.errno != errno.EINVAL or self._own.direct != "auto" or not self._is_direct:
+                raise
+        self._is_direct = False
+        logger.info("O_DIRECT does not work in %s; the page cache is used", self._own.root)
+        return action()
+
+    def _write(self, chunk: TierChunk, buffers: Sequence[memoryview]) -> None:
+        """Write a file under a temporary name, and give it its name when it is whole."""
+        temporary = f"{TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
+        with self._places.directory(chunk.space, chunk.key, create=True) as fd:
+            try:
+                self._write_whole(fd, temporary, buffers)
+                self._disk.rename(fd, temporary, file_name(chunk.key))
+                fault_point("filesystem.after_rename")
+            except BaseException:
+                # The first error is what matters; what is left over goes when it is an hour old.
+                with contextlib.suppress(OSError):
+                    self._disk.unlink(fd, temporary)
+                raise
+            if self._own.durability == "os":
+                self._disk.sync(fd)
+
+    def _write_whole(self, parent: int, name: str, buffers: Sequence[memoryview]) -> None:
+        fd = self._disk.create(parent, name, direct=self._is_direct)
+        try:
+            fault_point("filesystem.after_open")
+            left = [buffer for buffer in buffers if len(buffer)]
+            offset = 0
+            while left:
+                written = self._disk.write(fd, left, offset)
+                if written <= 0:
+                    raise OSError(errno.EIO, "nothing was written")
+                offset += written
+                left = _behind(left, written)
+            if self._own.durability == "os":
+                self._disk.sync(fd)
+        finally:
+            self._disk.close(fd)
+        fault_point("filesystem.after_write")
+
+    def _load(self, chunk: TierChunk) -> ChunkResult:
+        name = (chunk.space, chunk.key)
+        header, last_block = self._blocks()
+        whole, rest = self._payload(chunk, last_block)
+        found = self._without_direct_if_need_be(lambda: self._read(chunk, [header, whole, rest]))
+        if found is not None and not found:
+            # Gone, or another chunk's. Who wrote it may want it: it stays, and is not this chunk.
+            self._remove(name, "missing", unlink=False)
+            return ChunkResult(Outcome.MISSING)
+        checksums = self._verified(chunk, header, whole, rest) if found else None
+        if checksums is None:
+            self._index.add(name, 0, is_own=False)  # known or not: it is to be told, and its file removed
+            self._remove(name, "corrupt")
+            return ChunkResult(Outcome.CORRUPT)
+        if not checksums:
+            self._remove(name, "missing", unlink=False)
+            return ChunkResult(Outcome.MISSING)
+        self.pool[chunk.offset + len(whole) : chunk.offset + chunk.num_bytes] = rest[
+            : chunk.num_bytes - len(whole)
+        ]
+        return ChunkResult(Outcome.DONE, checksums)
+
+    def _read(self, chunk: TierChunk, buffers: Sequence[memoryview]) -> bool | None:
+        """Read a whole file; False if there is none, None if it has another length."""
+        try:
+            with self._places.directory(chunk.space, chunk.key) as parent:
+                fd = self._open_for_reading(parent, file_name(chunk.key))
+        except FileNotFoundError:
+            return False
+        try:
+            if self._disk.size(fd) != file_bytes(chunk.num_bytes):
+                return None if self._reads_as(fd, chunk) else False
+            left = [buffer for buffer in buffers if len(buffer)]
+            offset = 0
+            while left:
+                count = self._disk.read(fd, left, offset)
+                if count <= 0:
+                    return None
+                offset += count
+                left = _behind(left, count)
+        finally:
+            self._disk.close(fd)
+        return True
+
+    def _reads_as(self, fd: int, chunk: TierChunk) -> bool:
+        """Tell whether a file of a wrong length says that it is this chunk, or nothing that can be read."""
+        header, _ = self._blocks()
+        if self._disk.read(fd, [header], 0) != HEADER_BYTES:
+            return True
+        try:
+            return read_header(header).describes(chunk)
+        except BrokenHeader:
+            return True
+        except OtherFormat:
+            return False
+
+    def _open_for_reading(self, parent: int, name: str) -> int:
+        return self._disk.open(parent, name, direct=self._is_direct)
+
+    def _verified(
+        self, chunk: TierChunk, header: memoryview, whole: memoryview, rest: memoryview
+    ) -> tuple[int, ...] | None:
+        """Return the part checksums of what was read; () if it is another chunk, None if it is corrupt."""
+        try:
+            found = read_header(header)
+        except BrokenHeader:
+            return None
+        except OtherFormat:
+            return ()
+        if not found.describes(chunk):
+            return ()
+        if found.payload_checksum != payload_checksum(whole, rest):
+            return None
+        return found.checksums
+
+    def _probe(self, chunk: TierChunk) -> ChunkResult:
+        """Look whether a chunk is there. Its payload is not read: the load does that."""
+        header, _ = self._blocks()
+        try:
+            with self._places.directory(chunk.space, chunk.key) as parent:
+                fd = self._open_for_reading(parent, file_name(chunk.key))
+        except FileNotFoundError:
+            return ChunkResult(Outcome.MISSING)
+        try:
+            num_bytes = self._disk.size(fd)
+            length = self._disk.read(fd, [header], 0)
+        finally:
+            self._disk.close(fd)
+        try:
+            is_it = length == HEADER_BYTES and read_header(header).describes(chunk)
+        except (BrokenHeader, OtherFormat):
+            is_it = False
+        if not is_it:
+            return ChunkResult(Outcome.MISSING)
+        self._index.add_if_new((chunk.space, chunk.key), num_bytes, is_own=False)
+        return ChunkResult(Outcome.DONE)
+
+    # Buffers that O_DIRECT can use
+
+    def _blocks(self) -> tuple[memoryview, memoryview]:
+        """Return this thread's header and last block, aligned to a page."""
+        memory: mmap.mmap | None = getattr(self._buffers, "memory", None)
+        if memory is None:
+            memory = self._buffers.memory = mmap.mmap(-1, HEADER_BYTES + BLOCK_BYTES)
+        view = memoryview(memory)
+        return view[:HEADER_BYTES], view[HEADER_BYTES:]
+
+    def _payload(self, chunk: TierChunk, last_block: memoryview) -> tuple[memoryview, memoryview]:
+        """Cut a chunk into its whole blocks, in the pool, and the block that ends it, if it is not whole."""
+        num_whole = chunk.num_bytes // BLOCK_BYTES * BLOCK_BYTES
+        rest_bytes = padded_bytes(chunk.num_bytes) - num_whole
+        return self.pool[chunk.offset : chunk.offset + num_whole], last_block[:rest_bytes]
+
+    def _fill_last_block(self, chunk: TierChunk, last_block: memoryview) -> None:
+        tail_bytes = chunk.num_bytes % BLOCK_BYTES
+        end = chunk.offset + chunk.num_bytes
+        last_block[:tail_bytes] = self.pool[end - tail_bytes : end]
+        last_block[tail_bytes:] = bytes(BLOCK_BYTES - tail_bytes)
+
+    # The index's thread
+
+    def _keep_index(self) -> None:
+        try:
+            self._load_index()
+        except Exception:
+            logger.exception(
+                "tier %s: its index could not be read; what is on disk is probed", self.tier_type
+            )
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or self._clearing, INDEX_EVERY_S)
+                clearing, self._clearing = self._clearing, []
+                stopped = self._stopped
+            for space in clearing:
+                self._clear(space)
+            written = self._write_index()
+            if stopped:
+                self._close_index(written)
+                return
+
+    def _load_index(self) -> None:
+        """Take over the index's copy, and what it may not know; from then on what is unknown is not there."""
+        is_complete = self._file.open()
+        try:
+            for name, num_bytes, is_own in self._file.read():
+                self._index.restore(name, num_bytes, is_own=is_own)
+        except (sqlite3.Error, ValueError) as error:
+            logger.warning("tier %s: its index is broken (%s); it is made anew", self.tier_type, error)
+            is_complete = False
+        if not is_complete:
+            self._read_directories()
+        if not self._stopped:
+            self.is_shared = self._own.shared
+
+    def _read_directories(self) -> None:
+        """Find the chunks on disk that the index does not know, and remove what nobody writes any more."""
+        began, found = time.monotonic(), 0
+        for space_name in list(self._disk.directories(self._places.fd)):
+            with self._places.opened(self._places.fd, space_name) as space_fd:
+                space = self._places.read_space(space_fd)
+                if space is None:
+                    continue
+                for name in list(self._disk.directories(space_fd)):
+                    if self._stopped:
+                        return
+                    with self._places.opened(space_fd, name) as fd:
+                        found += self._read_directory(space, fd)
+        logger.info("tier %s: %d chunks found in %.1f s", self.tier_type, found, time.monotonic() - began)
+
+    def _read_directory(self, space: SpaceName, fd: int) -> int:
+        found = 0
+        for info in list(self._disk.files(fd)):
+            if info.name.startswith(TEMPORARY):
+                if time.time() - info.modified_s > STALE_TEMPORARY_S:
+                    self._disk.unlink(fd, info.name)
+                continue
+            key = key_of(info.name)
+            if key is None and info.name.endswith(SUFFIX):
+                key = self._key_in(fd, info.name)
+            if key is not None:
+                self._index.add_if_new((space, key), info.num_bytes, is_own=not self._own.shared)
+                found += 1
+        return found
+
+    def _key_in(self, parent: int, name: str) -> bytes | None:
+        """Read a key that is too long for a file's name from the header."""
+        header, _ = self._blocks()
+        fd = self._open_for_reading(parent, name)
+        try:
+            if self._disk.read(fd, [header], 0) != HEADER_BYTES:
+                return None
+            return read_header(header).key
+        except (BrokenHeader, OtherFormat):
+            return None
+        finally:
+            self._disk.close(fd)
+
+    def _clear(self, space: SpaceName | None) -> None:
+        for name in self._index.names(space):
+            try:
+                self._remove(name, "clear")
+            except OSError as error:
+                logger.warning("tier %s: a file could not be removed: %s", self.tier_type, error)
+        self.on_finished()
+
+    def _write_index(self) -> bool:
+        changed = self._index.take_changes()
+        if not changed:
+            return True
+        try:
+            self._file.write(changed)
+            fault_point("filesystem.after_index")
+        except (sqlite3.Error, OSError) as error:
+            self._index.put_back(changed)
+            logger.warning("tier %s: its index cannot be written: %s", self.tier_type, error)
+            return False
+        return True
+
+    def _close_index(self, written: bool) -> None:
+        try:
+            if written:
+                self._file.write_order([*self._index.names(None)])
+        except (sqlite3.Error, OSError):
+            written = False
+        self._file.close(in_order=written and not self._workers.has_work)
+
+
+class _Wear:
+    """A budget of bytes written a day: a bucket that fills evenly and holds an hour's worth."""
+
+    def __init__(self, bytes_per_day: int) -> None:
+        self._per_second = bytes_per_day / DAY_S
+        self._most = self._per_second * BURST_S
+        self._left = self._most
+        self._at: float | None = None
+
+    def admits(self, num_bytes: int, now: float) -> bool:
+        """Take so much out if there is enough; without a budget there always is."""
+        if not self._per_second:
+            return True
+        if self._at is not None:
+            self._left = min(self._most, self._left + (now - self._at) * self._per_second)
+        self._at = now
+        # A chunk larger than an hour's worth goes when the bucket is full.
+        if self._left < min(num_bytes, self._most):
+            return False
+        self._left -= num_bytes
+        return True
+
+
+def _state_file(parameters: FilesystemParameters) -> Path:
+    """Where the index's copy lies: local, whatever the root is."""
+    if parameters.state_directory:
+        directory = Path(parameters.state_directory)
+    else:
+        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        directory = Path(base) / "kvtier"
+    root = hashlib.blake2b(os.path.realpath(parameters.root).encode(), digest_size=8).hexdigest()
+    return directory / f"filesystem-{root}.sqlite"
+
+
+def _part_checksums(pool: memoryview, chunk: TierChunk) -> tuple[int, ...]:
+    starts = [chunk.offset + part_offset(chunk.part_bytes, part) for part in range(chunk.num_parts)]
+    return tuple([part_checksum(pool[start : start + chunk.part_bytes]) for start in starts])
+
+
+def _behind(buffers: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
+    """Return what is left of buffers behind their first `num_bytes`."""
+    left = list(buffers)
+    while left and num_bytes >= len(left[0]):
+        num_bytes -= len(left.pop(0))
+    if left and num_bytes:
+        left[0] = left[0][num_bytes:]
+    return left
