@@ -115,6 +115,10 @@ def tier(daemon: DaemonProcess, name: str) -> admin_pb2.TierStatus:
     return found
 
 
+def wait_for_chunks(daemon: DaemonProcess, name: str, count: int) -> None:
+    wait_until(lambda: tier(daemon, name).chunks >= count, "what is stored goes down")
+
+
 @pytest.mark.parametrize("kind", ["example", "filesystem"])
 def test_a_working_set_four_times_the_pool_is_served_from_below(
     kind: str, start_daemon: StartDaemon, make_engine: MakeEngine, tmp_path: Path
@@ -125,9 +129,7 @@ def test_a_working_set_four_times_the_pool_is_served_from_below(
     with copier(daemon, make_engine) as own:
         for first in range(0, len(keys), BATCH):
             own.store(keys[first : first + BATCH])
-            wait_until(
-                lambda done=first + BATCH: tier(daemon, name).chunks >= done, "what is stored goes down"
-            )
+            wait_for_chunks(daemon, name, first + BATCH)
         prompts = [keys[first : first + BATCH] for first in range(0, len(keys), BATCH)]
         for number, prompt in enumerate(prompts):
             assert own.load(prompt, f"load-{number}") == BATCH, number

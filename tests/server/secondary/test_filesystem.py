@@ -14,7 +14,15 @@ from typing import Any, ClassVar
 
 import pytest
 
-from kvtier_server.secondary.base import JobKind, OffloadingSpec, Outcome, Presence, TierChunk, TierError
+from kvtier_server.secondary.base import (
+    JobKind,
+    OffloadingSpec,
+    Outcome,
+    Presence,
+    TierChunk,
+    TierError,
+    TierJob,
+)
 from kvtier_server.secondary.conformance import (
     GEOMETRY,
     NUM_PARTS,
