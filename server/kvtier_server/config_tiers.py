@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from kvtier_server.config_values import Bytes
+from kvtier_server.config_values import Bytes, Nanoseconds
 from kvtier_server.secondary.base import TierError
 from kvtier_server.secondary.factory import BUILTIN_TIERS
 from kvtier_server.secondary.parameters import ParameterErrors, TierParameters
@@ -52,6 +52,8 @@ class TierConfig(BaseModel):
     """Chunks that wait to go down, without holding their slots; what comes beyond it is dropped."""
     max_running: Bytes = 64 << 20
     """Chunks that are being written down; they cannot be evicted meanwhile."""
+    probe_wait: Nanoseconds = 20 * 10**6
+    """How long a request waits to hear whether a chunk is there that others may have stored."""
 
 
 class TierSettings(NamedTuple):

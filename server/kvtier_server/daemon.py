@@ -172,6 +172,7 @@ class Daemon:
         self._loop_lag_s = 0.0
         self._settling = False
         self._pumping = False
+        self._awaits_probes = False
         self._backing: Backing | None = None
 
     def _make_tiers(self) -> list[tuple[SecondaryTier, TierRules]]:
@@ -192,7 +193,13 @@ class Daemon:
                 for other, _ in made:
                     other.shutdown(TIER_STOP_S)
                 raise StartError(f"tier {common.name!r}: {error}", 2) from error
-            rules = TierRules(common.name, CascadeWhen(common.cascade), common.max_queued, common.max_running)
+            rules = TierRules(
+                common.name,
+                CascadeWhen(common.cascade),
+                common.max_queued,
+                common.max_running,
+                common.probe_wait,
+            )
             made.append((tier, rules))
         return made
 
@@ -204,7 +211,7 @@ class Daemon:
                 loop.call_soon_threadsafe(self._collect)
 
     def _collect(self) -> None:
-        self.core.below.collect()
+        self.core.below.collect(boottime_ns())
         self._after_call()
 
     def _take_over(self) -> Adopted | None:
@@ -329,9 +336,19 @@ class Daemon:
         if self.core.below.is_behind and not self._pumping:
             self._pumping = True
             asyncio.get_running_loop().call_soon(self._pump)
+        probes_end_ns = self.core.below.probes_end_ns
+        if probes_end_ns is not None and not self._awaits_probes:
+            self._awaits_probes = True
+            delay_s = max(probes_end_ns - boottime_ns(), 0) / 1e9
+            asyncio.get_running_loop().call_later(delay_s, self._end_probes)
         if not self._settling and self.core.books.should_settle:
             self._settling = True
             asyncio.get_running_loop().call_soon(self._settle)
+
+    def _end_probes(self) -> None:
+        self._awaits_probes = False
+        self.core.below.end_probes(boottime_ns())
+        self._after_call()
 
     def _pump(self) -> None:
         self._pumping = self.core.below.pump()
@@ -388,7 +405,7 @@ class Daemon:
 
     def _tick(self, now_ns: int, with_snapshot: bool) -> None:
         self.core.tick(now_ns)
-        self.core.below.collect()
+        self.core.below.collect(now_ns)
         if not self._pumping:
             self._pump()
         self._sessions.dispatch()
@@ -479,7 +496,7 @@ class Daemon:
         """Let what is on its way down arrive, as far as `drain.tiers` allows."""
         deadline = time.monotonic() + self._config.drain.tiers / 1e9
         while self.core.below.has_work and time.monotonic() < deadline:
-            self.core.below.collect()
+            self.core.below.collect(boottime_ns())
             self.core.below.pump()
             await asyncio.sleep(FLUSH_POLL_S)
         if self.core.below.has_work:

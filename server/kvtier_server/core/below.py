@@ -18,6 +18,7 @@ from enum import StrEnum
 from itertools import count
 
 from kvtier_ops.layout import slot_offset
+from kvtier_ops.namespace import SpaceName
 from kvtier_server.core.books import Books
 from kvtier_server.core.requests import Request
 from kvtier_server.primary.index import Chunk, KeySpace
@@ -41,8 +42,14 @@ MAX_JOB_CHUNKS = 64
 """A batch is over when its slowest chunk is: small enough that the first chunks of a prompt do not wait long
 for the last, large enough that a job costs little."""
 
+MAX_TIMES = 4_096
+"""Times of promotions kept until somebody takes them."""
+
 SLICE_CHUNKS = 256
 """Chunks of cascades that are looked at in one go, so that a flood of stores never holds the core."""
+
+MAX_UNTOLD_USES = 65_536
+"""Keys whose uses the tiers have not been told of. Beyond it the oldest are forgotten: only order suffers."""
 
 
 class CascadeWhen(StrEnum):
@@ -64,6 +71,8 @@ class TierRules:
     """Chunks that wait to go down, without holding their slots; what comes beyond it is dropped."""
     max_running_bytes: int = 64 << 20
     """Chunks that are being written, and so cannot be evicted."""
+    probe_wait_ns: int = 20_000_000
+    """How long a request waits to hear whether a chunk is there; if it is, the load has its own time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +121,9 @@ class _Promotion:
     shape: ChunkShape
     stamp: int | None
     below: LowerTier
+    began_ns: int
     probing: bool = False
+    probe_until_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -140,6 +151,12 @@ class Below:
         self._batches: dict[int, _Batch] = {}
         self._promotions: dict[tuple[KeySpace, bytes], _Promotion] = {}
         self._promoting_bytes = 0
+        self._probing: dict[tuple[KeySpace, bytes], _Promotion] = {}
+        """Those of them that somebody waits to hear of."""
+        self._uses: deque[tuple[SpaceName, Sequence[bytes]]] = deque()
+        self._num_uses = 0
+        self.promotion_times: deque[tuple[str, float]] = deque(maxlen=MAX_TIMES)
+        """(tier, seconds from the lookup to the pool), until the metrics take them."""
 
     # Down
 
@@ -159,7 +176,7 @@ class Below:
 
     def pump(self) -> bool:
         """Hand the tiers what they may take now, a slice of it; True if more could go at once."""
-        left = SLICE_CHUNKS
+        left = SLICE_CHUNKS - self._tell_uses(SLICE_CHUNKS)
         for below in self.tiers:
             while below.waiting and left > 0:
                 chunks, looked_at = self._next_batch(below, left)
@@ -170,7 +187,7 @@ class Below:
                     break
                 if not self._submit_store(below, chunks):
                     break
-        return left <= 0 and any(below.waiting for below in self.tiers)
+        return left <= 0 and self.is_behind
 
     def _next_batch(self, below: LowerTier, max_chunks: int) -> tuple[list[tuple[Chunk, TierChunk]], int]:
         """Take chunks off the queue for one job, as far as they may run; how many were looked at."""
@@ -265,7 +282,11 @@ class Below:
         return found
 
     def promote(
-        self, space: KeySpace, request: Request, wanted: Sequence[tuple[bytes, SizeClass, LowerTier]]
+        self,
+        space: KeySpace,
+        request: Request,
+        wanted: Sequence[tuple[bytes, SizeClass, LowerTier]],
+        now_ns: int,
     ) -> list[bytes]:
         """Begin to bring chunks up, the leading ones where there is no room for all. Returns their keys.
 
@@ -279,7 +300,7 @@ class Below:
             by_class.setdefault(size_class, []).append((key, below))
         for size_class, items in by_class.items():
             room = max(max_bytes - self._promoting_bytes, 0) // size_class.slot_bytes
-            reserved = self._reserve(space, request, size_class, items[:room])
+            reserved = self._reserve(space, request, size_class, items[:room], now_ns)
             begun += reserved
             for _, below in items[len(reserved) :]:
                 below.counts["promotion:no_slot"] += 1
@@ -294,6 +315,7 @@ class Below:
         request: Request,
         size_class: SizeClass,
         items: Sequence[tuple[bytes, LowerTier]],
+        now_ns: int,
     ) -> list[_Promotion]:
         shapes = [(key, below, self._shape_of(space, key)) for key, below in items]
         known = [(key, below, shape) for key, below, shape in shapes if shape is not None]
@@ -311,7 +333,7 @@ class Below:
             known, reserved.slot_ids, reserved.generations, strict=False
         ):
             promotion = _Promotion(
-                space, key, size_class, slot_id, generation, shape, request.stamp_of(key), below
+                space, key, size_class, slot_id, generation, shape, request.stamp_of(key), below, now_ns
             )
             space.writers[key] = space.writers.get(key, 0) + 1
             self._promotions[space, key] = promotion
@@ -321,13 +343,17 @@ class Below:
 
     def _submit(self, promotions: Sequence[_Promotion]) -> None:
         """Give each promotion's tier its load, or the probe before it."""
-        for below in self.tiers:
-            own = [promotion for promotion in promotions if promotion.below is below]
-            if not own:
-                continue
+        # Sorted first: one that is refused moves on to the next tier, and must not be met there again.
+        by_tier: dict[LowerTier, list[_Promotion]] = {}
+        for promotion in promotions:
+            by_tier.setdefault(promotion.below, []).append(promotion)
+        for below, own in by_tier.items():
             known = below.tier.lookup(own[0].space.name, [promotion.key for promotion in own])
             for promotion, presence in zip(own, known, strict=True):
                 promotion.probing = presence is not Presence.YES
+                if promotion.probing and not promotion.probe_until_ns:
+                    promotion.probe_until_ns = promotion.began_ns + below.rules.probe_wait_ns
+                    self._probing[promotion.space, promotion.key] = promotion
             for probing in (False, True):
                 for batch in _batches([p for p in own if p.probing is probing]):
                     self._submit_batch(below, batch, JobKind.PROBE if probing else JobKind.LOAD)
@@ -353,13 +379,14 @@ class Below:
             slot_offset(promotion.slot_id),
         )
 
-    def _loaded(self, batch: _Batch, job: JobResult) -> None:
+    def _loaded(self, batch: _Batch, job: JobResult, now_ns: int) -> None:
         arrived: dict[KeySpace, list[bytes]] = {}
         found: list[_Promotion] = []
         for index, (promotion, outcome) in enumerate(zip(batch.promotions, job.outcomes, strict=True)):
             if promotion.probing:
                 if outcome is Outcome.DONE:
                     promotion.probing = False
+                    self._probing.pop((promotion.space, promotion.key), None)
                     found.append(promotion)
                 else:
                     self._try_next(promotion)
@@ -369,6 +396,7 @@ class Below:
                 self._try_next(promotion)
                 continue
             batch.below.counts["promotion_bytes"] += promotion.size_class.slot_bytes
+            self.promotion_times.append((batch.below.rules.name, (now_ns - promotion.began_ns) / 1e9))
             if self._arrived(promotion, job.checksums[index]):
                 arrived.setdefault(promotion.space, []).append(promotion.key)
         for space, keys in arrived.items():
@@ -414,6 +442,7 @@ class Below:
     def _take_out(self, promotion: _Promotion) -> None:
         space, key = promotion.space, promotion.key
         del self._promotions[space, key]
+        self._probing.pop((space, key), None)
         self._promoting_bytes -= promotion.size_class.slot_bytes
         space.writers[key] -= 1
         if not space.writers[key]:
@@ -421,7 +450,7 @@ class Below:
 
     # Both
 
-    def collect(self) -> None:
+    def collect(self, now_ns: int) -> None:
         """Take the ends of jobs, and what the tiers have let go of."""
         for below in self.tiers:
             for removal in below.tier.get_removed():
@@ -433,7 +462,7 @@ class Below:
                     continue
                 batch = self._batches.pop(job.job_id, None)
                 assert batch is not None, f"{below.rules.name}: job {job.job_id} is not under way"
-                self._loaded(batch, job)
+                self._loaded(batch, job, now_ns)
 
     def _removed(self, below: LowerTier, removal: Removal) -> None:
         space = self._books.primary.spaces.get(removal.space)
@@ -444,15 +473,50 @@ class Below:
         below.counts[f"removed:{removal.reason}"] += len(removal.keys)
         self._books.events.record("removed", removal.space, removal.reason, removal.keys, below.rules.name)
 
-    def touch(self, space: KeySpace, keys: Sequence[bytes]) -> None:
-        """Let the tiers know that chunks are used, also those that the pool has."""
-        for below in self.tiers:
-            below.tier.touch(space.name, keys)
+    def used(self, space: KeySpace, keys: Sequence[bytes]) -> None:
+        """Note uses of chunks, also of those that the pool has; the tiers hear of them when there is time."""
+        if not self.tiers or not keys:
+            return
+        self._uses.append((space.name, keys))
+        self._num_uses += len(keys)
+        while self._num_uses > MAX_UNTOLD_USES:
+            self._num_uses -= len(self._uses.popleft()[1])
+
+    def _tell_uses(self, max_keys: int) -> int:
+        """Tell the tiers of about `max_keys` uses; how many were told."""
+        told = 0
+        while self._uses and told < max_keys:
+            space, keys = self._uses.popleft()
+            # From the end: the head of a prompt is to be the one used last.
+            piece, rest = keys[told - max_keys :], keys[: told - max_keys]
+            if rest:
+                self._uses.appendleft((space, rest))
+            for below in self.tiers:
+                below.tier.touch(space, piece)
+            told += len(piece)
+        self._num_uses -= told
+        return told
+
+    @property
+    def probes_end_ns(self) -> int | None:
+        """When `end_probes` has something to do; None while nobody waits for a probe."""
+        return min((promotion.probe_until_ns for promotion in self._probing.values()), default=None)
+
+    def end_probes(self, now_ns: int) -> None:
+        """Let those go on computing who have waited long enough to hear whether a chunk is there.
+
+        The question stays: a chunk that is found after all comes up for the next one.
+        """
+        for (space, key), promotion in list(self._probing.items()):
+            if promotion.probe_until_ns <= now_ns:
+                del self._probing[space, key]
+                promotion.below.counts["promotion:probe_late"] += 1
+                self._books.resolve(space, key, None)
 
     @property
     def is_behind(self) -> bool:
         """Whether `pump` may have something to hand out."""
-        return any(below.waiting for below in self.tiers)
+        return bool(self._uses) or any(below.waiting for below in self.tiers)
 
     @property
     def has_work(self) -> bool:

@@ -92,6 +92,9 @@ class Lookups:
             wanted = self._wanted_runs(instance, keys, found, coming, ranges, first_chunks, max_tokens)
         # What lies behind a hole is resident but of no use to this request.
         self._books.note_use(instance, request, keys, found, ranges, wanted)
+        if self._below.tiers:
+            for first, end in wanted:
+                self._below.used(space, keys[first:end])
         return self._lease_runs(
             instance,
             request,
@@ -233,7 +236,7 @@ class Lookups:
         lease.request_id = request.id
         self._books.pin(lease, chunks)  # before room is made for what comes up
         if below:
-            waiting |= self._promote(instance, request, keys, fitting, below, statuses)
+            waiting |= self._promote(instance, request, keys, fitting, below, statuses, now_ns)
             unwanted = [index for index in unwanted if statuses[index] == _MISS]
         if not chunks and not waiting:
             return LookupAnswer(statuses, unwanted)
@@ -258,6 +261,7 @@ class Lookups:
         fitting: Sequence[tuple[int, int]],
         below: dict[bytes, LowerTier],
         statuses: list[int],
+        now_ns: int,
     ) -> set[bytes]:
         """Begin to bring up what the lease would cover; its statuses become PENDING. Returns the keys."""
         index_of: dict[bytes, int] = {}
@@ -268,7 +272,7 @@ class Lookups:
                 if key in below and key not in index_of:
                     index_of[key] = index
                     wanted.append((key, size_class, below[key]))
-        begun = self._below.promote(instance.space, request, wanted)
+        begun = self._below.promote(instance.space, request, wanted, now_ns)
         chunk_tokens = instance.namespace.facts.chunk_tokens(0)
         for key in begun:
             index = index_of[key]
@@ -342,3 +346,4 @@ class Lookups:
         check_keys(keys, self._books.limits.max_keys)
         found = list(map(instance.space.chunks.get, keys))
         self._books.note_use(instance, request, keys, found, instance.namespace.split(keys))
+        self._below.used(instance.space, keys)

@@ -63,6 +63,7 @@ class Core:
             ReuseFilter(0) if reuse_filter is None else reuse_filter,
         )
         self.below = Below(self.books, tiers, self._shape_of)
+        self.books.primary.prefers_below = bool(tiers)
         self.lookups = Lookups(self.books, self.below)
         self.grants = Grants(self.books)
         self.completions = Completions(self.books, self.below)
@@ -296,6 +297,7 @@ class Core:
             if left <= 0:
                 break  # the next tick goes on
         self.books.end_waits(now_ns)
+        self.below.end_probes(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
         for lock_file in self._left_locks.union(self.books.quarantine.guards):
             if self._lock_is_free(lock_file):

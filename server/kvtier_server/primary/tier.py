@@ -24,6 +24,9 @@ from kvtier_server.primary.slab_moves import SlabMoves
 SLICE_ITEMS = 2_048
 """Items of one slice of a long operation: keeps the owning thread free within about 2 ms."""
 
+EXCUSED_CHUNKS, EXCUSED_PER_VICTIM = 64, 4
+"""Chunks without a copy below that one eviction passes over before it takes the coldest whatever they are."""
+
 BATCH_ITEMS = 3
 """What a batch costs besides its items, in items: many leases of one chunk each are work too."""
 
@@ -61,6 +64,8 @@ class PrimaryTier:
         self._uses: deque[tuple[object, Sequence[Chunk | None], Sequence[int]]] = deque()
         self._moves = SlabMoves(self.slabs, self.by_slot, self.drop)
         self._unwritten: dict[int, int] = {}
+        self.prefers_below = False
+        """Whether chunks that a lower tier holds go first (`Chunk.below`)."""
 
     def issue_stamps(self, count: int) -> int:
         """Take `count` stamps; returns the first. Larger = used later."""
@@ -302,17 +307,28 @@ class PrimaryTier:
         return slot_ids
 
     def _take_victims(self, size_class: SizeClass, count: int, protected: object | None) -> list[Chunk]:
-        """Take the coldest chunks out of index and policy; their slots are the caller's."""
-        if protected is None:
-            victims = size_class.policy.evict(count)
-        else:
-            of = self.spaces.of
+        """Take the coldest chunks out of index and policy; their slots are the caller's.
 
-            def may_evict(chunk_id: ChunkId) -> bool:
-                space, key = of(chunk_id)
-                return space.chunks[key].user is not protected
+        With `prefers_below` some of the coldest are spared that no lower tier holds: they would be lost.
+        """
+        of = self.spaces.of
+        spared = EXCUSED_CHUNKS + EXCUSED_PER_VICTIM * count if self.prefers_below else 0
 
-            victims = size_class.policy.evict(count, may_evict)
+        def may_evict(chunk_id: ChunkId) -> bool:
+            nonlocal spared
+            space, key = of(chunk_id)
+            chunk = space.chunks[key]
+            if protected is not None and chunk.user is protected:
+                return False
+            if chunk.below or spared <= 0:
+                return True
+            spared -= 1
+            return False
+
+        victims = size_class.policy.evict(count, may_evict if spared or protected is not None else None)
+        if spared and len(victims) < count:
+            spared = 0
+            victims += size_class.policy.evict(count - len(victims), may_evict)
         chunks = []
         for chunk_id in victims:
             space, key = self.spaces.of(chunk_id)

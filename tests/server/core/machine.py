@@ -373,9 +373,9 @@ class CoreMachine(World, RuleBasedStateMachine):
                 tier.step(which, how)
             case "all":
                 tier.finish_all(how)
-                self.rig.core.below.collect()
+                self.rig.core.below.collect(self.rig.clock.now_ns)
             case "collect":
-                self.rig.core.below.collect()
+                self.rig.core.below.collect(self.rig.clock.now_ns)
             case "refuse":
                 tier.refuses = not tier.refuses
             case _ if not tier.stored:

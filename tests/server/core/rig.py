@@ -138,7 +138,7 @@ class Rig:
         while self.core.below.has_work:
             for tier in self.tiers:
                 tier.finish_all(how)
-            self.core.below.collect()
+            self.core.below.collect(self.clock.now_ns)
             self.pump()
 
     def hash_asked(self) -> list[bool]:

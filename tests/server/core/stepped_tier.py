@@ -55,6 +55,7 @@ class SteppedTier(SecondaryTier):
         """Stored by somebody else: only a probe finds it."""
         self.running: deque[Running] = deque()
         self.refuses = False
+        self.touched: list[tuple[SpaceName, Sequence[bytes]]] = []
         self._finished: list[JobResult] = []
         self._removed: list[Removal] = []
 
@@ -77,6 +78,9 @@ class SteppedTier(SecondaryTier):
     def get_removed(self) -> Sequence[Removal]:
         removed, self._removed = self._removed, []
         return removed
+
+    def touch(self, space: SpaceName, keys: Sequence[bytes]) -> None:
+        self.touched.append((space, keys))
 
     def clear(self, space: SpaceName | None = None) -> None:
         for name in [name for name in self.stored if space in (None, name[0])]:

@@ -132,7 +132,7 @@ def test_of_a_promotion_that_fails_in_part_the_rest_arrives(rig: Rig) -> None:
     engine.lookup(to_keys(range(3)), lease=engine.new_lease_id(), wait_s=1)
     for how in ("ok", "ok", "failed", "ok", "ok"):
         rig.tiers[0].step(0, how)
-    rig.core.below.collect()
+    rig.core.below.collect(rig.clock.now_ns)
     assert resolved(rig) == {to_key(0): HIT, to_key(1): MISS, to_key(2): HIT}
     rig.check()
 
@@ -143,10 +143,62 @@ def test_where_one_tier_fails_the_next_one_is_asked() -> None:
     store_and_evict(rig, engine, range(2))
     engine.lookup(to_keys(range(2)), lease=engine.new_lease_id(), wait_s=1)
     rig.tiers[0].finish_all("corrupt")
-    rig.core.below.collect()
+    rig.core.below.collect(rig.clock.now_ns)
     assert resolved(rig) == {}, "they still wait"
     rig.move()
     assert resolved(rig) == dict.fromkeys(to_keys(range(2)), HIT)
+
+
+def test_a_tier_that_takes_no_promotion_is_passed_over_once() -> None:
+    rig = Rig(POOL_UNITS, num_tiers=2)
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(2))
+    rig.tiers[0].refuses = True
+    engine.lookup(to_keys(range(2)), lease=engine.new_lease_id(), wait_s=1)
+    assert sum(len(running.job.chunks) for running in rig.tiers[1].running) == 2
+    rig.move()
+    assert resolved(rig) == dict.fromkeys(to_keys(range(2)), HIT)
+
+
+def test_a_request_waits_for_a_probe_no_longer_than_for_that() -> None:
+    rig = Rig(POOL_UNITS, num_tiers=1, shared_tiers=True)
+    engine = rig.engine()
+    engine.lookup(to_keys(range(2)), lease=engine.new_lease_id(), wait_s=1)
+    rig.tick(0.01)
+    assert resolved(rig) == {}
+    rig.tick(0.01)
+    assert resolved(rig) == dict.fromkeys(to_keys(range(2)), MISS)
+    assert rig.core.below.probes_end_ns is None
+    rig.move()
+    engine.finish()
+    rig.tick()
+    rig.assert_nothing_is_held()
+
+
+def test_what_no_lower_tier_holds_is_evicted_last(rig: Rig) -> None:
+    engine = rig.engine()
+    for tier in rig.tiers:
+        tier.refuses = True
+    engine.store([0], "alone")
+    engine.finish("alone")
+    rig.pump()
+    for tier in rig.tiers:
+        tier.refuses = False
+    engine.fill(range(100, 100 + POOL_UNITS - 1))
+    rig.move()
+    engine.fill(range(200, 210))
+    assert engine.hits([0]) == [0], "it was used longest ago, and would be lost"
+    assert engine.hits(range(100, 110)) == []
+
+
+def test_a_use_of_what_the_pool_has_counts_below_too(rig: Rig) -> None:
+    engine = rig.engine()
+    engine.store(range(3))
+    rig.move()
+    engine.lookup(to_keys(range(2)), "again", lease=engine.new_lease_id(), wait_s=1)
+    rig.pump()
+    touched = [key for _, keys in rig.tiers[0].touched for key in keys]
+    assert touched[-2:] == to_keys(range(2))
 
 
 def test_a_lookup_that_has_waited_long_enough_misses_and_the_slot_is_free_when_the_io_is_over(
@@ -288,7 +340,7 @@ def test_events_name_the_tier_and_the_cause(rig: Rig) -> None:
     engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=1)
     rig.move()
     rig.tiers[0].clear()
-    rig.core.below.collect()
+    rig.core.below.collect(rig.clock.now_ns)
     events = rig.core.books.events.since(1)
     assert events is not None
     told = [(event.kind, event.tier, event.reason) for event in events if to_key(0) in event.keys]
