@@ -141,6 +141,7 @@ class Daemon:
             version=__version__,
             methods=[f"OffloadService/{method}" for method in UNARY_METHODS] + ["AdminService/GetStatus"],
             limits=config.limit_values(),
+            tiers=[common.name for common, _ in config.tiers],
         )
         self._scope = CallScope(self.boot_id, config.limits.unary_calls, self._metrics, self._after_call)
         self._registry = Registry(self._pool, self.core)
@@ -413,6 +414,9 @@ class Daemon:
         if not self._settling:
             self._settle()
         self.core.books.primary.write_recency(SLICE_ITEMS)
+        times = self.core.below.promotion_times
+        while times:
+            self._metrics.observe_promotion(*times.popleft())
         if with_snapshot:
             self._metrics.publish(self.snapshot())
 

@@ -14,10 +14,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kvtier_server.stats import (
+    DROP_REASONS,
     EVICTION_REASONS,
     LEASE_KINDS,
     LOOKUP_RESULTS,
     PRIMARY_TIER,
+    PROMOTION_RESULTS,
     SESSION_ENDS,
     SESSION_ROLES,
     STORE_REFUSALS,
@@ -48,7 +50,13 @@ class Metrics:
     """
 
     def __init__(
-        self, *, version: str, methods: Iterable[str], limits: Mapping[str, float], cuda: str = "none"
+        self,
+        *,
+        version: str,
+        methods: Iterable[str],
+        limits: Mapping[str, float],
+        tiers: Iterable[str] = (),
+        cuda: str = "none",
     ) -> None:
         self.registry = CollectorRegistry()
         self._snapshot = StatsSnapshot()
@@ -64,6 +72,15 @@ class Metrics:
         # Only OK: each further code would be 18 series per method that mostly stay 0.
         self._rpc_children = {(method, "OK"): self._rpc.labels(method, "OK") for method in methods}
         self._make_transfer_metrics()
+        self._promotion = Histogram(
+            "kvtier_promotion_duration_seconds",
+            "Time from the lookup until a chunk of a lower tier is in the pool.",
+            ("tier",),
+            buckets=TRANSFER_BUCKETS_S,
+            registry=self.registry,
+        )
+        for tier in tiers:
+            self._promotion.labels(tier)
 
     def _make_transfer_metrics(self) -> None:
         labels = ("direction", "path")
@@ -120,6 +137,10 @@ class Metrics:
         duration.observe(seconds)
         size.observe(size_bytes)
 
+    def observe_promotion(self, tier: str, seconds: float) -> None:
+        """Count one chunk that came up."""
+        self._promotion.labels(tier).observe(seconds)
+
     def render(self) -> bytes:
         """Return the text of a scrape."""
         return generate_latest(self.registry)
@@ -140,6 +161,7 @@ class _StateCollector(Collector):
         yield from _process(snapshot)
         yield from _lookups(snapshot)
         yield from _tiers(snapshot)
+        yield from _lower_tiers(snapshot)
         yield from _sessions(snapshot)
 
 
@@ -200,6 +222,43 @@ def _tiers(snapshot: StatsSnapshot) -> Iterator[Metric]:
         ("tenant",),
         _by_name(largest_tenants(snapshot.tenant_used_bytes)),
     )
+
+
+def _lower_tiers(snapshot: StatsSnapshot) -> Iterator[Metric]:
+    tiers = [tier for tier in snapshot.tiers if tier.name != PRIMARY_TIER]
+    yield _counter(
+        "cascade_bytes",
+        "Bytes that went down to a tier.",
+        ("tier",),
+        {(tier.name,): tier.cascade_bytes for tier in tiers},
+    )
+    yield _counter(
+        "promotion_bytes",
+        "Bytes that came up from a tier.",
+        ("tier",),
+        {(tier.name,): tier.promotion_bytes for tier in tiers},
+    )
+    promoted: dict[tuple[str, ...], float] = {}
+    dropped: dict[tuple[str, ...], float] = {}
+    for tier in tiers:
+        results = {**dict.fromkeys(PROMOTION_RESULTS, 0), **tier.promotions}
+        promoted |= {(tier.name, result): count for result, count in results.items()}
+        reasons = {**dict.fromkeys(DROP_REASONS, 0), **tier.dropped}
+        dropped |= {(tier.name, reason): count for reason, count in reasons.items()}
+    yield _counter("promotions", "Chunks that were to come up.", ("tier", "result"), promoted)
+    yield _counter("backpressure_dropped", "Chunks that did not go down.", ("tier", "reason"), dropped)
+    failed: dict[tuple[str, ...], float] = {
+        (tier.name,): tier.cascades.get("failed", 0) + tier.promotions.get("failed", 0) for tier in tiers
+    }
+    yield _counter("tier_io_failures", "Chunks whose I/O failed or came too late.", ("tier",), failed)
+    yield _gauge(
+        "tier_queued_bytes",
+        "Bytes of chunks that wait to go down, or do.",
+        ("tier",),
+        {(tier.name,): tier.queued_bytes for tier in tiers},
+    )
+    healthy: dict[tuple[str, ...], float] = {(tier.name,): tier.health == "ok" for tier in tiers}
+    yield _gauge("tier_healthy", "1 where a tier below the pool is in order.", ("tier",), healthy)
 
 
 def _sessions(snapshot: StatsSnapshot) -> Iterator[Metric]:

@@ -15,12 +15,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import count
 
 from kvtier_ops.layout import slot_offset
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.core.books import Books
 from kvtier_server.core.requests import Request
+from kvtier_server.policies.base import ChunkId
 from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.primary.size_classes import SizeClass
 from kvtier_server.secondary.base import (
@@ -41,6 +43,9 @@ MAX_JOB_BYTES = 16 << 20
 MAX_JOB_CHUNKS = 64
 """A batch is over when its slowest chunk is: small enough that the first chunks of a prompt do not wait long
 for the last, large enough that a job costs little."""
+
+MAX_PROBES = 256
+"""Chunks of one request that are looked for where nobody knows: a cold prompt is not worth thousands."""
 
 MAX_TIMES = 4_096
 """Times of promotions kept until somebody takes them."""
@@ -111,17 +116,20 @@ class _Cascade:
 
 @dataclass(slots=True)
 class _Promotion:
-    """One chunk on its way up; its slot is reserved until the last I/O on it is over."""
+    """One chunk on its way up; its slot is reserved until the last I/O on it is over.
+
+    It gets one when a tier is known to have it: what is only asked for evicts nothing.
+    """
 
     space: KeySpace
     key: bytes
     size_class: SizeClass
-    slot_id: int
-    generation: int
     shape: ChunkShape
     stamp: int | None
     below: LowerTier
     began_ns: int
+    slot_id: int | None = None
+    generation: int = 0
     probing: bool = False
     probe_until_ns: int = 0
 
@@ -292,56 +300,21 @@ class Below:
 
         From now on they are PENDING for everybody.
         """
-        self._books.unpin_all()
-        max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
         begun: list[_Promotion] = []
-        by_class: dict[SizeClass, list[tuple[bytes, LowerTier]]] = {}
         for key, size_class, below in wanted:
-            by_class.setdefault(size_class, []).append((key, below))
-        for size_class, items in by_class.items():
-            room = max(max_bytes - self._promoting_bytes, 0) // size_class.slot_bytes
-            reserved = self._reserve(space, request, size_class, items[:room], now_ns)
-            begun += reserved
-            for _, below in items[len(reserved) :]:
-                below.counts["promotion:no_slot"] += 1
-        self._submit(begun)
+            shape = self._shape_of(space, key)
+            if shape is None:
+                continue
+            promotion = _Promotion(space, key, size_class, shape, request.stamp_of(key), below, now_ns)
+            space.writers[key] = space.writers.get(key, 0) + 1
+            self._promotions[space, key] = promotion
+            begun.append(promotion)
+        self._submit(begun, request if request.holds_chunks else None)
         return [
             promotion.key for promotion in begun if self._promotions.get((space, promotion.key)) is promotion
         ]
 
-    def _reserve(
-        self,
-        space: KeySpace,
-        request: Request,
-        size_class: SizeClass,
-        items: Sequence[tuple[bytes, LowerTier]],
-        now_ns: int,
-    ) -> list[_Promotion]:
-        shapes = [(key, below, self._shape_of(space, key)) for key, below in items]
-        known = [(key, below, shape) for key, below, shape in shapes if shape is not None]
-        if not known:
-            return []
-        reserved = self._books.primary.reserve(
-            size_class,
-            len(known),
-            DAEMON,
-            lambda: [space.chunk_id(key) for key, _, _ in known],
-            request if request.holds_chunks else None,
-        )
-        begun = []
-        for (key, below, shape), slot_id, generation in zip(
-            known, reserved.slot_ids, reserved.generations, strict=False
-        ):
-            promotion = _Promotion(
-                space, key, size_class, slot_id, generation, shape, request.stamp_of(key), below, now_ns
-            )
-            space.writers[key] = space.writers.get(key, 0) + 1
-            self._promotions[space, key] = promotion
-            self._promoting_bytes += size_class.slot_bytes
-            begun.append(promotion)
-        return begun
-
-    def _submit(self, promotions: Sequence[_Promotion]) -> None:
+    def _submit(self, promotions: Sequence[_Promotion], protected: object | None = None) -> None:
         """Give each promotion's tier its load, or the probe before it."""
         # Sorted first: one that is refused moves on to the next tier, and must not be met there again.
         by_tier: dict[LowerTier, list[_Promotion]] = {}
@@ -349,14 +322,52 @@ class Below:
             by_tier.setdefault(promotion.below, []).append(promotion)
         for below, own in by_tier.items():
             known = below.tier.lookup(own[0].space.name, [promotion.key for promotion in own])
-            for promotion, presence in zip(own, known, strict=True):
-                promotion.probing = presence is not Presence.YES
-                if promotion.probing and not promotion.probe_until_ns:
+            there = [promotion for promotion, has in zip(own, known, strict=True) if has is Presence.YES]
+            for batch in _batches(self._with_slots(there, protected)):
+                self._submit_batch(below, batch, JobKind.LOAD)
+            unknown = [
+                promotion for promotion, has in zip(own, known, strict=True) if has is not Presence.YES
+            ]
+            for promotion in unknown[MAX_PROBES:]:
+                self._end(promotion, "no_probe")
+            for promotion in unknown[:MAX_PROBES]:
+                promotion.probing = True
+                if not promotion.probe_until_ns:
                     promotion.probe_until_ns = promotion.began_ns + below.rules.probe_wait_ns
                     self._probing[promotion.space, promotion.key] = promotion
-            for probing in (False, True):
-                for batch in _batches([p for p in own if p.probing is probing]):
-                    self._submit_batch(below, batch, JobKind.PROBE if probing else JobKind.LOAD)
+            for batch in _batches(unknown[:MAX_PROBES]):
+                self._submit_batch(below, batch, JobKind.PROBE)
+
+    def _with_slots(self, promotions: Sequence[_Promotion], protected: object | None) -> list[_Promotion]:
+        """Reserve slots for chunks that are known to be there, the leading ones; the others end here."""
+        max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
+        by_class: dict[SizeClass, list[_Promotion]] = {}
+        for promotion in promotions:
+            if promotion.slot_id is None:
+                by_class.setdefault(promotion.size_class, []).append(promotion)
+        if by_class:
+            self._books.unpin_all()
+        for size_class, own in by_class.items():
+            room = max(max_bytes - self._promoting_bytes, 0) // size_class.slot_bytes
+            wanted = own[:room]
+            if not wanted:
+                continue
+            reserved = self._books.primary.reserve(
+                size_class,
+                len(wanted),
+                DAEMON,
+                partial(_chunk_ids, wanted),
+                protected,
+            )
+            for promotion, slot_id, generation in zip(
+                wanted, reserved.slot_ids, reserved.generations, strict=False
+            ):
+                promotion.slot_id, promotion.generation = slot_id, generation
+                self._promoting_bytes += size_class.slot_bytes
+        for promotion in promotions:
+            if promotion.slot_id is None:
+                self._end(promotion, "no_slot")
+        return [promotion for promotion in promotions if promotion.slot_id is not None]
 
     def _submit_batch(self, below: LowerTier, batch: list[_Promotion], kind: JobKind) -> None:
         job = TierJob(next(self._job_ids), kind, tuple(map(self._named, batch)))
@@ -376,7 +387,7 @@ class Below:
             shape.geometry,
             shape.part_bytes,
             shape.num_parts,
-            slot_offset(promotion.slot_id),
+            0 if promotion.slot_id is None else slot_offset(promotion.slot_id),
         )
 
     def _loaded(self, batch: _Batch, job: JobResult, now_ns: int) -> None:
@@ -401,12 +412,13 @@ class Below:
                 arrived.setdefault(promotion.space, []).append(promotion.key)
         for space, keys in arrived.items():
             self._books.events.record("stored", space.name, "promotion", keys)
-        for some in _batches(found):
+        for some in _batches(self._with_slots(found, None)):
             self._submit_batch(batch.below, some, JobKind.LOAD)
 
     def _arrived(self, promotion: _Promotion, checksums: Sequence[int]) -> bool:
         """Publish what a tier has brought; False if the pool has got it otherwise by now."""
         space, key = promotion.space, promotion.key
+        assert promotion.slot_id is not None, f"{key!r} arrived without a slot"
         self._take_out(promotion)
         primary = self._books.primary
         if key in space.chunks:
@@ -434,8 +446,15 @@ class Below:
                 promotion.below = below
                 self._submit([promotion])
                 return
+        self._end(promotion)
+
+    def _end(self, promotion: _Promotion, why: str = "") -> None:
+        """Give up: free the slot, if there is one, and tell whoever waits."""
+        if why:
+            promotion.below.counts[f"promotion:{why}"] += 1
         self._take_out(promotion)
-        self._books.primary.free_reserved(promotion.size_class, [promotion.slot_id])
+        if promotion.slot_id is not None:
+            self._books.primary.free_reserved(promotion.size_class, [promotion.slot_id])
         if promotion.key not in promotion.space.writers and promotion.key not in promotion.space.chunks:
             self._books.resolve(promotion.space, promotion.key, None)
 
@@ -443,7 +462,8 @@ class Below:
         space, key = promotion.space, promotion.key
         del self._promotions[space, key]
         self._probing.pop((space, key), None)
-        self._promoting_bytes -= promotion.size_class.slot_bytes
+        if promotion.slot_id is not None:
+            self._promoting_bytes -= promotion.size_class.slot_bytes
         space.writers[key] -= 1
         if not space.writers[key]:
             del space.writers[key]
@@ -530,20 +550,26 @@ class Below:
         for cascade in self._cascades.values():
             yield from cascade.chunks
 
-    def reserved(self) -> Iterator[tuple[KeySpace, bytes, SizeClass]]:
-        """Slots that promotions have reserved, with what is to come into them."""
+    def coming(self) -> Iterator[tuple[KeySpace, bytes, SizeClass | None]]:
+        """What promotions are to bring, and the class of the slot that is reserved for it, if one is."""
         for promotion in self._promotions.values():
-            yield promotion.space, promotion.key, promotion.size_class
+            has_slot = promotion.slot_id is not None
+            yield promotion.space, promotion.key, promotion.size_class if has_slot else None
 
     def check_integrity(self) -> None:
         """Assert that the sums are right."""
-        assert self._promoting_bytes == sum(p.size_class.slot_bytes for p in self._promotions.values())
+        slots = [p.size_class.slot_bytes for p in self._promotions.values() if p.slot_id is not None]
+        assert self._promoting_bytes == sum(slots), (self._promoting_bytes, slots)
         under_way = {id(p) for batch in self._batches.values() for p in batch.promotions}
         assert under_way == {id(p) for p in self._promotions.values()}, "a promotion without a job"
         for below in self.tiers:
             assert below.waiting_bytes == sum(chunk.size_class.slot_bytes for chunk in below.waiting)
             running = sum(c.num_bytes for c in self._cascades.values() if c.below is below)
             assert below.running_bytes == running, (below.rules.name, below.running_bytes, running)
+
+
+def _chunk_ids(promotions: Sequence[_Promotion]) -> list[ChunkId]:
+    return [promotion.space.chunk_id(promotion.key) for promotion in promotions]
 
 
 def _may_have(below: LowerTier, presence: Presence) -> bool:

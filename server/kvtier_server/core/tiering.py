@@ -326,7 +326,7 @@ class Core:
         for chunk in self.books.primary.by_slot.values():
             assert chunk.pins == pins[chunk], f"slot {chunk.slot_id}: {chunk.pins} pins, {pins[chunk]} leases"
         reserved: Counter[int] = Counter(r.size_class.slot_bytes for r in self.books.reservations)
-        reserved.update(size_class.slot_bytes for _, _, size_class in self.below.reserved())
+        reserved.update(size_class.slot_bytes for _, _, size_class in self.below.coming() if size_class)
         self.below.check_integrity()
         for slot_bytes, size_class in self.books.primary.slabs.classes.items():
             assert reserved[slot_bytes] == size_class.num_reserved, (
@@ -346,5 +346,5 @@ class Core:
             writers = Counter(
                 r.key for r in self.books.reservations if r.space is space and r.key is not None
             )
-            writers.update(key for coming_into, key, _ in self.below.reserved() if coming_into is space)
+            writers.update(key for coming_into, key, _ in self.below.coming() if coming_into is space)
             assert writers == Counter(space.writers), f"writers of {space.name} do not add up"

@@ -196,6 +196,8 @@ class Rig:
         for tier in self.tiers:
             for running in tier.running:
                 for moving in running.job.chunks[len(running.outcomes) :]:
+                    if running.job.kind is JobKind.PROBE:
+                        continue
                     state = self.slots.record(moving.offset // SLOT_UNIT_BYTES).state
                     if running.job.kind is JobKind.STORE:
                         assert state in (State.PUBLISHED, State.QUARANTINED), f"a {state} slot is read"

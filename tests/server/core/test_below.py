@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kvtier_server.core.below import CascadeWhen, TierRules
+from kvtier_server.core.below import MAX_PROBES, CascadeWhen, TierRules
 from kvtier_server.core.books import LookupStatus
 from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.secondary.base import Medium
@@ -173,6 +173,19 @@ def test_a_request_waits_for_a_probe_no_longer_than_for_that() -> None:
     engine.finish()
     rig.tick()
     rig.assert_nothing_is_held()
+
+
+def test_what_is_only_asked_for_evicts_nothing() -> None:
+    rig = Rig(1_024, num_tiers=1, shared_tiers=True)
+    engine = rig.engine()
+    engine.fill(range(1_000, 2_024))
+    rig.move()
+    before = len(rig.resident())
+    answer = engine.lookup(to_keys(range(500, 900)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * MAX_PROBES + [MISS] * (400 - MAX_PROBES)
+    rig.move()
+    assert len(rig.resident()) == before
+    assert set(resolved(rig).values()) == {MISS}
 
 
 def test_what_no_lower_tier_holds_is_evicted_last(rig: Rig) -> None:
