@@ -323,6 +323,8 @@ class Below:
         for below, own in by_tier.items():
             known = below.tier.lookup(own[0].space.name, [promotion.key for promotion in own])
             there = [promotion for promotion, has in zip(own, known, strict=True) if has is Presence.YES]
+            for promotion in there:
+                promotion.probing = False
             for batch in _batches(self._with_slots(there, protected)):
                 self._submit_batch(below, batch, JobKind.LOAD)
             unknown = [

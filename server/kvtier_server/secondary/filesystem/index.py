@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 BATCH_ROWS = 10_000
+
+MAX_TOUCHES = 65_536
+"""Noted uses that the order does not show yet; the index's thread takes them every second."""
 
 Name = tuple[SpaceName, bytes]
 
@@ -39,11 +42,18 @@ class Entry:
 
 
 class Index:
-    """The chunks that are known, in the order of their use. Thread-safe."""
+    """The chunks that are known, in the order of their use. Thread-safe.
+
+    `knows` and `touch` are the core's: they take no lock, which others may hold for long.
+    """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._entries: OrderedDict[Name, Entry] = OrderedDict()
+        self._keys: dict[SpaceName, set[bytes]] = {}
+        """The same by space: one look at a space's name, which costs as much as many keys."""
+        self._touched: deque[tuple[SpaceName, Sequence[bytes]]] = deque(maxlen=MAX_TOUCHES)
+        """Uses that the order does not show yet."""
         self._changed: dict[Name, Entry | None] = {}
         self.own_bytes = 0
         self.own_chunks = 0
@@ -53,40 +63,45 @@ class Index:
 
     def knows(self, space: SpaceName, keys: Sequence[bytes]) -> list[bool]:
         """Tell which keys are known."""
-        entries = self._entries
-        return [(space, key) in entries for key in keys]
+        known = self._keys.get(space)
+        return [key in known for key in keys] if known else [False] * len(keys)
 
     def add(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
         """Note a chunk as the one used last."""
         with self._lock:
             self._forget(name)
-            entry = self._entries[name] = Entry(num_bytes, is_own)
-            if is_own:
-                self.own_bytes += num_bytes
-                self.own_chunks += 1
-            self._changed[name] = entry
+            self._changed[name] = self._enter(name, num_bytes, is_own)
 
     def add_if_new(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
         """Note a chunk that was found on disk, as the one used longest ago."""
         with self._lock:
             if name in self._entries:
                 return
-            entry = self._entries[name] = Entry(num_bytes, is_own)
+            self._changed[name] = self._enter(name, num_bytes, is_own)
             self._entries.move_to_end(name, last=False)
-            if is_own:
-                self.own_bytes += num_bytes
-                self.own_chunks += 1
-            self._changed[name] = entry
 
     def remove(self, name: Name) -> bool:
         """Forget a chunk; False if it was not known."""
         with self._lock:
             return self._forget(name)
 
+    def _enter(self, name: Name, num_bytes: int, is_own: bool) -> Entry:
+        entry = self._entries[name] = Entry(num_bytes, is_own)
+        space, key = name
+        self._keys.setdefault(space, set()).add(key)
+        if is_own:
+            self.own_bytes += num_bytes
+            self.own_chunks += 1
+        return entry
+
     def _forget(self, name: Name) -> bool:
         entry = self._entries.pop(name, None)
         if entry is None:
             return False
+        space, key = name
+        self._keys[space].discard(key)
+        if not self._keys[space]:
+            del self._keys[space]
         if entry.is_own:
             self.own_bytes -= entry.num_bytes
             self.own_chunks -= 1
@@ -95,7 +110,16 @@ class Index:
 
     def touch(self, space: SpaceName, keys: Sequence[bytes]) -> None:
         """Note a use; the first key is to stay longest."""
+        self._touched.append((space, keys))
+
+    def settle(self) -> None:
+        """Bring the order up to date with the uses that were noted."""
         with self._lock:
+            self._settle()
+
+    def _settle(self) -> None:
+        while self._touched:
+            space, keys = self._touched.popleft()
             for key in reversed(keys):
                 if (space, key) in self._entries:
                     self._entries.move_to_end((space, key))
@@ -104,6 +128,7 @@ class Index:
         """Name own chunks of `num_bytes` together, the ones used longest ago first."""
         found: list[Name] = []
         with self._lock:
+            self._settle()
             for name, entry in self._entries.items():
                 if num_bytes <= 0:
                     break
@@ -115,6 +140,7 @@ class Index:
     def names(self, space: SpaceName | None) -> list[Name]:
         """Name all chunks, or all of one space."""
         with self._lock:
+            self._settle()
             return [name for name in self._entries if space is None or name[0] == space]
 
     def take_changes(self) -> dict[Name, Entry | None]:
@@ -132,10 +158,7 @@ class Index:
         """Note a chunk as it was written down, as the one used last so far."""
         with self._lock:
             if name not in self._entries:
-                self._entries[name] = Entry(num_bytes, is_own)
-                if is_own:
-                    self.own_bytes += num_bytes
-                    self.own_chunks += 1
+                self._enter(name, num_bytes, is_own)
 
 
 class IndexFile:

@@ -502,6 +502,7 @@ class FilesystemTier(SecondaryTier):
                 stopped = self._stopped
             for space in clearing:
                 self._clear(space)
+            self._index.settle()
             written = self._write_index()
             if stopped:
                 self._close_index(written)
