@@ -88,6 +88,10 @@ class Backpressure:
         self._closed_until = None
         self._trying = False
 
+    def undecided(self) -> None:
+        """Note that an I/O did not come about: if it was a trial, the next one is."""
+        self._trying = False
+
     def failed(self, now: float) -> bool:
         """Note an error of the medium; True if this one tripped it."""
         self._failures += 1

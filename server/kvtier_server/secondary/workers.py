@@ -167,7 +167,9 @@ class TierWorkers:
                 running, index = queue.popleft()
                 began = time.monotonic()
                 late = began >= running.deadline
-                if not late:
+                if late:
+                    self.backpressure.undecided()
+                else:
                     self._running_since[name] = began
             result = ChunkResult(Outcome.FAILED) if late else self._run(running.job, index)
             ended = time.monotonic()
@@ -194,8 +196,10 @@ class TierWorkers:
             self._note_error(f"{type(error).__name__}: {error}")
             logger.exception("tier %s: %s failed; this is a bug", self.name, job.kind)
             return ChunkResult(Outcome.FAILED)
-        if result.outcome is not Outcome.REFUSED:
-            with self._lock:
+        with self._lock:
+            if result.outcome is Outcome.REFUSED:
+                self.backpressure.undecided()
+            else:
                 self.backpressure.worked()
         return result
 

@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -45,10 +45,16 @@ FILE_BYTES = 4 * 4096
 """Header and three blocks."""
 
 
+def wait_until_complete(bench: Bench) -> None:
+    tier = bench.tier
+    assert isinstance(tier, FilesystemTier)
+    until(lambda: tier.is_complete, "the index is complete")
+
+
 class OnDisk(TierConformance):
     """A filesystem tier below a folder of the test's; `settings` are parameters of the tier."""
 
-    settings: ClassVar[dict[str, Any]] = {}
+    settings: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
 
     @pytest.fixture(autouse=True)
     def directories(self, tmp_path: Path) -> None:
@@ -75,7 +81,7 @@ class OnDisk(TierConformance):
     def complete(self) -> Iterator[Bench]:
         """Open a bench whose tier knows its disk."""
         with self.bench() as bench:
-            until(lambda: not bench.tier.is_shared, "the index is complete")
+            wait_until_complete(bench)
             yield bench
 
     def files(self) -> list[Path]:
@@ -91,11 +97,11 @@ class TestContract(OnDisk):
 
 
 class TestContractThroughThePageCacheAndDurable(OnDisk):
-    settings: ClassVar[dict[str, Any]] = {"direct": "off", "durability": "os", "readers": 1, "writers": 1}
+    settings: dict[str, Any] = {"direct": "off", "durability": "os", "readers": 1, "writers": 1}  # noqa: RUF012
 
 
 class TestContractWithShortWritesAndReads(OnDisk):
-    settings: ClassVar[dict[str, Any]] = {"direct": "off"}
+    settings: dict[str, Any] = {"direct": "off"}  # noqa: RUF012
 
     @pytest.fixture(autouse=True)
     def short(self, directories: None) -> None:
@@ -103,7 +109,7 @@ class TestContractWithShortWritesAndReads(OnDisk):
 
 
 class TestContractOfASharedRoot(OnDisk):
-    settings: ClassVar[dict[str, Any]] = {"shared": True}
+    settings: dict[str, Any] = {"shared": True}  # noqa: RUF012
 
 
 # The contract's tests are above; those below have classes without it.
@@ -272,6 +278,43 @@ class TestTrouble(Stories):
             assert bench.run(JobKind.LOAD, bench.chunk(100, slot=5)).outcomes == (Outcome.DONE,)
             assert parts_of(bench.slot(5)) == parts_of(good)
 
+    def test_a_slow_disk_holds_no_more_than_its_queue_and_takes_work_again_later(self) -> None:
+        self.settings = {**self.settings, "max_waiting": 4 * 16_384, "writers": 1}
+        with self.complete() as bench:
+            self.disk.calls = ()
+            self.disk.delay_s = 0.02
+            taken = []
+            for slot in range(8):
+                bench.fill(slot)
+            for number in range(40):
+                chunk = bench.hashed(bench.chunk(number, number % 8))
+                if bench.tier.submit_store(job := _job(number, chunk)):
+                    taken.append(job.id)
+                assert bench.tier.stats().queued_bytes <= 4 * 16_384
+            assert 0 < len(taken) < 40
+            assert all(r.outcomes == (Outcome.DONE,) for r in bench.results(*taken).values())
+            self.disk.mend()
+            bench.store(100)
+
+    def test_an_io_that_comes_back_after_its_deadline_has_failed_and_frees_its_slot_then(self) -> None:
+        self.settings = {**self.settings, "deadline": "50ms", "readers": 1}
+        with self.complete() as bench:
+            self.disk.delay_s = 0
+            bench.fill(0)
+            bench.fill(1)
+            chunk = bench.hashed(bench.chunk(1, 0))
+            until(lambda: bench.run(JobKind.STORE, chunk).outcomes == (Outcome.DONE,), "it is stored")
+            self.disk.delay_s = 0.1
+            late, behind = (bench.submit(JobKind.LOAD, [bench.chunk(1, slot=5)]) for _ in range(2))
+            results = bench.results(late, behind)
+            assert {result.outcomes for result in results.values()} == {(Outcome.FAILED,)}
+            self.disk.mend()
+
+            def is_read() -> bool:
+                return bench.run(JobKind.LOAD, bench.chunk(1, slot=5)).outcomes == (Outcome.DONE,)
+
+            until(is_read, "the disk is used again")
+
     def test_a_root_that_cannot_be_used_says_what_to_do(self) -> None:
         (self.tmp_path / "root").write_text("a file")
         with pytest.raises(TierError, match=r"cannot be used .*; make it a directory"), self.bench():
@@ -283,7 +326,7 @@ def _job(number: int, chunk: TierChunk) -> TierJob:
 
 
 class TestBudget(Stories):
-    settings: ClassVar[dict[str, Any]] = {"capacity": 8 * FILE_BYTES, "low_water": 0.75}
+    settings: dict[str, Any] = {"capacity": 8 * FILE_BYTES, "low_water": 0.75}  # noqa: RUF012
 
     def test_what_was_used_longest_ago_makes_room_down_to_the_low_water_mark(self) -> None:
         with self.complete() as bench:
@@ -309,7 +352,7 @@ class TestBudget(Stories):
 
 
 class TestReserve(Stories):
-    settings: ClassVar[dict[str, Any]] = {"reserve_free": 0.05}
+    settings: dict[str, Any] = {"reserve_free": 0.05}  # noqa: RUF012
 
     def test_where_the_file_system_is_nearly_full_own_chunks_go_and_nothing_is_written(
         self, monkeypatch: pytest.MonkeyPatch
@@ -328,7 +371,7 @@ class TestReserve(Stories):
 
 
 class TestWear(Stories):
-    settings: ClassVar[dict[str, Any]] = {"writes_per_day": 24 * 2 * FILE_BYTES}
+    settings: dict[str, Any] = {"writes_per_day": 24 * 2 * FILE_BYTES}  # noqa: RUF012
 
     def test_no_more_is_written_than_the_budget_of_the_hour_allows(self) -> None:
         with self.complete() as bench:
@@ -341,7 +384,7 @@ class TestWear(Stories):
 
 
 class TestOffers(Stories):
-    settings: ClassVar[dict[str, Any]] = {"min_offers": 2}
+    settings: dict[str, Any] = {"min_offers": 2}  # noqa: RUF012
 
     def test_a_chunk_is_written_when_it_is_offered_again(self) -> None:
         with self.complete() as bench:
@@ -352,12 +395,13 @@ class TestOffers(Stories):
 
 
 class TestShared(Stories):
-    settings: ClassVar[dict[str, Any]] = {"shared": True}
+    settings: dict[str, Any] = {"shared": True}  # noqa: RUF012
 
     def test_what_another_daemon_stored_is_found_by_a_probe_and_is_not_ours_to_evict(self) -> None:
         with self.bench() as one:
             self.more = {"state_directory": str(self.tmp_path / "other-state")}
             with self.bench() as other:
+                wait_until_complete(other)
                 data = one.store(1)
                 assert other.tier.lookup(SPACE, [key_of(1)]) == [Presence.UNKNOWN]
                 result = other.run(JobKind.PROBE, other.chunk(1, 0), other.chunk(2, 0))

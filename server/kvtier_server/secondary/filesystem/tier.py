@@ -160,13 +160,16 @@ class FilesystemTier(SecondaryTier):
         self._lock = Lock()
         self._removed: list[Removal] = []
         self._offers: OrderedDict[Name, int] = OrderedDict()
+        self._writing_bytes = 0
         self._wear = _Wear(parameters.writes_per_day)
         self._free: tuple[float, int, int] = (-1.0, 0, 0)
         self._counts = {"worn_out": 0, "no_space": 0, "too_few_offers": 0}
         self._changed = Condition()
         self._clearing: list[SpaceName | None] = []
         self._stopped = False
-        self.is_shared = True  # until the index is complete, only the disk knows
+        self.is_complete = False
+        """Whether all that was on disk at the start is in the index."""
+        self.is_shared = True  # until then only the disk knows
         self._workers = TierWorkers(
             tier_type,
             self._run,
@@ -182,8 +185,6 @@ class FilesystemTier(SecondaryTier):
     # The core's side
 
     def lookup(self, space: SpaceName, keys: Sequence[bytes]) -> Sequence[Presence]:
-        if self._workers.backpressure.is_tripped and not self.is_shared:
-            return [Presence.NO] * len(keys)
         otherwise = Presence.UNKNOWN if self.is_shared else Presence.NO
         return [Presence.YES if known else otherwise for known in self._index.knows(space, keys)]
 
@@ -261,9 +262,15 @@ class FilesystemTier(SecondaryTier):
             return ChunkResult(Outcome.CORRUPT)
         self._fill_last_block(chunk, last_block)
         write_header(header, chunk, checksums, payload_checksum(whole, rest))
-        self._make_room(num_bytes)
-        self._without_direct_if_need_be(lambda: self._write(chunk, [header, whole, rest]))
-        self._index.add(name, num_bytes, is_own=True)
+        with self._lock:
+            self._writing_bytes += num_bytes
+        try:
+            self._make_room()
+            self._without_direct_if_need_be(lambda: self._write(chunk, [header, whole, rest]))
+            self._index.add(name, num_bytes, is_own=True)
+        finally:
+            with self._lock:
+                self._writing_bytes -= num_bytes
         return ChunkResult(Outcome.DONE)
 
     def _is_worth_it(self, name: Name, num_bytes: int) -> bool:
@@ -298,9 +305,9 @@ class FilesystemTier(SecondaryTier):
             self._free = (now, free, total)
         return int(self._own.reserve_free * total) + num_bytes - free
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Evict what this daemon wrote, down to the low-water mark, if the budget does not hold one more."""
-        too_much = self._index.own_bytes + num_bytes - self._own.capacity
+    def _make_room(self) -> None:
+        """Evict what this daemon wrote, down to the low-water mark, if what is being written is too much."""
+        too_much = self._index.own_bytes + self._writing_bytes - self._own.capacity
         if too_much > 0:
             spare = int(self._own.capacity * (1 - self._own.low_water))
             self._evict(max(too_much, spare))
@@ -521,6 +528,7 @@ class FilesystemTier(SecondaryTier):
             self._read_directories()
         if not self._stopped:
             self.is_shared = self._own.shared
+            self.is_complete = True
 
     def _read_directories(self) -> None:
         """Find the chunks on disk that the index does not know, and remove what nobody writes any more."""
