@@ -337,8 +337,7 @@ class Daemon:
         if self.core.below.is_behind and not self._pumping:
             self._pumping = True
             asyncio.get_running_loop().call_soon(self._pump)
-        probes_end_ns = self.core.below.probes_end_ns
-        if probes_end_ns is not None and not self._awaits_probes:
+        if not self._awaits_probes and (probes_end_ns := self.core.below.probes_end_ns) is not None:
             self._awaits_probes = True
             delay_s = max(probes_end_ns - boottime_ns(), 0) / 1e9
             asyncio.get_running_loop().call_later(delay_s, self._end_probes)
@@ -352,6 +351,7 @@ class Daemon:
         self._after_call()
 
     def _pump(self) -> None:
+        self._pumping = False  # whatever an out-of-tree tier raises, the next call tries again
         self._pumping = self.core.below.pump()
         if self._pumping:
             asyncio.get_running_loop().call_soon(self._pump)
@@ -513,8 +513,11 @@ class Daemon:
 
     def close(self) -> None:
         """Give back the pool's and the socket's locks. The pool's file stays."""
-        for tier, _ in self._tiers:
-            tier.shutdown(TIER_STOP_S)
+        ended = [tier.shutdown(TIER_STOP_S) for tier, _ in self._tiers]
+        if not all(ended):
+            # An I/O hangs that may still write into a slot: the locks go with the process, not before.
+            log.warning("tier_hangs", effect="the pool's lock is kept until the process is gone")
+            return
         self._threads.shutdown(cancel_futures=True)
         self._pool.close()
         self._socket_lock.release()

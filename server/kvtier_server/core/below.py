@@ -132,6 +132,8 @@ class _Promotion:
     generation: int = 0
     probing: bool = False
     probe_until_ns: int = 0
+    given_up: bool = False
+    """The probe took too long: its answer changes nothing any more."""
 
 
 @dataclass(slots=True)
@@ -273,8 +275,13 @@ class Below:
 
     # Up
 
-    def find(self, space: KeySpace, request: Request, keys: Sequence[bytes]) -> dict[bytes, LowerTier]:
-        """Say which of these keys, which the pool lacks, may come up for the request, and from where."""
+    def find(
+        self, space: KeySpace, request: Request, keys: Sequence[bytes], max_probes: int
+    ) -> dict[bytes, LowerTier]:
+        """Say which of these keys, which the pool lacks, may come up for the request, and from where.
+
+        At most `max_probes` of them, the first ones, are such that only a probe tells.
+        """
         found: dict[bytes, LowerTier] = {}
         left = keys
         for below in self.tiers:
@@ -283,9 +290,12 @@ class Below:
             if not request.may_load_from(below.tier.medium, below.tier.locality):
                 continue
             known = below.tier.lookup(space.name, left)
-            found.update(
-                (key, below) for key, presence in zip(left, known, strict=True) if _may_have(below, presence)
-            )
+            for key, presence in zip(left, known, strict=True):
+                if presence is Presence.YES:
+                    found[key] = below
+                elif max_probes > 0 and _may_have(below, presence):
+                    found[key] = below
+                    max_probes -= 1
             left = [key for key in left if key not in found]
         return found
 
@@ -325,19 +335,18 @@ class Below:
             there = [promotion for promotion, has in zip(own, known, strict=True) if has is Presence.YES]
             for promotion in there:
                 promotion.probing = False
+                self._probing.pop((promotion.space, promotion.key), None)
             for batch in _batches(self._with_slots(there, protected)):
                 self._submit_batch(below, batch, JobKind.LOAD)
             unknown = [
                 promotion for promotion, has in zip(own, known, strict=True) if has is not Presence.YES
             ]
-            for promotion in unknown[MAX_PROBES:]:
-                self._end(promotion, "no_probe")
-            for promotion in unknown[:MAX_PROBES]:
+            for promotion in unknown:
                 promotion.probing = True
                 if not promotion.probe_until_ns:
                     promotion.probe_until_ns = promotion.began_ns + below.rules.probe_wait_ns
                     self._probing[promotion.space, promotion.key] = promotion
-            for batch in _batches(unknown[:MAX_PROBES]):
+            for batch in _batches(unknown):
                 self._submit_batch(below, batch, JobKind.PROBE)
 
     def _with_slots(self, promotions: Sequence[_Promotion], protected: object | None) -> list[_Promotion]:
@@ -396,6 +405,8 @@ class Below:
         arrived: dict[KeySpace, list[bytes]] = {}
         found: list[_Promotion] = []
         for index, (promotion, outcome) in enumerate(zip(batch.promotions, job.outcomes, strict=True)):
+            if promotion.given_up:
+                continue
             if promotion.probing:
                 if outcome is Outcome.DONE:
                     promotion.probing = False
@@ -527,13 +538,12 @@ class Below:
     def end_probes(self, now_ns: int) -> None:
         """Let those go on computing who have waited long enough to hear whether a chunk is there.
 
-        The question stays: a chunk that is found after all comes up for the next one.
+        From then on it is as if nobody had asked: it can be stored, and be asked for again.
         """
-        for (space, key), promotion in list(self._probing.items()):
+        for promotion in list(self._probing.values()):
             if promotion.probe_until_ns <= now_ns:
-                del self._probing[space, key]
-                promotion.below.counts["promotion:probe_late"] += 1
-                self._books.resolve(space, key, None)
+                promotion.given_up = True
+                self._end(promotion, "probe_late")
 
     @property
     def is_behind(self) -> bool:
@@ -562,7 +572,7 @@ class Below:
         """Assert that the sums are right."""
         slots = [p.size_class.slot_bytes for p in self._promotions.values() if p.slot_id is not None]
         assert self._promoting_bytes == sum(slots), (self._promoting_bytes, slots)
-        under_way = {id(p) for batch in self._batches.values() for p in batch.promotions}
+        under_way = {id(p) for batch in self._batches.values() for p in batch.promotions if not p.given_up}
         assert under_way == {id(p) for p in self._promotions.values()}, "a promotion without a job"
         for below in self.tiers:
             assert below.waiting_bytes == sum(chunk.size_class.slot_bytes for chunk in below.waiting)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvtier_ops.prefix import GroupPresence, first_gap, usable_prefix
-from kvtier_server.core.below import Below, LowerTier
+from kvtier_server.core.below import MAX_PROBES, Below, LowerTier
 from kvtier_server.core.books import Books, LookupStatus
 from kvtier_server.core.instances import Instance, Session
 from kvtier_server.core.leases import Lease, LeaseKind
@@ -79,7 +79,7 @@ class Lookups:
             statuses, pending = self._statuses(space, keys, found)
             unwanted = self._unwanted(space, request, keys, statuses)
             if lease_id and pending_wait_ns:
-                below = self._find_below(space, request, keys, statuses)
+                below = self._find_below(space, request, keys, statuses, len(ranges))
         self._count(instance, found, ranges, num_missing, len(pending))
         if not lease_id:
             self._books.note_use(instance, request, keys, found, ranges)
@@ -111,13 +111,19 @@ class Lookups:
         )
 
     def _find_below(
-        self, space: KeySpace, request: Request, keys: Sequence[bytes], statuses: Sequence[int]
+        self,
+        space: KeySpace,
+        request: Request,
+        keys: Sequence[bytes],
+        statuses: Sequence[int],
+        num_groups: int,
     ) -> dict[bytes, LowerTier]:
         """Say which of the missing keys lower tiers may have, as far as the request may load from them."""
         if not self._below.tiers:
             return {}
         missing = [key for key, status in zip(keys, statuses, strict=True) if status == _MISS]
-        return self._below.find(space, request, missing)
+        # With several groups what may be there must not decide what is leased of what is there.
+        return self._below.find(space, request, missing, MAX_PROBES if num_groups == 1 else 0)
 
     def _count(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from kvtier_ops.namespace import FactsError, NamespaceFacts, SpaceName
 from kvtier_server.admission import ReuseFilter
-from kvtier_server.core.below import Below, ChunkShape, TierRules
+from kvtier_server.core.below import Below, CascadeWhen, ChunkShape, TierRules
 from kvtier_server.core.books import Books, Notice
 from kvtier_server.core.completions import Completions
 from kvtier_server.core.endings import Endings
@@ -63,7 +63,7 @@ class Core:
             ReuseFilter(0) if reuse_filter is None else reuse_filter,
         )
         self.below = Below(self.books, tiers, self._shape_of)
-        self.books.primary.prefers_below = bool(tiers)
+        self.books.primary.prefers_below = any(rules.cascade is not CascadeWhen.NEVER for _, rules in tiers)
         self.lookups = Lookups(self.books, self.below)
         self.grants = Grants(self.books)
         self.completions = Completions(self.books, self.below)

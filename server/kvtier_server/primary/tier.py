@@ -326,7 +326,7 @@ class PrimaryTier:
             return False
 
         victims = size_class.policy.evict(count, may_evict if spared or protected is not None else None)
-        if spared and len(victims) < count:
+        if self.prefers_below and len(victims) < count:
             spared = 0
             victims += size_class.policy.evict(count - len(victims), may_evict)
         chunks = []

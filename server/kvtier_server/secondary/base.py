@@ -232,11 +232,11 @@ class SecondaryTier(ABC):
         """Count what is there now."""
 
     @abstractmethod
-    def shutdown(self, timeout_s: float) -> None:
+    def shutdown(self, timeout_s: float) -> bool:
         """End the threads; what is queued fails. Returns in about `timeout_s` whatever the medium does.
 
-        After it the tier touches the pool no more, unless an I/O hangs: then a thread of the daemon is left
-        over, which the end of the process ends. Called once, last, and may wait.
+        True: the tier touches the pool no more. False: an I/O hangs, and only the end of the process is its
+        end; the daemon keeps the pool's lock until then. Called last, and may wait.
         """
 
 

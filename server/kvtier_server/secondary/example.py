@@ -132,8 +132,8 @@ class ExampleTier(SecondaryTier):
                 self._workers.problem,
             )
 
-    def shutdown(self, timeout_s: float) -> None:
-        self._workers.stop(timeout_s)
+    def shutdown(self, timeout_s: float) -> bool:
+        return self._workers.stop(timeout_s)
 
     # The workers' side: one chunk at a time
 

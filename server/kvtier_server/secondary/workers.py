@@ -21,6 +21,9 @@ from kvtier_server.secondary.base import JobKind, JobResult, Outcome, TierChunk,
 
 logger = logging.getLogger(__name__)
 
+MAX_QUEUED_READS = 16_384
+"""Chunks that wait to be read or looked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
@@ -104,7 +107,11 @@ class TierWorkers:
                 if not self.backpressure.admits(job.num_bytes, now):
                     return False
                 self.backpressure.queued(job.num_bytes)
-            elif not self.backpressure.admits_trial(now):
+            elif (
+                len(self._reads) + len(job.chunks) > MAX_QUEUED_READS
+                or self._oldest_s(now) > self._deadline_s
+                or not self.backpressure.admits_trial(now)
+            ):
                 return False
             self._num_jobs += 1
             queue = self._writes if is_store else self._reads
@@ -130,8 +137,11 @@ class TierWorkers:
     def oldest_s(self) -> float:
         """Seconds that the longest I/O has been running."""
         with self._lock:
-            began = min(self._running_since.values(), default=None)
-        return 0.0 if began is None else time.monotonic() - began
+            return self._oldest_s(time.monotonic())
+
+    def _oldest_s(self, now: float) -> float:
+        began = min(self._running_since.values(), default=None)
+        return 0.0 if began is None else now - began
 
     @property
     def problem(self) -> str:
@@ -171,7 +181,11 @@ class TierWorkers:
                     self.backpressure.undecided()
                 else:
                     self._running_since[name] = began
-            result = ChunkResult(Outcome.FAILED) if late else self._run(running.job, index)
+            is_error = False
+            result = ChunkResult(Outcome.FAILED)
+            if not late:
+                found = self._run(running.job, index)
+                is_error, result = found is None, found or result
             ended = time.monotonic()
             with self._lock:
                 self._running_since.pop(name, None)
@@ -179,6 +193,13 @@ class TierWorkers:
                     # Whoever waited has gone on without it: the slot is freed, and nothing else.
                     self.num_late += 1
                     result = ChunkResult(Outcome.FAILED)
+                    if not late:
+                        self.last_error = f"an I/O took {ended - began:.1f} s"
+                        self.backpressure.failed(ended)
+                elif result.outcome is Outcome.REFUSED:
+                    self.backpressure.undecided()
+                elif not is_error:
+                    self.backpressure.worked()
                 running.seconds = max(running.seconds, ended - began)
                 is_last = self._end(running, index, result)
                 if running.job.kind is JobKind.STORE and result.outcome is Outcome.DONE:
@@ -186,22 +207,16 @@ class TierWorkers:
             if is_last:
                 self._on_finished()
 
-    def _run(self, job: TierJob, index: int) -> ChunkResult:
+    def _run(self, job: TierJob, index: int) -> ChunkResult | None:
+        """Do the I/O of one chunk; None for an error, which is noted."""
         try:
-            result = self._run_chunk(job.kind, job.chunks[index])
+            return self._run_chunk(job.kind, job.chunks[index])
         except OSError as error:
             self._note_error(f"{type(error).__name__}: {error.strerror or error}")
-            return ChunkResult(Outcome.FAILED)
         except Exception as error:
             self._note_error(f"{type(error).__name__}: {error}")
             logger.exception("tier %s: %s failed; this is a bug", self.name, job.kind)
-            return ChunkResult(Outcome.FAILED)
-        with self._lock:
-            if result.outcome is Outcome.REFUSED:
-                self.backpressure.undecided()
-            else:
-                self.backpressure.worked()
-        return result
+        return None
 
     def _note_error(self, what: str) -> None:
         with self._lock:

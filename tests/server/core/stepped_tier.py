@@ -98,8 +98,9 @@ class SteppedTier(SecondaryTier):
     def stats(self) -> TierStats:
         return TierStats(0, 0, len(self.stored))
 
-    def shutdown(self, timeout_s: float) -> None:
+    def shutdown(self, timeout_s: float) -> bool:
         self.running.clear()
+        return True
 
     def restart(self) -> None:
         """The daemon was killed: what was under way has not happened."""

@@ -169,7 +169,10 @@ def test_a_request_waits_for_a_probe_no_longer_than_for_that() -> None:
     rig.tick(0.01)
     assert resolved(rig) == dict.fromkeys(to_keys(range(2)), MISS)
     assert rig.core.below.probes_end_ns is None
+    assert engine.store(range(2), "computed") == [StoreVerdict.GRANTED] * 2, "as if nobody had asked"
     rig.move()
+    assert engine.hits(range(2)) == [0, 1]
+    engine.finish("computed")
     engine.finish()
     rig.tick()
     rig.assert_nothing_is_held()

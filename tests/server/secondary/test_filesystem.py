@@ -315,6 +315,39 @@ class TestTrouble(Stories):
 
             until(is_read, "the disk is used again")
 
+    def test_two_daemons_do_not_share_an_index(self) -> None:
+        with self.complete() as bench:
+            bench.store(1)
+            with pytest.raises(TierError, match="another daemon keeps its index"), self.bench():
+                pass
+        with self.complete() as bench:
+            assert bench.tier.lookup(SPACE, [key_of(1)]) == [Presence.YES]
+
+    def test_a_state_directory_that_cannot_be_used_says_what_to_do(self) -> None:
+        (self.tmp_path / "state").write_text("a file")
+        with pytest.raises(TierError, match="as state_directory"), self.bench():
+            pass
+
+    def test_a_directory_that_cannot_be_read_costs_only_what_is_in_it(self) -> None:
+        with self.complete() as bench:
+            for number in range(4):
+                bench.store(number)
+        self.index().unlink()
+        folder = self.files()[0].parent
+        shutil.move(folder, self.tmp_path / "away")
+        folder.symlink_to(self.tmp_path / "away")
+        with self.complete() as bench:
+            assert bench.tier.stats().num_chunks == len(self.files())
+
+    def test_a_pipe_in_a_chunks_place_holds_nobody(self) -> None:
+        with self.complete() as bench:
+            bench.store(1)
+            (path,) = self.files()
+            path.unlink()
+            os.mkfifo(path)
+            outcome = bench.run(JobKind.LOAD, bench.chunk(1, slot=5)).outcomes[0]
+            assert outcome is not Outcome.DONE
+
     def test_a_root_that_cannot_be_used_says_what_to_do(self) -> None:
         (self.tmp_path / "root").write_text("a file")
         with pytest.raises(TierError, match=r"cannot be used .*; make it a directory"), self.bench():

@@ -47,7 +47,8 @@ class Disk:
 
     def open(self, parent: int, name: str, *, direct: bool) -> int:
         """Open a file for reading."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        # Non-blocking: a pipe that somebody has put there must not hold the thread.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         return os.open(name, flags | (os.O_DIRECT if direct else 0), dir_fd=parent)
 
     def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
@@ -85,7 +86,10 @@ class Disk:
         """The regular files in a directory."""
         with os.scandir(fd) as entries:
             for entry in entries:
-                found = entry.stat(follow_symlinks=False)
+                try:
+                    found = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue  # it has got its name, or was evicted, meanwhile
                 if stat.S_ISREG(found.st_mode):
                     yield FileInfo(entry.name, found.st_size, found.st_mtime)
 

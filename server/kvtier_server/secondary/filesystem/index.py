@@ -157,8 +157,9 @@ class Index:
     def restore(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
         """Note a chunk as it was written down, as the one used last so far."""
         with self._lock:
-            if name not in self._entries:
-                self._enter(name, num_bytes, is_own)
+            # Written down is surer than what a probe has found meanwhile.
+            self._forget(name)
+            self._enter(name, num_bytes, is_own)
 
 
 class IndexFile:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import logging
 import mmap
@@ -25,7 +26,8 @@ import os
 import sqlite3
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition, Lock, Thread, local
 from typing import Annotated, Literal, TypeVar
@@ -154,7 +156,9 @@ class FilesystemTier(SecondaryTier):
                 "user may write to, or name another one"
             ) from error
         self._index = Index()
-        self._file = IndexFile(_state_file(parameters))
+        state_file = _state_file(parameters)
+        self._state_lock = _lock_state(state_file)
+        self._file = IndexFile(state_file)
         self._is_direct = parameters.direct != "off"
         self._buffers = local()
         self._lock = Lock()
@@ -230,7 +234,7 @@ class FilesystemTier(SecondaryTier):
             counts,
         )
 
-    def shutdown(self, timeout_s: float) -> None:
+    def shutdown(self, timeout_s: float) -> bool:
         give_up_at = time.monotonic() + timeout_s
         all_ended = self._workers.stop(timeout_s)
         with self._changed:
@@ -239,6 +243,8 @@ class FilesystemTier(SecondaryTier):
         self._keeper.join(max(0.0, give_up_at - time.monotonic()))
         if all_ended and not self._keeper.is_alive() and not was_stopped:
             self._places.close()
+            os.close(self._state_lock)
+        return all_ended
 
     # One chunk at a time, on the workers' threads
 
@@ -454,7 +460,7 @@ class FilesystemTier(SecondaryTier):
         header, _ = self._blocks()
         try:
             with self._places.directory(chunk.space, chunk.key) as parent:
-                fd = self._open_for_reading(parent, file_name(chunk.key))
+                fd = self._disk.open(parent, file_name(chunk.key), direct=False)
         except FileNotFoundError:
             return ChunkResult(Outcome.MISSING)
         try:
@@ -468,7 +474,7 @@ class FilesystemTier(SecondaryTier):
             is_it = False
         if not is_it:
             return ChunkResult(Outcome.MISSING)
-        self._index.add_if_new((chunk.space, chunk.key), num_bytes, is_own=False)
+        self._index.add_if_new((chunk.space, chunk.key), num_bytes, is_own=not self._own.shared)
         return ChunkResult(Outcome.DONE)
 
     # Buffers that O_DIRECT can use
@@ -534,27 +540,37 @@ class FilesystemTier(SecondaryTier):
         """Find the chunks on disk that the index does not know, and remove what nobody writes any more."""
         began, found = time.monotonic(), 0
         for space_name in list(self._disk.directories(self._places.fd)):
-            with self._places.opened(self._places.fd, space_name) as space_fd:
+            with self._going_on(space_name), self._places.opened(self._places.fd, space_name) as space_fd:
                 space = self._places.read_space(space_fd)
                 if space is None:
                     continue
                 for name in list(self._disk.directories(space_fd)):
                     if self._stopped:
                         return
-                    with self._places.opened(space_fd, name) as fd:
+                    with self._going_on(name), self._places.opened(space_fd, name) as fd:
                         found += self._read_directory(space, fd)
         logger.info("tier %s: %d chunks found in %.1f s", self.tier_type, found, time.monotonic() - began)
+
+    @contextmanager
+    def _going_on(self, name: str) -> Iterator[None]:
+        """Pass over a directory that cannot be read: the others are worth as much without it."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning("tier %s: %s is passed over: %s", self.tier_type, name, error)
 
     def _read_directory(self, space: SpaceName, fd: int) -> int:
         found = 0
         for info in list(self._disk.files(fd)):
             if info.name.startswith(TEMPORARY):
                 if time.time() - info.modified_s > STALE_TEMPORARY_S:
-                    self._disk.unlink(fd, info.name)
+                    with contextlib.suppress(OSError):
+                        self._disk.unlink(fd, info.name)
                 continue
             key = key_of(info.name)
             if key is None and info.name.endswith(SUFFIX):
-                key = self._key_in(fd, info.name)
+                with contextlib.suppress(OSError):
+                    key = self._key_in(fd, info.name)
             if key is not None:
                 self._index.add_if_new((space, key), info.num_bytes, is_own=not self._own.shared)
                 found += 1
@@ -563,7 +579,7 @@ class FilesystemTier(SecondaryTier):
     def _key_in(self, parent: int, name: str) -> bytes | None:
         """Read a key that is too long for a file's name from the header."""
         header, _ = self._blocks()
-        fd = self._open_for_reading(parent, name)
+        fd = self._disk.open(parent, name, direct=False)
         try:
             if self._disk.read(fd, [header], 0) != HEADER_BYTES:
                 return None
@@ -600,7 +616,7 @@ class FilesystemTier(SecondaryTier):
                 self._file.write_order([*self._index.names(None)])
         except (sqlite3.Error, OSError):
             written = False
-        self._file.close(in_order=written and not self._workers.has_work)
+        self._file.close(in_order=written and self.is_complete and not self._workers.has_work)
 
 
 class _Wear:
@@ -635,6 +651,27 @@ def _state_file(parameters: FilesystemParameters) -> Path:
         directory = Path(base) / "kvtier"
     root = hashlib.blake2b(os.path.realpath(parameters.root).encode(), digest_size=8).hexdigest()
     return directory / f"filesystem-{root}.sqlite"
+
+
+def _lock_state(state_file: Path) -> int:
+    """Take the index for this process; returns the descriptor that holds the lock. Raises TierError."""
+    try:
+        state_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(f"{state_file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise TierError(
+            f"no index can be kept in {state_file.parent} ({error.strerror}); name a local directory that "
+            "this user may write to as state_directory"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise TierError(
+            f"another daemon keeps its index of this root in {state_file.parent}; daemons that share a root "
+            "need shared = true and a state_directory each"
+        ) from error
+    return fd
 
 
 def _part_checksums(pool: memoryview, chunk: TierChunk) -> tuple[int, ...]:
