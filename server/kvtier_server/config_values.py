@@ -71,6 +71,7 @@ def _check_policy(policy: str) -> str:
 
 
 Bytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=1)]
+BytesOrNone = Annotated[int, BeforeValidator(_to_bytes), Field(ge=0)]
 Nanoseconds = Annotated[int, BeforeValidator(_to_nanoseconds), Field(ge=1)]
 NanosecondsOrNone = Annotated[int, BeforeValidator(_to_nanoseconds), Field(ge=0)]
 Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=1 << 40)]

@@ -247,6 +247,12 @@ def _lower_tiers(snapshot: StatsSnapshot) -> Iterator[Metric]:
         dropped |= {(tier.name, reason): count for reason, count in reasons.items()}
     yield _counter("promotions", "Chunks that were to come up.", ("tier", "result"), promoted)
     yield _counter("backpressure_dropped", "Chunks that did not go down.", ("tier", "reason"), dropped)
+    refused: dict[tuple[str, ...], float] = {
+        (tier.name, reason): count for tier in tiers for reason, count in tier.refused.items()
+    }
+    yield _counter(
+        "tier_refused", "Chunks that a tier did not take, by its limit.", ("tier", "reason"), refused
+    )
     failed: dict[tuple[str, ...], float] = {
         (tier.name,): tier.cascades.get("failed", 0) + tier.promotions.get("failed", 0) for tier in tiers
     }

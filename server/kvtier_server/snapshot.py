@@ -62,6 +62,7 @@ def lower_stats(below: LowerTier) -> TierStats:
         health=stats.problem or "ok",
         queued_bytes=below.waiting_bytes + below.running_bytes,
         dropped=by_suffix(below.counts, "dropped"),
+        refused=dict(stats.counts),
         cascades=by_suffix(below.counts, "cascade"),
         cascade_bytes=below.counts["cascade_bytes"],
         promotions=by_suffix(below.counts, "promotion"),

@@ -60,6 +60,8 @@ class TierStats:
     """Below the pool: chunks that wait to be written there, or are."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Chunks that did not go down, by reason."""
+    refused: Mapping[str, int] = field(default_factory=dict)
+    """Chunks that the tier itself did not take, by its own words."""
     cascades: Mapping[str, int] = field(default_factory=dict)
     """Chunks that were to go down, by outcome."""
     cascade_bytes: int = 0

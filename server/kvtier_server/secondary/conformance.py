@@ -6,8 +6,8 @@
         def make_tier(self, spec, pool, on_finished):
             return MyTier(spec, pool, "MyTier", on_finished, MyTier.Parameters())
 
-pytest collects the inherited tests; each gets a new tier and shuts it down. The tier must hold at least
-`capacity_bytes`. Owns no tier and imports no test library.
+pytest collects the inherited tests; each gets a new tier and shuts it down. The tier must have room for 16
+chunks of 12 KiB. Owns no tier and imports no test library.
 """
 
 from __future__ import annotations
@@ -127,11 +127,8 @@ class Bench:
         return data
 
 
-class TierConformance:
-    """Derive from it, and define `make_tier`."""
-
-    capacity_bytes = NUM_SLOTS * SLOT_BYTES
-    """What the tests store at once, at most."""
+class TierBench:
+    """Makes benches, for tests of one tier beyond the contract. Define `make_tier`."""
 
     def make_tier(
         self, spec: OffloadingSpec, pool: memoryview, on_finished: Callable[[], None]
@@ -150,6 +147,10 @@ class TierConformance:
             yield Bench(tier, pool, finished)
         finally:
             tier.shutdown(WAIT_S)
+
+
+class TierConformance(TierBench):
+    """The contract. Derive from it, and define `make_tier`."""
 
     def test_what_was_stored_is_loaded_into_another_slot_and_nothing_else_is_written(self) -> None:
         with self.bench() as bench:

@@ -68,8 +68,6 @@ class TierWorkers:
         """Start the threads. `deadline_s`: what a chunk may take from its submission on."""
         self.name = name
         self.backpressure = Backpressure(max_queued_bytes)
-        self.num_late = 0
-        self.num_errors = 0
         self.last_error = ""
         self._run_chunk = run_chunk
         self._on_finished = on_finished
@@ -191,11 +189,9 @@ class TierWorkers:
                 self._running_since.pop(name, None)
                 if ended >= running.deadline:
                     # Whoever waited has gone on without it: the slot is freed, and nothing else.
-                    self.num_late += 1
                     result = ChunkResult(Outcome.FAILED)
-                    if not late:
-                        self.last_error = f"an I/O took {ended - began:.1f} s"
-                        self.backpressure.failed(ended)
+                    if not late and not is_error:
+                        self._note_error(f"an I/O that took {ended - began:.1f} s")
                 elif result.outcome is Outcome.REFUSED:
                     self.backpressure.undecided()
                 elif not is_error:
@@ -212,18 +208,18 @@ class TierWorkers:
         try:
             return self._run_chunk(job.kind, job.chunks[index])
         except OSError as error:
-            self._note_error(f"{type(error).__name__}: {error.strerror or error}")
+            with self._lock:
+                self._note_error(f"{type(error).__name__}: {error.strerror or error}")
         except Exception as error:
-            self._note_error(f"{type(error).__name__}: {error}")
+            with self._lock:
+                self._note_error(f"{type(error).__name__}: {error}")
             logger.exception("tier %s: %s failed; this is a bug", self.name, job.kind)
         return None
 
     def _note_error(self, what: str) -> None:
-        with self._lock:
-            self.num_errors += 1
-            self.last_error = what
-            tripped = self.backpressure.failed(time.monotonic())
-        if tripped:
+        """Note an error of the medium, with the lock held."""
+        self.last_error = what
+        if self.backpressure.failed(time.monotonic()):
             logger.warning("tier %s is left alone after errors in a row, the last: %s", self.name, what)
 
     def _end(self, running: _Running, index: int, result: ChunkResult) -> bool:

@@ -30,6 +30,7 @@ from kvtier_server.secondary.conformance import (
     SLOT_BYTES,
     SPACE,
     Bench,
+    TierBench,
     TierConformance,
     key_of,
     parts_of,
@@ -51,7 +52,7 @@ def wait_until_complete(bench: Bench) -> None:
     until(lambda: tier.is_complete, "the index is complete")
 
 
-class OnDisk(TierConformance):
+class OnDisk(TierBench):
     """A filesystem tier below a folder of the test's; `settings` are parameters of the tier."""
 
     settings: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
@@ -92,15 +93,15 @@ class OnDisk(TierConformance):
         return path
 
 
-class TestContract(OnDisk):
+class TestContract(OnDisk, TierConformance):
     """On this machine's disk, as it is."""
 
 
-class TestContractThroughThePageCacheAndDurable(OnDisk):
+class TestContractThroughThePageCacheAndDurable(OnDisk, TierConformance):
     settings: dict[str, Any] = {"direct": "off", "durability": "os", "readers": 1, "writers": 1}  # noqa: RUF012
 
 
-class TestContractWithShortWritesAndReads(OnDisk):
+class TestContractWithShortWritesAndReads(OnDisk, TierConformance):
     settings: dict[str, Any] = {"direct": "off"}  # noqa: RUF012
 
     @pytest.fixture(autouse=True)
@@ -108,20 +109,11 @@ class TestContractWithShortWritesAndReads(OnDisk):
         self.disk.most_bytes = 4096
 
 
-class TestContractOfASharedRoot(OnDisk):
+class TestContractOfASharedRoot(OnDisk, TierConformance):
     settings: dict[str, Any] = {"shared": True}  # noqa: RUF012
 
 
-# The contract's tests are above; those below have classes without it.
-class Stories(OnDisk):
-    pass
-
-
-for name in [name for name in dir(TierConformance) if name.startswith("test_")]:
-    setattr(Stories, name, None)
-
-
-class TestRestart(Stories):
+class TestRestart(OnDisk):
     def test_what_was_stored_is_there_after_an_orderly_end(self) -> None:
         with self.complete() as bench:
             data = bench.store(1)
@@ -178,7 +170,7 @@ class TestRestart(Stories):
             assert bench.tier.stats().used_bytes == 2 * FILE_BYTES
 
 
-class TestDamage(Stories):
+class TestDamage(OnDisk):
     def test_no_flipped_bit_of_a_file_is_ever_served(self) -> None:
         generator = random.Random(17)
         with self.complete() as bench:
@@ -240,7 +232,7 @@ class TestDamage(Stories):
             assert bench.run(JobKind.LOAD, bench.chunk(1, slot=5)).outcomes == (Outcome.FAILED,)
 
 
-class TestTrouble(Stories):
+class TestTrouble(OnDisk):
     @pytest.mark.parametrize("error", ["ENOSPC", "EDQUOT", "EIO", "EROFS"])
     @pytest.mark.parametrize("share", [0.01, 0.1, 1.0])
     def test_a_disk_with_errors_loses_chunks_and_works_again_when_it_is_mended(
@@ -358,7 +350,7 @@ def _job(number: int, chunk: TierChunk) -> TierJob:
     return TierJob(10_000 + number, JobKind.STORE, (chunk,))
 
 
-class TestBudget(Stories):
+class TestBudget(OnDisk):
     settings: dict[str, Any] = {"capacity": 8 * FILE_BYTES, "low_water": 0.75}  # noqa: RUF012
 
     def test_what_was_used_longest_ago_makes_room_down_to_the_low_water_mark(self) -> None:
@@ -384,7 +376,7 @@ class TestBudget(Stories):
             assert known == [Presence.YES] * 6 + [Presence.NO] * 2
 
 
-class TestReserve(Stories):
+class TestReserve(OnDisk):
     settings: dict[str, Any] = {"reserve_free": 0.05}  # noqa: RUF012
 
     def test_where_the_file_system_is_nearly_full_own_chunks_go_and_nothing_is_written(
@@ -403,7 +395,7 @@ class TestReserve(Stories):
             bench.store(3)
 
 
-class TestWear(Stories):
+class TestWear(OnDisk):
     settings: dict[str, Any] = {"writes_per_day": 24 * 2 * FILE_BYTES}  # noqa: RUF012
 
     def test_no_more_is_written_than_the_budget_of_the_hour_allows(self) -> None:
@@ -416,7 +408,7 @@ class TestWear(Stories):
             assert dict(bench.tier.stats().counts)["worn_out"] == 2
 
 
-class TestOffers(Stories):
+class TestOffers(OnDisk):
     settings: dict[str, Any] = {"min_offers": 2}  # noqa: RUF012
 
     def test_a_chunk_is_written_when_it_is_offered_again(self) -> None:
@@ -427,7 +419,7 @@ class TestOffers(Stories):
             assert bench.run(JobKind.STORE, chunk).outcomes == (Outcome.DONE,)
 
 
-class TestShared(Stories):
+class TestShared(OnDisk):
     settings: dict[str, Any] = {"shared": True}  # noqa: RUF012
 
     def test_what_another_daemon_stored_is_found_by_a_probe_and_is_not_ours_to_evict(self) -> None:

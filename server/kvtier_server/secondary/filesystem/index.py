@@ -56,7 +56,6 @@ class Index:
         """Uses that the order does not show yet."""
         self._changed: dict[Name, Entry | None] = {}
         self.own_bytes = 0
-        self.own_chunks = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -91,7 +90,6 @@ class Index:
         self._keys.setdefault(space, set()).add(key)
         if is_own:
             self.own_bytes += num_bytes
-            self.own_chunks += 1
         return entry
 
     def _forget(self, name: Name) -> bool:
@@ -104,7 +102,6 @@ class Index:
             del self._keys[space]
         if entry.is_own:
             self.own_bytes -= entry.num_bytes
-            self.own_chunks -= 1
         self._changed[name] = None
         return True
 

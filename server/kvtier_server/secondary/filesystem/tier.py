@@ -38,7 +38,7 @@ from kvtier_ops.checksum import part_checksum
 from kvtier_ops.faults import fault_point
 from kvtier_ops.layout import part_offset
 from kvtier_ops.namespace import SpaceName
-from kvtier_server.config_values import Bytes, Count, Nanoseconds, Share
+from kvtier_server.config_values import Bytes, BytesOrNone, Count, Nanoseconds, Share
 from kvtier_server.secondary.base import (
     JobKind,
     JobResult,
@@ -120,12 +120,12 @@ class FilesystemParameters(TierParameters):
     """For one chunk, from its submission on."""
     max_waiting: Bytes = 256 << 20
     """Bytes of stores that the tier has taken and not written yet."""
-    writes_per_day: Annotated[int, Field(ge=0)] | Bytes = 0
+    writes_per_day: BytesOrNone = 0
     """Endurance: bytes a day, on average; 0 = no limit."""
     min_offers: Annotated[Count, Field(le=255)] = 1
     """Store a chunk when it is offered for this many times."""
     state_directory: str = ""
-    """Local directory of the index; default: kvtier-state below $XDG_STATE_HOME or ~/.local/state."""
+    """Local directory of the index, one for each daemon; default: kvtier in $XDG_STATE_HOME, ~/.local/state."""
 
 
 class FilesystemTier(SecondaryTier):
@@ -157,7 +157,11 @@ class FilesystemTier(SecondaryTier):
             ) from error
         self._index = Index()
         state_file = _state_file(parameters)
-        self._state_lock = _lock_state(state_file)
+        try:
+            self._state_lock = _lock_state(state_file)
+        except TierError:
+            self._places.close()
+            raise
         self._file = IndexFile(state_file)
         self._is_direct = parameters.direct != "off"
         self._buffers = local()
@@ -337,10 +341,11 @@ class FilesystemTier(SecondaryTier):
 
     def _without_direct_if_need_be(self, action: Callable[[], T]) -> T:
         """Do something again, and from now on, through the page cache where O_DIRECT is refused."""
+        was_direct = self._is_direct  # another thread may have found out meanwhile
         try:
             return action()
         except OSError as error:
-            if error.errno != errno.EINVAL or self._own.direct != "auto" or not self._is_direct:
+            if error.errno != errno.EINVAL or self._own.direct != "auto" or not was_direct:
                 raise
         self._is_direct = False
         logger.info("O_DIRECT does not work in %s; the page cache is used", self._own.root)
