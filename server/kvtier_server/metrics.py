@@ -250,9 +250,7 @@ def _lower_tiers(snapshot: StatsSnapshot) -> Iterator[Metric]:
     refused: dict[tuple[str, ...], float] = {
         (tier.name, reason): count for tier in tiers for reason, count in tier.refused.items()
     }
-    yield _counter(
-        "tier_refused", "Chunks that a tier did not take, by its limit.", ("tier", "reason"), refused
-    )
+    yield _counter("tier_refused", "Chunks that a tier's limit kept out.", ("tier", "reason"), refused)
     failed: dict[tuple[str, ...], float] = {
         (tier.name,): tier.cascades.get("failed", 0) + tier.promotions.get("failed", 0) for tier in tiers
     }

@@ -115,6 +115,13 @@ def tier(daemon: DaemonProcess, name: str) -> admin_pb2.TierStatus:
     return found
 
 
+def metric(daemon: DaemonProcess, name: str, tier_name: str, label: str = "") -> float:
+    """Sum the samples of a metric of one tier."""
+    lines = [line for line in daemon.page("/metrics")[1].splitlines() if line.startswith(f"{name}{{")]
+    assert lines, f"there is no {name}"
+    return sum(float(line.split()[-1]) for line in lines if f'tier="{tier_name}"' in line and label in line)
+
+
 def wait_for_chunks(daemon: DaemonProcess, name: str, count: int) -> None:
     wait_until(lambda: tier(daemon, name).chunks >= count, "what is stored goes down")
 
@@ -135,6 +142,14 @@ def test_a_working_set_four_times_the_pool_is_served_from_below(
             assert own.load(prompt, f"load-{number}") == BATCH, number
         assert tier(daemon, "primary").chunks <= POOL_CHUNKS
         assert tier(daemon, name).health == "ok"
+        wait_until(
+            lambda: metric(daemon, "kvtier_promotions_total", name, 'result="done"') > 0, "it is counted"
+        )
+        assert metric(daemon, "kvtier_cascade_bytes_total", name) >= len(keys) * PART_BYTES
+        assert metric(daemon, "kvtier_promotion_bytes_total", name) > 0
+        assert metric(daemon, "kvtier_promotion_duration_seconds_count", name) > 0
+        assert metric(daemon, "kvtier_tier_healthy", name) == 1
+        assert metric(daemon, "kvtier_backpressure_dropped_total", name) == 0
 
 
 def test_chunks_on_disk_outlive_the_daemon_and_its_pool(

@@ -133,7 +133,7 @@ ROOMS = (
     ),
     Room(
         "server/kvtier_server/policies",
-        ours=("kvtier_server.policies", *PURE_OPS),
+        ours=("kvtier_server.policies", "kvtier_server.out_of_tree", *PURE_OPS),
         never=IMPURE,
         why="a policy is pure and knows only policies",
     ),
@@ -145,7 +145,12 @@ ROOMS = (
     ),
     Room(
         "server/kvtier_server/secondary",
-        ours=("kvtier_ops", "kvtier_server.secondary", "kvtier_server.config_values"),
+        ours=(
+            "kvtier_ops",
+            "kvtier_server.secondary",
+            "kvtier_server.config_values",
+            "kvtier_server.out_of_tree",
+        ),
         libraries=DAEMON_LIBRARIES,
         why="a tier gets what it needs from the factory and knows nothing above it",
     ),

@@ -6,10 +6,9 @@ class was refused. Owns no policy.
 
 from __future__ import annotations
 
-import inspect
 from difflib import get_close_matches
-from importlib import import_module
 
+from kvtier_server.out_of_tree import NotUsable, describe, load_class
 from kvtier_server.policies.arc import ArcPolicy
 from kvtier_server.policies.base import CachePolicy
 from kvtier_server.policies.lru import LruPolicy
@@ -43,30 +42,15 @@ def make_policy(name_or_path: str, capacity: int) -> CachePolicy:
         return policy_class(capacity)
     except Exception as error:  # code that is not ours may raise anything
         raise PolicyLoadError(
-            f"policy {name_or_path!r} could not be made with capacity={capacity}: {_describe(error)}"
+            f"policy {name_or_path!r} could not be made with capacity={capacity}: {describe(error)}"
         ) from error
 
 
 def _load_out_of_tree(path: str, module_name: str, class_name: str) -> type[CachePolicy]:
     try:
-        module = import_module(module_name)
-    except Exception as error:  # code that is not ours may raise anything
-        raise PolicyLoadError(
-            f"policy {path!r}: importing {module_name!r} failed: {_describe(error)}; "
-            f"is its package installed in the daemon's environment? {_choices()}"
-        ) from error
-    found: object = getattr(module, class_name, None)
-    if found is None:
-        raise PolicyLoadError(f"policy {path!r}: {module_name!r} has no {class_name!r}; {_choices()}")
-    if not inspect.isclass(found) or not issubclass(found, CachePolicy):
-        raise PolicyLoadError(
-            f"policy {path!r}: {class_name!r} is not a CachePolicy; "
-            f"derive the class from {CachePolicy.__module__}.CachePolicy"
-        )
-    missing = sorted(getattr(found, "__abstractmethods__", ()))
-    if missing:
-        raise PolicyLoadError(f"policy {path!r}: {class_name!r} does not implement {', '.join(missing)}")
-    return found
+        return load_class(module_name, class_name, CachePolicy)  # type: ignore[type-abstract]
+    except NotUsable as error:
+        raise PolicyLoadError(f"policy {path!r}: {error}; {_choices()}") from error
 
 
 def _choices() -> str:
@@ -76,7 +60,3 @@ def _choices() -> str:
 def _did_you_mean(name: str) -> str:
     close = get_close_matches(name.lower(), BUILTIN_POLICIES, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -146,7 +146,8 @@ class Removal:
 class TierStats:
     """What a tier says of itself. `capacity_bytes` 0 = no bound of its own.
 
-    `counts`: chunks that a limit of the tier kept out, by reason, for the metrics; `problem` is "" for a tier in order, else one line for people.
+    `counts`: chunks that a limit of the tier kept out, by reason, for the metrics. `problem`: "" for a tier
+    in order, else one line for people.
     """
 
     capacity_bytes: int

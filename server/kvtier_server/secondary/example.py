@@ -1,7 +1,8 @@
 """A tier in the daemon's own memory: the template for a tier of your own.
 
 It is real - it stores, loads, verifies, evicts and tells - and as short as one can be. The README walks
-through it. What a tier has to decide is here; threads, queues, deadlines and backpressure are `TierWorkers`.
+through it. What a tier has to decide is here; threads, queues, deadlines and backpressure are `TierWorkers`,
+to which `WorkedTier` hands the jobs.
 
     [[tiers]]
     type = "example"
@@ -21,20 +22,17 @@ from kvtier_ops.namespace import SpaceName
 from kvtier_server.config_values import Bytes
 from kvtier_server.secondary.base import (
     JobKind,
-    JobResult,
     Locality,
     Medium,
     OffloadingSpec,
     Outcome,
     Presence,
     Removal,
-    SecondaryTier,
     TierChunk,
-    TierJob,
     TierStats,
 )
 from kvtier_server.secondary.parameters import TierParameters
-from kvtier_server.secondary.workers import ChunkResult, TierWorkers
+from kvtier_server.secondary.workers import ChunkResult, TierWorkers, WorkedTier
 
 DEADLINE_S = 10.0
 MAX_QUEUED_BYTES = 1 << 30
@@ -56,7 +54,7 @@ class ExampleParameters(TierParameters):
     """Bytes of chunks, beside the pool."""
 
 
-class ExampleTier(SecondaryTier):
+class ExampleTier(WorkedTier):
     """Keeps the chunks that were used last, up to `capacity` bytes."""
 
     medium = Medium.CPU
@@ -94,15 +92,6 @@ class ExampleTier(SecondaryTier):
         with self._lock:
             return [Presence.YES if (space, key) in self._stored else Presence.NO for key in keys]
 
-    def submit_store(self, job: TierJob) -> bool:
-        return self._workers.submit(job)
-
-    def submit_load(self, job: TierJob) -> bool:
-        return self._workers.submit(job)
-
-    def get_finished(self) -> Sequence[JobResult]:
-        return self._workers.get_finished()
-
     def get_removed(self) -> Sequence[Removal]:
         with self._lock:
             removed, self._removed = self._removed, []
@@ -118,9 +107,6 @@ class ExampleTier(SecondaryTier):
         with self._lock:
             for name in [name for name in self._stored if space is None or name[0] == space]:
                 self._remove(name, "clear")
-
-    def has_work(self) -> bool:
-        return self._workers.has_work
 
     def stats(self) -> TierStats:
         with self._lock:

@@ -6,11 +6,10 @@ a type was refused. Owns no tier.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from importlib import import_module
 
+from kvtier_server.out_of_tree import NotUsable, describe, load_class
 from kvtier_server.secondary.base import OffloadingSpec, SecondaryTier, TierError
 from kvtier_server.secondary.parameters import TierParameters, read_parameters
 
@@ -67,38 +66,19 @@ class TierFactory:
         except TierError:
             raise
         except Exception as error:  # code that is not ours may raise anything
-            raise TierError(f"tier {tier_type!r} could not be made: {_describe(error)}") from error
+            raise TierError(f"tier {tier_type!r} could not be made: {describe(error)}") from error
 
     def _load(self, tier_type: str, module_path: str, class_name: str) -> type[SecondaryTier]:
         try:
-            module = import_module(module_path)
-        except Exception as error:  # code that is not ours may raise anything
-            raise TierError(
-                f"tier {tier_type!r}: importing {module_path!r} failed: {_describe(error)}; is its package "
-                f"installed in the daemon's environment? {self._choices()}"
-            ) from error
-        found: object = getattr(module, class_name, None)
-        if found is None:
-            raise TierError(f"tier {tier_type!r}: {module_path!r} has no {class_name!r}; {self._choices()}")
-        if not inspect.isclass(found) or not issubclass(found, SecondaryTier):
-            raise TierError(
-                f"tier {tier_type!r}: {class_name!r} is not a SecondaryTier; derive the class from "
-                f"{SecondaryTier.__module__}.SecondaryTier"
-            )
-        missing = sorted(getattr(found, "__abstractmethods__", ()))
-        if missing:
-            raise TierError(f"tier {tier_type!r}: {class_name!r} does not implement {', '.join(missing)}")
-        return found
+            return load_class(module_path, class_name, SecondaryTier)  # type: ignore[type-abstract]
+        except NotUsable as error:
+            raise TierError(f"tier {tier_type!r}: {error}; {self._choices()}") from error
 
     def _choices(self) -> str:
         return (
             f"types are {', '.join(self.types)}; for a class of your own write its name as type and its "
             "module as module_path"
         )
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 BUILTIN_TIERS = TierFactory()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread, current_thread
 
 from kvtier_server.secondary.backpressure import Backpressure
-from kvtier_server.secondary.base import JobKind, JobResult, Outcome, TierChunk, TierJob
+from kvtier_server.secondary.base import JobKind, JobResult, Outcome, SecondaryTier, TierChunk, TierJob
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,24 @@ class _Running:
 
 
 _Task = tuple[_Running, int]
+
+
+class WorkedTier(SecondaryTier):
+    """A tier whose jobs all go to its `_workers`."""
+
+    _workers: TierWorkers
+
+    def submit_store(self, job: TierJob) -> bool:
+        return self._workers.submit(job)
+
+    def submit_load(self, job: TierJob) -> bool:
+        return self._workers.submit(job)
+
+    def get_finished(self) -> Sequence[JobResult]:
+        return self._workers.get_finished()
+
+    def has_work(self) -> bool:
+        return self._workers.has_work
 
 
 class TierWorkers:

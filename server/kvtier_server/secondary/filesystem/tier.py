@@ -41,14 +41,12 @@ from kvtier_ops.namespace import SpaceName
 from kvtier_server.config_values import Bytes, BytesOrNone, Count, Nanoseconds, Share
 from kvtier_server.secondary.base import (
     JobKind,
-    JobResult,
     Locality,
     Medium,
     OffloadingSpec,
     Outcome,
     Presence,
     Removal,
-    SecondaryTier,
     TierChunk,
     TierError,
     TierJob,
@@ -69,7 +67,7 @@ from kvtier_server.secondary.filesystem.disk import Disk
 from kvtier_server.secondary.filesystem.index import Index, IndexFile, Name
 from kvtier_server.secondary.filesystem.places import SUFFIX, TEMPORARY, Places, file_name, key_of
 from kvtier_server.secondary.parameters import TierParameters
-from kvtier_server.secondary.workers import ChunkResult, TierWorkers
+from kvtier_server.secondary.workers import ChunkResult, TierWorkers, WorkedTier
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -125,10 +123,10 @@ class FilesystemParameters(TierParameters):
     min_offers: Annotated[Count, Field(le=255)] = 1
     """Store a chunk when it is offered for this many times."""
     state_directory: str = ""
-    """Local directory of the index, one for each daemon; default: kvtier in $XDG_STATE_HOME, ~/.local/state."""
+    """Local directory of the index, one for each daemon; default: kvtier in $XDG_STATE_HOME."""
 
 
-class FilesystemTier(SecondaryTier):
+class FilesystemTier(WorkedTier):
     """Chunks as files. See the module's first lines."""
 
     medium = Medium.STORAGE
@@ -196,17 +194,8 @@ class FilesystemTier(SecondaryTier):
         otherwise = Presence.UNKNOWN if self.is_shared else Presence.NO
         return [Presence.YES if known else otherwise for known in self._index.knows(space, keys)]
 
-    def submit_store(self, job: TierJob) -> bool:
-        return self._workers.submit(job)
-
-    def submit_load(self, job: TierJob) -> bool:
-        return self._workers.submit(job)
-
     def submit_probe(self, job: TierJob) -> bool:
         return self._workers.submit(job)
-
-    def get_finished(self) -> Sequence[JobResult]:
-        return self._workers.get_finished()
 
     def get_removed(self) -> Sequence[Removal]:
         if not self._removed:
@@ -222,9 +211,6 @@ class FilesystemTier(SecondaryTier):
         with self._changed:
             self._clearing.append(space)
             self._changed.notify_all()
-
-    def has_work(self) -> bool:
-        return self._workers.has_work
 
     def stats(self) -> TierStats:
         with self._lock:
