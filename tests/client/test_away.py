@@ -181,12 +181,8 @@ def test_three_missed_deadlines_open_the_breaker_and_only_an_answered_probe_clos
         client.close()
 
 
-def give_up_when_overdue(lookup: PendingLookup) -> None:
-    wait_until(lambda: lookup.age_s >= 0.1, "the lookup is overdue")
-    lookup.cancel()
-
-
-def test_lookups_that_the_engine_gives_up_at_their_deadline_open_the_breaker_too(directory: Path) -> None:
+def stall_lookups(peer: Peer) -> threading.Event:
+    """Have the peer answer no lookup until the event is set."""
     go_on = threading.Event()
 
     def stall(request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
@@ -195,8 +191,18 @@ def test_lookups_that_the_engine_gives_up_at_their_deadline_open_the_breaker_too
             boot_id=peer.boot_id, statuses=bytes([pb.LOOKUP_STATUS_MISS]) * len(request.keys)
         )
 
+    peer.scripts["Lookup"] = stall
+    return go_on
+
+
+def give_up_when_overdue(lookup: PendingLookup) -> None:
+    wait_until(lambda: lookup.age_s >= 0.1, "the lookup is overdue")
+    lookup.cancel()
+
+
+def test_lookups_that_the_engine_gives_up_at_their_deadline_open_the_breaker_too(directory: Path) -> None:
     with Peer(directory / "s", directory / "pool") as peer:
-        peer.scripts["Lookup"] = stall
+        go_on = stall_lookups(peer)
         client = make_client(peer.address, options=ClientOptions(lookup_deadline_ms=100))
         client.start()
         assert client.wait_attached(LONG_S)
@@ -250,16 +256,8 @@ def peer_process(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_deadline_shorter_than_the_usual_one_does_not_open_the_breaker(directory: Path) -> None:
-    go_on = threading.Event()
-
-    def stall(request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
-        go_on.wait(LONG_S)
-        return pb.LookupResponse(
-            boot_id=peer.boot_id, statuses=bytes([pb.LOOKUP_STATUS_MISS]) * len(request.keys)
-        )
-
     with Peer(directory / "s", directory / "pool") as peer:
-        peer.scripts["Lookup"] = stall
+        go_on = stall_lookups(peer)
         client = make_client(peer.address)
         client.start()
         assert client.wait_attached(LONG_S)
