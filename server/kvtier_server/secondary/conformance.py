@@ -6,7 +6,7 @@
         def make_tier(self, spec, pool, on_finished):
             return MyTier(spec, pool, "MyTier", on_finished, MyTier.Parameters())
 
-pytest collects the inherited tests; each gets a new tier and shuts it down. The tier must have room for 16
+pytest collects the inherited tests; each gets a new tier and shuts it down. The tier must have room for 8
 chunks of 12 KiB. Owns no tier and imports no test library.
 """
 

@@ -22,7 +22,7 @@ class TestExampleTier(InMemory, TierConformance):
     """The contract."""
 
 
-class TestSmallExampleTier(InMemory):
+class TestSmallExampleTier(InMemory, TierConformance):
     capacity = 8 * chunk_bytes()
 
     def test_the_chunk_used_longest_ago_makes_room(self) -> None:
