@@ -123,7 +123,9 @@ class Gate:
                 self.changed.notify_all()
         if opened:
             self._stats.add("breaker_opens")
-            logger.warning("the daemon does not answer in time; the engine goes on without it until it does")
+            logger.warning(
+                "the daemon does not answer %s in time; the engine goes on without it until it does", call
+            )
 
     def install(self, link: Link) -> None:
         """Let calls through to a new session."""

@@ -25,12 +25,16 @@ START_S = 240.0
 COMMAND_S = 240.0
 BLOCK_TOKENS = 32
 
-PATIENCE_MS = 1000
+PATIENCE_MS = 5000
 """The `lookup_deadline_ms` of tests about what is stored and loaded: every process of a vLLM for CPUs spins,
 and where two engines share two cores the daemon waits for its turn. Tests of a daemon that does not answer
 use the default, as users do."""
 
 DEFAULT_DEADLINE_MS = 50
+
+TWO_RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|0"}}
+"""Both ranks on one CPU: they yield in a loop where they wait for each other, and with one on each of two
+CPUs Linux gives every other process of the machine, the daemon too, no turn for seconds."""
 
 
 def kvtier(address: str, *, lookup_deadline_ms: float = PATIENCE_MS, **extra_config: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.conftest import StartDaemon
 from tests.vllm.conftest import skip_before
-from tests.vllm.engine_process import EngineProcess, kvtier, plain, plain_kvtier
+from tests.vllm.engine_process import TWO_RANKS, EngineProcess, kvtier, plain, plain_kvtier
 from tests.vllm.workload import Answers, chat
 
 CHUNK_BYTES = 32 * 2 * 2 * 64 * 4 * 4  # tokens, K and V, kv heads, head size, fp32, layers
@@ -84,11 +84,10 @@ def test_the_plain_offloading_connector_works_too(
 def test_output_is_identical_on_two_tensor_parallel_ranks(
     tiny_model: Path, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
-    two_ranks: dict[str, Any] = {"tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
-    with EngineProcess(tiny_model, tmp_path, kv_transfer=None, **two_ranks) as engine:
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=None, **TWO_RANKS) as engine:
         without = chat(engine)
     daemon = start_daemon(pool_bytes=POOL_CHUNKS * CHUNK_BYTES)
-    with EngineProcess(tiny_model, tmp_path, kv_transfer=kvtier(daemon.address), **two_ranks) as engine:
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=kvtier(daemon.address), **TWO_RANKS) as engine:
         assert chat(engine).tokens == without.tokens
         assert engine.external_hits() > 0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.conftest import StartDaemon
 from tests.daemon_process import DaemonProcess
-from tests.vllm.engine_process import EngineProcess, kvtier
+from tests.vllm.engine_process import TWO_RANKS, EngineProcess, kvtier
 from tests.vllm.workload import Answers, chat, prompt
 
 POOL = "64MiB"
@@ -43,12 +43,11 @@ def test_models_dtypes_and_parallel_sizes_never_cross(
     tiny_model: Path, other_model: Path, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     daemon = start_daemon(pool_bytes=POOL)
-    two_ranks: dict[str, Any] = {"tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
 
     assert finds(tiny_model, daemon, tmp_path) == 0
     assert finds(other_model, daemon, tmp_path) == 0
     assert finds(tiny_model, daemon, tmp_path, dtype="bfloat16") == 0
-    assert finds(tiny_model, daemon, tmp_path, **two_ranks) == 0
+    assert finds(tiny_model, daemon, tmp_path, **TWO_RANKS) == 0
     assert finds(tiny_model, daemon, tmp_path, {"blocks_per_chunk": 2}) == 0
     assert finds(tiny_model, daemon, tmp_path) > 500
 
