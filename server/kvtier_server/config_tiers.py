@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from kvtier_server.config_values import Bytes, Nanoseconds
+from kvtier_server.config_values import Bytes, Count, Nanoseconds, Share
 from kvtier_server.secondary.base import TierError
 from kvtier_server.secondary.factory import BUILTIN_TIERS
 from kvtier_server.secondary.parameters import ParameterErrors, TierParameters
@@ -25,6 +25,9 @@ MAX_TIERS = 8
 """Below the pool; each miss asks them all."""
 
 MAX_NAME_CHARS = 32
+
+ONLY_WITH = {"min_uses": "used", "clean_share": "cold"}
+"""Keys that say more about one kind of cascade."""
 
 
 def _check_tier_name(name: str) -> str:
@@ -46,8 +49,13 @@ class TierConfig(BaseModel):
     """The module of a tier that is not built in."""
     name: Annotated[str, AfterValidator(_check_tier_name)]
     """In status, metrics and events. Default: the type."""
-    cascade: Literal["published", "never"] = "published"
-    """When chunks go down: at once when they are published, or never (read only)."""
+    cascade: Literal["published", "used", "cold", "never"] = "published"
+    """When chunks go down: at once when they are published, after `min_uses` uses, before they are evicted,
+    or never (read only)."""
+    min_uses: Annotated[Count, Field(le=255)] = 1
+    """With cascade = "used": so many requests must have used a chunk after it was stored."""
+    clean_share: Annotated[Share, Field(le=0.5)] = 0.125
+    """With cascade = "cold": so much of the pool is free or has a copy below, for the stores to come."""
     max_queued: Bytes = 1 << 30
     """Chunks that wait to go down, without holding their slots; what comes beyond it is dropped."""
     max_running: Bytes = 64 << 20
@@ -104,6 +112,9 @@ def _read(index: int, table: object, problems: list[TierProblem]) -> Iterator[Ti
             problem = str(detail["msg"]).removeprefix("Value error, ")
             problems.append(TierProblem(f"{where}.{detail['loc'][0]}", problem))
         return
+    for key, when in ONLY_WITH.items():
+        if key in common and config.cascade != when:
+            problems.append(TierProblem(f"{where}.{key}", f'does nothing without cascade = "{when}"'))
     try:
         parameters = BUILTIN_TIERS.parameters(config.type, own, config.module_path)
     except TierError as error:

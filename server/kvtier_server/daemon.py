@@ -197,9 +197,11 @@ class Daemon:
             rules = TierRules(
                 common.name,
                 CascadeWhen(common.cascade),
-                common.max_queued,
-                common.max_running,
-                common.probe_wait,
+                max_queued_bytes=common.max_queued,
+                max_running_bytes=common.max_running,
+                min_uses=common.min_uses,
+                clean_share=common.clean_share,
+                probe_wait_ns=common.probe_wait,
             )
             made.append((tier, rules))
         return made

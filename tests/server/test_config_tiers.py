@@ -92,7 +92,11 @@ def test_a_class_from_elsewhere_is_named_by_its_module(
         ('type = "example"\ncapacity = "lots"', "tiers[0].capacity", "'lots' is not a size"),
         ('type = "example"\nname = "primary"', "tiers[0].name", "is the pool's"),
         ('type = "example"\nname = "a/b"', "tiers[0].name", "is not a name"),
-        ('type = "example"\ncascade = "sometimes"', "tiers[0].cascade", "'published' or 'never'"),
+        (
+            'type = "example"\ncascade = "sometimes"',
+            "tiers[0].cascade",
+            "'published', 'used', 'cold' or 'never'",
+        ),
         ('type = "filesystem"\ncapacity = "1GiB"', "tiers[0].root", "is missing"),
         ('type = "filesystem"\ncapacity = "1GiB"\nroot = "here"', "tiers[0].root", "is not an absolute path"),
     ],

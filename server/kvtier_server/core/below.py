@@ -4,13 +4,14 @@ Owns cascades and promotions: what is queued, what is pinned or reserved for I/O
 order of the tiers is the order in which they are asked. Does no I/O: it gives jobs to tiers and hears of
 their ends in `collect`. Who waits for a promotion is in the books, as for an unfinished store.
 
-    published ──> queued ──> pinned, written by the tier ──> unpinned, held below
+    published, used or cold ──> queued ──> pinned, written by the tier ──> unpinned, held below
     missing   ──> slot reserved, [probed,] read by the tier ──> published, pinned for whoever waits
                                    └─ missing, corrupt, failed: the next tier that may have it, else MISS
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from functools import partial
 from itertools import count
 
 from kvtier_ops.layout import slot_offset
-from kvtier_ops.namespace import SpaceName
 from kvtier_server.core.books import Books
 from kvtier_server.core.requests import Request
 from kvtier_server.policies.base import ChunkId
@@ -56,12 +56,22 @@ SLICE_CHUNKS = 256
 MAX_UNTOLD_USES = 65_536
 """Keys whose uses the tiers have not been told of. Beyond it the oldest are forgotten: only order suffers."""
 
+MAX_COLD_CHUNKS = 4_096
+"""Of one size class: as far as a look at what would be evicted goes, about a millisecond."""
+
+COLD_STEPS = 16
+"""How often that look is taken while as many chunks are stored as it covers."""
+
 
 class CascadeWhen(StrEnum):
     """When a chunk goes down."""
 
     PUBLISHED = "published"
     """At once: every chunk is below before it can be evicted, if the tier keeps up."""
+    USED = "used"
+    """After `min_uses` uses: what nobody asks for again is not worth the writing."""
+    COLD = "cold"
+    """Before it is evicted: of the chunks that go next, `clean_share` of the pool's slots, all are below."""
     NEVER = "never"
     """The tier is read only."""
 
@@ -76,6 +86,10 @@ class TierRules:
     """Chunks that wait to go down, without holding their slots; what comes beyond it is dropped."""
     max_running_bytes: int = 64 << 20
     """Chunks that are being written, and so cannot be evicted."""
+    min_uses: int = 1
+    """Of USED: requests that used a chunk after it was stored."""
+    clean_share: float = 0.125
+    """Of COLD: so much of a size class is free or has a copy below, for stores to take without a loss."""
     probe_wait_ns: int = 20_000_000
     """How long a request waits to hear whether a chunk is there; if it is, the load has its own time."""
 
@@ -122,10 +136,11 @@ class _Promotion:
     """
 
     space: KeySpace
+    request: Request
+    """The first one that asked for it."""
     key: bytes
     size_class: SizeClass
     shape: ChunkShape
-    stamp: int | None
     below: LowerTier
     began_ns: int
     slot_id: int | None = None
@@ -163,8 +178,14 @@ class Below:
         self._promoting_bytes = 0
         self._probing: dict[tuple[KeySpace, bytes], _Promotion] = {}
         """Those of them that somebody waits to hear of."""
-        self._uses: deque[tuple[SpaceName, Sequence[bytes]]] = deque()
+        self._uses: deque[tuple[KeySpace, Request, Sequence[bytes]]] = deque()
         self._num_uses = 0
+        self._cold_tiers = [below for below in self.tiers if below.rules.cascade is CascadeWhen.COLD]
+        self._num_published: Counter[SizeClass] = Counter()
+        """Since a look was taken at what would be evicted."""
+        self._look_after: dict[SizeClass, int] = {}
+        """How many it may become; 1 where none was taken yet."""
+        self._to_look_at: set[SizeClass] = set()
         self.promotion_times: deque[tuple[str, float]] = deque(maxlen=MAX_TIMES)
         """(tier, seconds from the lookup to the pool), until the metrics take them."""
 
@@ -174,19 +195,56 @@ class Below:
         """Queue a chunk for every tier that is to have it and does not."""
         if held_by is not None:
             chunk.below |= held_by.bit
+        else:
+            chunk.counted = chunk.user
         for below in self.tiers:
-            if below.rules.cascade is not CascadeWhen.PUBLISHED or chunk.below & below.bit:
-                continue
-            num_bytes = chunk.size_class.slot_bytes
-            if below.waiting_bytes + num_bytes > below.rules.max_queued_bytes:
-                below.counts["dropped:queue_full"] += 1
-                continue
-            below.waiting.append(chunk)
-            below.waiting_bytes += num_bytes
+            if below.rules.cascade is CascadeWhen.PUBLISHED:
+                self._offer(below, chunk)
+        if self._cold_tiers:
+            size_class = chunk.size_class
+            self._num_published[size_class] += 1
+            if self._num_published[size_class] >= self._look_after.get(size_class, 1):
+                self._to_look_at.add(size_class)
+
+    def _offer(self, below: LowerTier, chunk: Chunk) -> bool:
+        """Queue a chunk for a tier that has not had it yet; False if the queue is full."""
+        if (chunk.below | chunk.offered) & below.bit:
+            return True
+        num_bytes = chunk.size_class.slot_bytes
+        if below.waiting_bytes + num_bytes > below.rules.max_queued_bytes:
+            below.counts["dropped:queue_full"] += 1
+            return False
+        chunk.offered |= below.bit
+        below.waiting.append(chunk)
+        below.waiting_bytes += num_bytes
+        return True
+
+    def _offer_cold(self) -> None:
+        """Look at what stores would evict next, and queue what is not below yet."""
+        while self._to_look_at:
+            size_class = self._to_look_at.pop()
+            num_slots = size_class.num_slots + self._books.primary.slabs.growable_slots(size_class)
+            num_free = num_slots - size_class.num_published - size_class.num_reserved
+            clean = [
+                min(math.ceil(t.rules.clean_share * num_slots), MAX_COLD_CHUNKS) for t in self._cold_tiers
+            ]
+            self._num_published[size_class] = 0
+            self._look_after[size_class] = max(1, max(clean) // COLD_STEPS)
+            if num_free >= max(clean):
+                continue  # stores find room without evicting anything
+            self._books.unpin_all()
+            self._books.primary.settle()
+            coldest = size_class.policy.coldest(max(clean) - num_free)
+            chunks = list(map(self._books.primary.chunk, coldest))
+            for below, num_clean in zip(self._cold_tiers, clean, strict=True):
+                for chunk in chunks[: max(num_clean - num_free, 0)]:
+                    if not self._offer(below, chunk):
+                        break
 
     def pump(self) -> bool:
         """Hand the tiers what they may take now, a slice of it; True if more could go at once."""
         left = SLICE_CHUNKS - self._tell_uses(SLICE_CHUNKS)
+        self._offer_cold()
         for below in self.tiers:
             while below.waiting and left > 0:
                 chunks, looked_at = self._next_batch(below, left)
@@ -231,6 +289,7 @@ class Below:
         shape = self._shape_of(chunk.space, chunk.key)
         if shape is None:
             below.counts["dropped:unknown_shape"] += 1
+            chunk.offered &= ~below.bit
             return None
         return TierChunk(
             chunk.space.name,
@@ -240,6 +299,7 @@ class Below:
             shape.num_parts,
             slot_offset(chunk.slot_id),
             self._books.primary.checksums(chunk.slot_id, shape.num_parts),
+            chunk.stamp,
         )
 
     def _submit_store(self, below: LowerTier, batch: Sequence[tuple[Chunk, TierChunk]]) -> bool:
@@ -250,6 +310,7 @@ class Below:
         self._books.primary.pin(chunks)
         if not below.tier.submit_store(job):
             self._books.primary.unpin(chunks)
+            self._may_offer_again(below, chunks)
             below.counts["dropped:refused"] += len(chunks)
             return False
         below.running_bytes += num_bytes
@@ -266,12 +327,20 @@ class Below:
                 below.counts["cascade_bytes"] += chunk.size_class.slot_bytes
                 chunk.below |= below.bit
                 stored.setdefault(chunk.space, []).append(chunk.key)
+            elif outcome is Outcome.FAILED:
+                self._may_offer_again(below, [chunk])
             elif outcome is Outcome.CORRUPT and not chunk.dropped:
                 self._books.counts["checksum:corrupt"] += 1
                 self._books.primary.condemn(chunk, owner=DAEMON)
         for space, keys in stored.items():
             self._books.events.record("stored", space.name, "cascade", keys, below.rules.name)
         self._books.primary.unpin(cascade.chunks)
+
+    @staticmethod
+    def _may_offer_again(below: LowerTier, chunks: Sequence[Chunk]) -> None:
+        """Note that a tier has not had its say: a later use, or a look at what is cold, offers them again."""
+        for chunk in chunks:
+            chunk.offered &= ~below.bit
 
     # Up
 
@@ -315,7 +384,7 @@ class Below:
             shape = self._shape_of(space, key)
             if shape is None:
                 continue
-            promotion = _Promotion(space, key, size_class, shape, request.stamp_of(key), below, now_ns)
+            promotion = _Promotion(space, request, key, size_class, shape, below, now_ns)
             space.writers[key] = space.writers.get(key, 0) + 1
             self._promotions[space, key] = promotion
             begun.append(promotion)
@@ -402,7 +471,7 @@ class Below:
         )
 
     def _loaded(self, batch: _Batch, job: JobResult, now_ns: int) -> None:
-        arrived: dict[KeySpace, list[bytes]] = {}
+        arrived: dict[tuple[KeySpace, Request], list[bytes]] = {}
         found: list[_Promotion] = []
         for index, (promotion, outcome) in enumerate(zip(batch.promotions, job.outcomes, strict=True)):
             if promotion.given_up:
@@ -422,9 +491,10 @@ class Below:
             batch.below.counts["promotion_bytes"] += promotion.size_class.slot_bytes
             self.promotion_times.append((batch.below.rules.name, (now_ns - promotion.began_ns) / 1e9))
             if self._arrived(promotion, job.checksums[index]):
-                arrived.setdefault(promotion.space, []).append(promotion.key)
-        for space, keys in arrived.items():
+                arrived.setdefault((promotion.space, promotion.request), []).append(promotion.key)
+        for (space, request), keys in arrived.items():
             self._books.events.record("stored", space.name, "promotion", keys)
+            self.used(space, request, keys)
         for some in _batches(self._with_slots(found, None)):
             self._submit_batch(batch.below, some, JobKind.LOAD)
 
@@ -437,7 +507,9 @@ class Below:
         if key in space.chunks:
             primary.free_reserved(promotion.size_class, [promotion.slot_id])
             return False
-        stamp = primary.issue_stamps(1) if promotion.stamp is None else promotion.stamp
+        stamp = promotion.request.stamp_of(key)
+        if stamp is None:
+            stamp = primary.issue_stamps(1)
         chunk = primary.publish(
             space,
             key,
@@ -506,29 +578,46 @@ class Below:
         below.counts[f"removed:{removal.reason}"] += len(removal.keys)
         self._books.events.record("removed", removal.space, removal.reason, removal.keys, below.rules.name)
 
-    def used(self, space: KeySpace, keys: Sequence[bytes]) -> None:
-        """Note uses of chunks, also of those that the pool has; the tiers hear of them when there is time."""
+    def used(self, space: KeySpace, request: Request, keys: Sequence[bytes]) -> None:
+        """Note a request's uses of chunks, also of those that the pool has.
+
+        The tiers hear of them when there is time.
+        """
         if not self.tiers or not keys:
             return
-        self._uses.append((space.name, keys))
+        self._uses.append((space, request, keys))
         self._num_uses += len(keys)
         while self._num_uses > MAX_UNTOLD_USES:
-            self._num_uses -= len(self._uses.popleft()[1])
+            self._num_uses -= len(self._uses.popleft()[2])
 
     def _tell_uses(self, max_keys: int) -> int:
         """Tell the tiers of about `max_keys` uses; how many were told."""
         told = 0
         while self._uses and told < max_keys:
-            space, keys = self._uses.popleft()
-            # From the end: the head of a prompt is to be the one used last.
-            piece, rest = keys[told - max_keys :], keys[: told - max_keys]
+            space, request, keys = self._uses.popleft()
+            piece, rest = keys[: max_keys - told], keys[max_keys - told :]
             if rest:
-                self._uses.appendleft((space, rest))
-            for below in self.tiers:
-                below.tier.touch(space, piece)
+                self._uses.appendleft((space, request, rest))
             told += len(piece)
+            self._count_uses(space, request, piece)
+            stamped = [(key, stamp) for key in piece if (stamp := request.stamp_of(key)) is not None]
+            if stamped:
+                for below in self.tiers:
+                    below.tier.touch(space.name, *zip(*stamped, strict=True))
         self._num_uses -= told
         return told
+
+    def _count_uses(self, space: KeySpace, request: Request, keys: Sequence[bytes]) -> None:
+        """Queue chunks that have been used often enough by now."""
+        for key in keys:
+            chunk = space.chunks.get(key)
+            if chunk is None or chunk.counted is request:
+                continue
+            chunk.counted = request
+            chunk.uses += 1
+            for below in self.tiers:
+                if below.rules.cascade is CascadeWhen.USED and chunk.uses >= below.rules.min_uses:
+                    self._offer(below, chunk)
 
     @property
     def probes_end_ns(self) -> int | None:
@@ -548,7 +637,7 @@ class Below:
     @property
     def is_behind(self) -> bool:
         """Whether `pump` may have something to hand out."""
-        return bool(self._uses) or any(below.waiting for below in self.tiers)
+        return bool(self._uses or self._to_look_at) or any(below.waiting for below in self.tiers)
 
     @property
     def has_work(self) -> bool:

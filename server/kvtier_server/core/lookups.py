@@ -94,7 +94,7 @@ class Lookups:
         self._books.note_use(instance, request, keys, found, ranges, wanted)
         if self._below.tiers:
             for first, end in wanted:
-                self._below.used(space, keys[first:end])
+                self._below.used(space, request, keys[first:end])
         return self._lease_runs(
             instance,
             request,
@@ -352,4 +352,4 @@ class Lookups:
         check_keys(keys, self._books.limits.max_keys)
         found = list(map(instance.space.chunks.get, keys))
         self._books.note_use(instance, request, keys, found, instance.namespace.split(keys))
-        self._below.used(instance.space, keys)
+        self._below.used(instance.space, request, keys)

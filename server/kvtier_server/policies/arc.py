@@ -111,6 +111,15 @@ class ArcPolicy(CachePolicy):
     def remove(self, chunk_id: ChunkId) -> None:
         (self._recent if chunk_id in self._recent.held else self._frequent).remove(chunk_id)
 
+    def coldest(self, count: int) -> list[ChunkId]:
+        # As `evict` would go now. Each store moves the border a little, and so the next call's answer.
+        surplus = min(max(0, self._recent_surplus()), count)
+        named = self._recent.coldest(surplus)
+        named += self._frequent.coldest(count - len(named))
+        if len(named) < count:
+            named += self._recent.coldest(surplus + count - len(named))[surplus:]
+        return named
+
     def coldest_stamp(self) -> int | None:
         first, second = self._recent, self._frequent
         if self._recent_surplus() <= 0:

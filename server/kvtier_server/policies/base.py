@@ -95,6 +95,14 @@ class CachePolicy(ABC):
     def remove(self, chunk_id: ChunkId) -> None:
         """Let go of a chunk, pinned or not, that was dropped rather than evicted: it leaves no trace."""
 
+    def coldest(self, count: int) -> list[ChunkId]:
+        """Name up to `count` evictable chunks that would go soon, about in the order of eviction.
+
+        They stay. What is named is copied to a lower tier in time; a wrong guess costs that copy, and of a
+        policy that guesses nothing a tier with `cascade = "cold"` gets nothing.
+        """
+        return []
+
     @abstractmethod
     def coldest_stamp(self) -> int | None:
         """Return the stamp of the next victim, to compare size classes; None if nothing is evictable."""

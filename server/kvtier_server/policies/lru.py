@@ -40,6 +40,9 @@ class LruPolicy(CachePolicy):
     def remove(self, chunk_id: ChunkId) -> None:
         self._chunks.remove(chunk_id)
 
+    def coldest(self, count: int) -> list[ChunkId]:
+        return self._chunks.coldest(count)
+
     def coldest_stamp(self) -> int | None:
         return self._chunks.coldest_stamp()
 

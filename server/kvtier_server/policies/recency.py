@@ -210,6 +210,16 @@ class RecencyList:
                 buckets[stamp >> _BUCKET_SHIFT][stamp] = chunk_id
         return victims
 
+    def coldest(self, count: int) -> list[ChunkId]:
+        """Name up to `count` evictable chunks, coldest first; they stay."""
+        named: list[ChunkId] = []
+        for number in sorted(self._buckets):
+            if len(named) >= count:
+                break
+            bucket = self._buckets[number]
+            named += [bucket[stamp] for stamp in sorted(bucket)[: count - len(named)]]
+        return named
+
     def coldest_stamp(self) -> int | None:
         """Return the stamp of the coldest evictable chunk."""
         number = self._buckets.coldest()

@@ -39,17 +39,21 @@ class KeySpace:
 class Chunk:
     """One resident chunk. `pins` counts leases that hold it; `user` is the request that used it last.
 
-    `below` has a bit for each lower tier that is known to hold it too, so that it can go first.
+    `below` has a bit for each lower tier that is known to hold it too, so that it can go first, and
+    `offered` one for each that is to get it, or has had its say. `uses` counts the requests that used it,
+    beside the one that stored it; `counted` is the last of them.
     `ordered` says whether the policy has it among the evictable ones; `tier.py` brings it in step with
     `pins` before anything is evicted. `dropped`: no longer filed, its slot waits for the last pin.
     """
 
     __slots__ = (
         "below",
+        "counted",
         "dropped",
         "generation",
         "id",
         "key",
+        "offered",
         "ordered",
         "pins",
         "size_class",
@@ -58,6 +62,7 @@ class Chunk:
         "space",
         "stamp",
         "user",
+        "uses",
     )
 
     def __init__(
@@ -80,6 +85,9 @@ class Chunk:
         self.stamp = stamp
         self.pins = 0
         self.below = 0
+        self.offered = 0
+        self.uses = 0
+        self.counted: object | None = None
         self.ordered = True
         self.dropped = False
         self.user: object | None = None

@@ -271,6 +271,11 @@ class PrimaryTier:
         size_class.num_quarantined -= len(slot_ids)
         self.slabs.add_free(size_class, slot_ids)
 
+    def chunk(self, chunk_id: ChunkId) -> Chunk:
+        """Return a resident chunk. Raises KeyError if there is none."""
+        space, key = self.spaces.of(chunk_id)
+        return space.chunks[key]
+
     def checksums(self, slot_id: int, num_parts: int) -> tuple[int, ...]:
         """Part checksums of a resident chunk; 0 = none was recorded."""
         return self._table.checksums(slot_id, num_parts)

@@ -91,7 +91,8 @@ class TierChunk:
 
     Only the bytes of its group move, never the rest of the slot. `checksums`: xxh3-64 of each part, 0 where
     none was recorded; empty in loads and probes. `geometry`: digest of the order and sizes of the tensors in
-    a part; equal keys of another geometry are other chunks.
+    a part; equal keys of another geometry are other chunks. `stamp`: of a store, when the chunk was used
+    last, as `SecondaryTier.touch` has it.
     """
 
     space: SpaceName
@@ -101,6 +102,7 @@ class TierChunk:
     num_parts: int
     offset: int = 0
     checksums: tuple[int, ...] = ()
+    stamp: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -217,8 +219,12 @@ class SecondaryTier(ABC):
         return ()
 
     # Not abstract on purpose: a tier without an order of eviction has nothing to note.
-    def touch(self, space: SpaceName, keys: Sequence[bytes]) -> None:  # noqa: B027
-        """Note that chunks are used, wherever they were read from."""
+    def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:  # noqa: B027
+        """Note that chunks were used, wherever they were read from.
+
+        A stamp says when, a larger one later; of one request the head has the largest, so that a prefix goes
+        from its end. They may arrive out of order, and a new daemon begins with small ones again.
+        """
 
     @abstractmethod
     def clear(self, space: SpaceName | None = None) -> None:

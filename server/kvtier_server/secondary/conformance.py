@@ -293,7 +293,7 @@ class TierConformance(TierBench):
     def test_uses_of_chunks_that_are_not_there_are_no_error(self) -> None:
         with self.bench() as bench:
             bench.store(1)
-            bench.tier.touch(SPACE, [key_of(1), key_of(2)])
+            bench.tier.touch(SPACE, [key_of(1), key_of(2)], [2, 1])
             assert bench.run(JobKind.LOAD, bench.chunk(1, slot=4)).outcomes == (Outcome.DONE,)
 
     def test_after_the_end_nothing_is_taken_and_ending_twice_is_no_error(self) -> None:

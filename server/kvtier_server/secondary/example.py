@@ -97,8 +97,8 @@ class ExampleTier(WorkedTier):
             removed, self._removed = self._removed, []
         return removed
 
-    def touch(self, space: SpaceName, keys: Sequence[bytes]) -> None:
-        with self._lock:
+    def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
+        with self._lock:  # in the order in which it hears of them: a tier that lasts would keep the stamps
             for key in reversed(keys):  # the head of a prefix is to stay longest
                 if (space, key) in self._stored:
                     self._stored.move_to_end((space, key))

@@ -13,6 +13,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvtier_server.core.below import CascadeWhen, TierRules
 from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.core.refused import Inflight
 from kvtier_server.core.stores import ItemStatus
@@ -43,7 +44,9 @@ class CoreMachine(World, RuleBasedStateMachine):
         backed=st.sampled_from([1.0, 0.5, 0.0]),
         reuse_threshold=st.sampled_from([0, 0, 0, 2]),
         num_stored=st.sampled_from([8, 20, 0]),
-        num_tiers=st.sampled_from([0, 1, 2]),
+        cascades=st.sampled_from(
+            ["", "published", "published published", "cold", "published used", "used cold"]
+        ),
         shared=st.booleans(),
     )
     def start(
@@ -53,7 +56,7 @@ class CoreMachine(World, RuleBasedStateMachine):
         backed: float,
         reuse_threshold: int,
         num_stored: int,
-        num_tiers: int,
+        cascades: str,
         shared: bool,
     ) -> None:
         self.num_units = num_units
@@ -63,7 +66,10 @@ class CoreMachine(World, RuleBasedStateMachine):
             policy=policy,
             reuse_threshold=reuse_threshold,
             backed_units=backed_units,
-            num_tiers=num_tiers,
+            rules=[
+                TierRules(f"tier{index}", cascade=CascadeWhen(cascade), clean_share=0.25)
+                for index, cascade in enumerate(cascades.split())
+            ],
             shared_tiers=shared,
         )
         engines = [

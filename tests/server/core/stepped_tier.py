@@ -55,7 +55,7 @@ class SteppedTier(SecondaryTier):
         """Stored by somebody else: only a probe finds it."""
         self.running: deque[Running] = deque()
         self.refuses = False
-        self.touched: list[tuple[SpaceName, Sequence[bytes]]] = []
+        self.touched: list[tuple[SpaceName, Sequence[bytes], Sequence[int]]] = []
         self._finished: list[JobResult] = []
         self._removed: list[Removal] = []
 
@@ -79,8 +79,8 @@ class SteppedTier(SecondaryTier):
         removed, self._removed = self._removed, []
         return removed
 
-    def touch(self, space: SpaceName, keys: Sequence[bytes]) -> None:
-        self.touched.append((space, keys))
+    def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
+        self.touched.append((space, keys, stamps))
 
     def clear(self, space: SpaceName | None = None) -> None:
         for name in [name for name in self.stored if space in (None, name[0])]:

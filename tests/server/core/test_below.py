@@ -213,8 +213,9 @@ def test_a_use_of_what_the_pool_has_counts_below_too(rig: Rig) -> None:
     rig.move()
     engine.lookup(to_keys(range(2)), "again", lease=engine.new_lease_id(), wait_s=1)
     rig.pump()
-    touched = [key for _, keys in rig.tiers[0].touched for key in keys]
-    assert touched[-2:] == to_keys(range(2))
+    _, keys, stamps = rig.tiers[0].touched[-1]
+    assert list(keys) == to_keys(range(2))
+    assert stamps[0] > stamps[1], "the head is to stay longest"
 
 
 def test_a_lookup_that_has_waited_long_enough_misses_and_the_slot_is_free_when_the_io_is_over(
@@ -394,3 +395,96 @@ def test_groups_of_a_hybrid_model_come_up_together(rig: Rig) -> None:
     rig.move()
     assert set(resolved(rig).values()) == {HIT}
     rig.check()
+
+
+def test_a_store_tells_when_its_chunks_were_used_and_of_a_prompt_the_head_last(rig: Rig) -> None:
+    engine = rig.engine()
+    for request, numbers in (("older", range(4)), ("newer", range(10, 14))):
+        engine.lookup(to_keys(numbers), request)
+        engine.store(numbers, request)
+    rig.pump()
+    stamp_of = {chunk.key: chunk.stamp for running in rig.tiers[0].running for chunk in running.job.chunks}
+    in_order = sorted(stamp_of, key=lambda key: -stamp_of[key])
+    assert in_order == to_keys([10, 11, 12, 13, 0, 1, 2, 3])
+
+
+def stored_below(rig: Rig) -> list[bytes]:
+    return sorted(key for _, key in rig.tiers[0].stored)
+
+
+def test_with_after_n_uses_a_chunk_goes_down_when_that_many_other_requests_have_used_it() -> None:
+    rig = Rig(POOL_UNITS, rules=[TierRules("disk", cascade=CascadeWhen.USED, min_uses=2)])
+    engine = rig.engine()
+    engine.store(range(4), "first")
+    for request in ("first", "second", "second"):
+        engine.lookup(to_keys(range(4)), request, lease=engine.new_lease_id())
+        rig.move()
+    assert stored_below(rig) == [], "one other request has used them, whatever it asks how often"
+    engine.lookup(to_keys(range(2)), "third", lease=engine.new_lease_id())
+    rig.move()
+    assert stored_below(rig) == to_keys(range(2))
+
+
+def test_a_chunk_that_a_tier_could_not_take_is_offered_with_its_next_use() -> None:
+    rig = Rig(POOL_UNITS, rules=[TierRules("disk", cascade=CascadeWhen.USED)])
+    engine = rig.engine()
+    engine.store(range(2), "first")
+    for request, how in (("second", "failed"), ("third", "ok")):
+        engine.lookup(to_keys(range(2)), request, lease=engine.new_lease_id())
+        rig.move(how)
+        assert stored_below(rig) == ([] if how == "failed" else to_keys(range(2)))
+
+
+def test_what_came_up_was_used() -> None:
+    rig = Rig(POOL_UNITS, rules=[TierRules("near"), TierRules("far", cascade=CascadeWhen.USED)])
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(2))
+    assert not rig.tiers[1].stored
+    engine.lookup(to_keys(range(2)), "again", lease=engine.new_lease_id(), wait_s=1)
+    rig.move()
+    assert sorted(key for _, key in rig.tiers[1].stored) == to_keys(range(2))
+
+
+CLEAN = POOL_UNITS // 4
+
+
+def cold_rig() -> Rig:
+    return Rig(POOL_UNITS, rules=[TierRules("disk", cascade=CascadeWhen.COLD, clean_share=0.25)])
+
+
+def test_before_eviction_nothing_goes_down_while_the_pool_has_room() -> None:
+    rig = cold_rig()
+    engine = rig.engine()
+    engine.fill(range(POOL_UNITS - CLEAN))
+    rig.move()
+    assert not rig.tiers[0].stored
+
+
+def test_before_eviction_the_coldest_go_down_so_that_a_burst_of_stores_loses_none_of_them() -> None:
+    rig = cold_rig()
+    engine = rig.engine()
+    for number in range(POOL_UNITS):
+        engine.fill([number])
+        rig.move()
+    assert stored_below(rig) == to_keys(range(CLEAN))
+    for tier in rig.tiers:
+        tier.refuses = True
+    engine.fill(range(1_000, 1_000 + CLEAN))
+    assert engine.hits(range(POOL_UNITS)) == list(range(CLEAN, POOL_UNITS)), "only those went"
+    rig.check()
+
+
+def test_before_eviction_a_chunk_is_offered_once_unless_its_io_failed() -> None:
+    rig = cold_rig()
+    engine = rig.engine()
+    engine.fill(range(POOL_UNITS))
+    rig.move("failed")
+    assert not rig.tiers[0].stored
+    engine.fill([1_000])
+    rig.move()
+    stored = stored_below(rig)
+    assert stored == to_keys(range(1, CLEAN + 1)), "chunk 0 went for the newcomer, and was lost"
+    rig.tiers[0].lose((engine.space, to_key(5)))
+    engine.fill([1_001])
+    rig.move()
+    assert stored_below(rig) == [key for key in to_keys(range(1, CLEAN + 2)) if key != to_key(5)]

@@ -232,3 +232,14 @@ def test_the_callers_bugs_are_found(make: Make) -> None:
         policy.remove(to_ids([99])[0])
     with pytest.raises((*bug, ValueError)):
         policy.touch(chunk_ids, [60])
+
+
+def test_the_coldest_are_those_that_are_evicted_next_and_they_stay(make: Make) -> None:
+    policy, chunk_ids = filled(make, 400, capacity=100)
+    policy.touch(chunk_ids[:200:3], range(1000, 1000 + len(chunk_ids[:200:3])))
+    policy.pin(chunk_ids[1:300:7])
+    for count in (0, 1, 3, 40, 150, 400):
+        named = policy.coldest(count)
+        assert policy.coldest(count) == named
+        assert policy.evict(count) == named
+    assert policy.coldest(1) == []

@@ -29,7 +29,7 @@ class TestSmallExampleTier(InMemory, TierConformance):
         with self.bench() as bench:
             for number in range(8):
                 bench.store(number)
-            bench.tier.touch(SPACE, [key_of(0)])
+            bench.tier.touch(SPACE, [key_of(0)], [100])
             bench.store(8)
             known = bench.tier.lookup(SPACE, [key_of(number) for number in range(9)])
             assert [p is Presence.YES for p in known] == [True, False] + [True] * 7

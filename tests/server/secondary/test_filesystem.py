@@ -357,7 +357,7 @@ class TestBudget(OnDisk):
         with self.complete() as bench:
             for number in range(8):
                 bench.store(number)
-            bench.tier.touch(SPACE, [key_of(0), key_of(1)])
+            bench.tier.touch(SPACE, [key_of(0), key_of(1)], [102, 101])
             bench.store(8)
             assert bench.tier.stats().used_bytes <= 8 * FILE_BYTES
             known = bench.tier.lookup(SPACE, [key_of(number) for number in range(9)])
@@ -370,7 +370,7 @@ class TestBudget(OnDisk):
         with self.complete() as bench:
             for number in range(8):
                 bench.store(number)
-            bench.tier.touch(SPACE, [key_of(number) for number in range(8)])
+            bench.tier.touch(SPACE, [key_of(number) for number in range(8)], range(108, 100, -1))
             bench.store(8)
             known = bench.tier.lookup(SPACE, [key_of(number) for number in range(8)])
             assert known == [Presence.YES] * 6 + [Presence.NO] * 2

@@ -4,8 +4,8 @@ Owns the order of eviction and the bytes of what this daemon wrote; and a copy o
 directory, which makes a restart warm. The copy is a hint: each chunk file describes itself, a file that is
 listed and gone is a miss, and after anything but an orderly end the directories are read again.
 
-The order is by use, the chunk used longest ago first. Uses arrive with the head of a prompt last, so of one
-prefix the tail goes before the head.
+The order is by use, the chunk used longest ago first. A store brings the time of its last use along, and of
+one request the head counts as used last, so a prefix goes from its end however its chunks came here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from threading import Lock
 
@@ -28,17 +29,28 @@ BATCH_ROWS = 10_000
 MAX_TOUCHES = 65_536
 """Noted uses that the order does not show yet; the index's thread takes them every second."""
 
+FOUND_STAMP, RESTORED_STAMP = -(1 << 62), -(1 << 61)
+"""What was only found on disk counts as used before everything else; what an earlier daemon wrote down, in
+its order, as used before anything that this one has seen."""
+
+STALE_PLACES = 1_024
+"""Places in the order that nothing is at any more, before they are swept."""
+
 Name = tuple[SpaceName, bytes]
 
 
 class Entry:
-    """One chunk: `is_own` if this daemon wrote it: it counts against the budget and may be evicted."""
+    """One chunk: `is_own` if this daemon wrote it: it counts against the budget and may be evicted.
 
-    __slots__ = ("is_own", "num_bytes")
+    `place` is where it is in the order of eviction: (stamp of its last use, a number of its own).
+    """
 
-    def __init__(self, num_bytes: int, is_own: bool) -> None:
+    __slots__ = ("is_own", "num_bytes", "place")
+
+    def __init__(self, num_bytes: int, is_own: bool, place: tuple[int, int]) -> None:
         self.num_bytes = num_bytes
         self.is_own = is_own
+        self.place = place
 
 
 class Index:
@@ -49,10 +61,14 @@ class Index:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._entries: OrderedDict[Name, Entry] = OrderedDict()
+        self._entries: dict[Name, Entry] = {}
+        self._order: list[tuple[int, int, Name]] = []
+        """A heap of the own chunks' places. One that is not its chunk's place any more is stale."""
+        self._num_places = 0
+        self._num_restored = 0
         self._keys: dict[SpaceName, set[bytes]] = {}
         """The same by space: one look at a space's name, which costs as much as many keys."""
-        self._touched: deque[tuple[SpaceName, Sequence[bytes]]] = deque(maxlen=MAX_TOUCHES)
+        self._touched: deque[tuple[SpaceName, Sequence[bytes], Sequence[int]]] = deque(maxlen=MAX_TOUCHES)
         """Uses that the order does not show yet."""
         self._changed: dict[Name, Entry | None] = {}
         self.own_bytes = 0
@@ -65,32 +81,43 @@ class Index:
         known = self._keys.get(space)
         return [key in known for key in keys] if known else [False] * len(keys)
 
-    def add(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
-        """Note a chunk as the one used last."""
+    def add(self, name: Name, num_bytes: int, *, is_own: bool, stamp: int) -> None:
+        """Note a chunk that was written, and when it was used last."""
         with self._lock:
             self._forget(name)
-            self._changed[name] = self._enter(name, num_bytes, is_own)
+            self._changed[name] = self._enter(name, num_bytes, is_own, stamp)
 
     def add_if_new(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
-        """Note a chunk that was found on disk, as the one used longest ago."""
+        """Note a chunk that was found on disk, as one used longest ago."""
         with self._lock:
-            if name in self._entries:
-                return
-            self._changed[name] = self._enter(name, num_bytes, is_own)
-            self._entries.move_to_end(name, last=False)
+            if name not in self._entries:
+                self._changed[name] = self._enter(name, num_bytes, is_own, FOUND_STAMP)
 
     def remove(self, name: Name) -> bool:
         """Forget a chunk; False if it was not known."""
         with self._lock:
             return self._forget(name)
 
-    def _enter(self, name: Name, num_bytes: int, is_own: bool) -> Entry:
-        entry = self._entries[name] = Entry(num_bytes, is_own)
+    def _enter(self, name: Name, num_bytes: int, is_own: bool, stamp: int) -> Entry:
+        entry = self._entries[name] = Entry(num_bytes, is_own, (stamp, 0))
         space, key = name
         self._keys.setdefault(space, set()).add(key)
         if is_own:
             self.own_bytes += num_bytes
+        self._move(name, entry, stamp)
         return entry
+
+    def _move(self, name: Name, entry: Entry, stamp: int) -> None:
+        """Give a chunk its place in the order."""
+        self._num_places += 1
+        entry.place = (stamp, self._num_places)
+        if not entry.is_own:
+            return  # nobody evicts it
+        if len(self._order) >= 2 * len(self._entries) + STALE_PLACES:
+            self._order = [(*other.place, own) for own, other in self._entries.items() if other.is_own]
+            heapify(self._order)
+        else:
+            heappush(self._order, (*entry.place, name))
 
     def _forget(self, name: Name) -> bool:
         entry = self._entries.pop(name, None)
@@ -105,9 +132,9 @@ class Index:
         self._changed[name] = None
         return True
 
-    def touch(self, space: SpaceName, keys: Sequence[bytes]) -> None:
-        """Note a use; the first key is to stay longest."""
-        self._touched.append((space, keys))
+    def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
+        """Note uses."""
+        self._touched.append((space, keys, stamps))
 
     def settle(self) -> None:
         """Bring the order up to date with the uses that were noted."""
@@ -116,29 +143,34 @@ class Index:
 
     def _settle(self) -> None:
         while self._touched:
-            space, keys = self._touched.popleft()
-            for key in reversed(keys):
-                if (space, key) in self._entries:
-                    self._entries.move_to_end((space, key))
+            space, keys, stamps = self._touched.popleft()
+            for key, stamp in zip(keys, stamps, strict=True):
+                entry = self._entries.get((space, key))
+                if entry is not None and stamp > entry.place[0]:
+                    self._move((space, key), entry, stamp)
 
     def victims(self, num_bytes: int) -> list[Name]:
-        """Name own chunks of `num_bytes` together, the ones used longest ago first."""
+        """Take own chunks of `num_bytes` together out of the order, the ones used longest ago first.
+
+        Each is named once: whoever asks removes it.
+        """
         found: list[Name] = []
         with self._lock:
             self._settle()
-            for name, entry in self._entries.items():
-                if num_bytes <= 0:
-                    break
-                if entry.is_own:
+            while self._order and num_bytes > 0:
+                *place, name = heappop(self._order)
+                entry = self._entries.get(name)
+                if entry is not None and entry.place == tuple(place):
                     found.append(name)
                     num_bytes -= entry.num_bytes
         return found
 
     def names(self, space: SpaceName | None) -> list[Name]:
-        """Name all chunks, or all of one space."""
+        """Name all chunks, or all of one space, the ones used longest ago first."""
         with self._lock:
             self._settle()
-            return [name for name in self._entries if space is None or name[0] == space]
+            names = [name for name in self._entries if space is None or name[0] == space]
+            return sorted(names, key=lambda name: self._entries[name].place)
 
     def take_changes(self) -> dict[Name, Entry | None]:
         """Return what has come and gone (None) since the last call."""
@@ -156,7 +188,8 @@ class Index:
         with self._lock:
             # Written down is surer than what a probe has found meanwhile.
             self._forget(name)
-            self._enter(name, num_bytes, is_own)
+            self._num_restored += 1
+            self._enter(name, num_bytes, is_own, RESTORED_STAMP + self._num_restored)
 
 
 class IndexFile:

@@ -204,8 +204,8 @@ class FilesystemTier(WorkedTier):
             removed, self._removed = self._removed, []
         return removed
 
-    def touch(self, space: SpaceName, keys: Sequence[bytes]) -> None:
-        self._index.touch(space, keys)
+    def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
+        self._index.touch(space, keys, stamps)
 
     def clear(self, space: SpaceName | None = None) -> None:
         with self._changed:
@@ -263,7 +263,7 @@ class FilesystemTier(WorkedTier):
         try:
             self._make_room()
             self._without_direct_if_need_be(lambda: self._write(chunk, [header, whole, rest]))
-            self._index.add(name, num_bytes, is_own=True)
+            self._index.add(name, num_bytes, is_own=True, stamp=chunk.stamp)
         finally:
             with self._lock:
                 self._writing_bytes -= num_bytes
@@ -317,13 +317,14 @@ class FilesystemTier(WorkedTier):
         if not self._index.remove(name):
             return
         space, key = name
-        with self._lock:
-            self._removed.append(Removal(space, (key,), reason))
-        if not unlink:
-            return
-        with contextlib.suppress(FileNotFoundError), self._places.directory(space, key) as fd:
-            self._disk.unlink(fd, file_name(key))
-            fault_point("filesystem.after_delete")
+        try:
+            if unlink:
+                with contextlib.suppress(FileNotFoundError), self._places.directory(space, key) as fd:
+                    self._disk.unlink(fd, file_name(key))
+                    fault_point("filesystem.after_delete")
+        finally:
+            with self._lock:  # told when it is gone
+                self._removed.append(Removal(space, (key,), reason))
 
     def _without_direct_if_need_be(self, action: Callable[[], T]) -> T:
         """Do something again, and from now on, through the page cache where O_DIRECT is refused."""
@@ -382,7 +383,8 @@ class FilesystemTier(WorkedTier):
             return ChunkResult(Outcome.MISSING)
         checksums = self._verified(chunk, header, whole, rest) if found else None
         if checksums is None:
-            self._index.add(name, 0, is_own=False)  # known or not: it is to be told, and its file removed
+            # Known or not: it is to be told, and its file removed.
+            self._index.add_if_new(name, 0, is_own=False)
             self._remove(name, "corrupt")
             return ChunkResult(Outcome.CORRUPT)
         if not checksums:
