@@ -98,7 +98,8 @@ class Pins:
             self.ask(state, num_computed_tokens, now)
         asked = state.asked
         if asked is None or asked.background:
-            return Attempt.KNOWN
+            awaits_room = self._awaits_room(state, num_computed_tokens, now)
+            return Attempt.WAITING if awaits_room else Attempt.KNOWN
         # The client ends the lookup at the same deadline; whoever is first, this attempt computes.
         return Attempt.OVERDUE if now - asked.asked_at >= self._deadline_s else Attempt.WAITING
 
@@ -213,6 +214,23 @@ class Pins:
         self._early.clear()
         self._num_early = 0
 
+    def _awaits_room(self, state: RequestState, num_computed_tokens: int, now: float) -> bool:
+        """Ask anew for what is there and could not be pinned; False = it is not worth waiting for.
+
+        Such a request was looked up when it came, with many others. Now it is its turn, and those before it
+        are unpinning what they have loaded. It waits for `lookup_deadline_ms`, once.
+        """
+        if not _is_short_of_room(state, num_computed_tokens):
+            return False
+        if state.unleased_until is None:
+            state.unleased_until = now + self._deadline_s
+            state.unleased_delay, state.refresh_after = 0.0, now
+        if now >= state.unleased_until:
+            return False
+        if state.asked is None and now >= state.refresh_after:
+            self.ask(state, num_computed_tokens, now, background=True)
+        return True
+
     def _useful_wait(self, asked: Asked, wait_s: float) -> float:
         """Return how long to wait for an answer, in seconds."""
         if asked.background or asked.pending.done():
@@ -245,6 +263,14 @@ class Pins:
         self._num_early -= len(early)
         for resolution in early:
             state.resolve(*resolution)
+
+
+def _is_short_of_room(state: RequestState, num_computed_tokens: int) -> bool:
+    """Tell whether more would be pinned if there were room for it."""
+    if not state.has(ChunkStatus.HIT_UNLEASED):
+        return False
+    hoped = state.hoped_tokens(num_computed_tokens, ChunkStatus.HIT, ChunkStatus.HIT_UNLEASED)
+    return hoped > max(state.pinned_tokens(num_computed_tokens), num_computed_tokens)
 
 
 def _reaches_further(state: RequestState, num_computed_tokens: int) -> bool:

@@ -140,6 +140,9 @@ class RequestState:
     refresh_after: float = 0.0
     refresh_delay: float = 0.0
     unleased_delay: float = 0.0
+    unleased_until: float | None = None
+    """Room to pin what is there is worth waiting for until then. None = it was not its turn yet, or not short
+    of it then."""
     outdated: bool = False
     """It was there when the weights changed: what it has computed is not to be stored."""
     failed: set[bytes] = field(default_factory=set)

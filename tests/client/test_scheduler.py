@@ -144,16 +144,33 @@ def test_an_answer_whose_lease_is_gone_when_it_is_read_is_a_miss() -> None:
     assert engine.shim.lookup("r", 0) == 0
 
 
-def test_an_unleased_hit_is_a_miss_for_this_attempt_and_asked_for_anew_soon() -> None:
+def test_what_could_not_be_pinned_when_the_request_came_is_asked_for_when_it_is_its_turn() -> None:
     engine = Engine()
     engine.ask("HU")
-    assert engine.shim.lookup("r", 0) == CHUNK
-    engine.clock.now += 0.005
-    assert engine.shim.lookup("r", 0) == CHUNK
-
+    engine.clock.now += 60.0
+    assert engine.shim.lookup("r", 0) is None
     engine.client.lookups[1].arrive("HH")
     assert engine.shim.lookup("r", 0) == 2 * CHUNK
     assert engine.told.released == [engine.client.lookups[0].lease_id]
+
+
+def test_room_for_pins_is_waited_for_as_long_as_for_an_answer_and_then_a_miss() -> None:
+    engine = Engine()
+    engine.ask("HU")
+    began = engine.clock.now
+    while engine.shim.lookup("r", 0) is None:
+        engine.clock.now += 0.001
+        engine.client.lookups[-1].arrive("HU")
+        assert engine.clock.now < began + 0.06
+    assert engine.shim.lookup("r", 0) == CHUNK
+    assert engine.clock.now == pytest.approx(began + 0.05, abs=0.002)
+    assert 3 <= len(engine.client.lookups) <= 6
+
+
+def test_where_the_device_has_what_could_not_be_pinned_nobody_waits() -> None:
+    engine = Engine()
+    engine.ask("HU")
+    assert engine.shim.lookup("r", 2 * CHUNK) == 0
 
 
 def test_what_cannot_be_pinned_is_asked_for_ever_more_seldom() -> None:

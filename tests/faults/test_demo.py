@@ -35,11 +35,11 @@ def test_every_check_of_the_demo_passes_and_nothing_is_left(tmp_path: Path, opti
     assert demo.returncode == 0, output
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["ok"]
-    assert len(result["checks"]) == 9
+    assert len(result["checks"]) == 13
     runs = {run["name"]: run for run in result["runs"]}
-    assert list(runs) == ["baseline", "engine-1", "engine-2", "engine-4"]
+    assert list(runs) == ["baseline", "engine-1", "engine-2", "engine-4", "engine-5", "engine-6"]
     assert runs["engine-2"]["computed_tokens"] < runs["baseline"]["computed_tokens"] / 2
     logs = {path.name for path in (tmp_path / "logs").iterdir()}
-    assert logs == {"daemon.log", *(f"{name}.log" for name in (*runs, "engine-3"))}
+    assert logs == {"daemon.log", "disk.log", *(f"{name}.log" for name in (*runs, "engine-3"))}
     assert not list(temporary.iterdir())
     assert not list(SHARED_MEMORY_ROOT.glob(f"kvtier-*-demo-{demo.pid}-*"))

@@ -29,11 +29,13 @@ from kvtier_client.demo.text import load_text
 DESCRIPTION = """\
 Start a daemon and small real engines, and show hits against recomputing.
 
-Five engines run the same multi-turn chat: one without kvtier (the baseline), one that fills an empty pool,
-one that reuses what the other stored, one that is killed in the middle of a store, and one whose daemon is
-killed and started again. A table shows what each of them computed, loaded and waited for. Then the demo
-checks that no token differs from the baseline, that the second engine loaded most of what it lacked, and that
-nothing of the killed engine is left in the daemon."""
+Seven engines run the same multi-turn chat: one without kvtier (the baseline), one that fills an empty pool,
+one that reuses what the other stored, one that is killed in the middle of a store, one whose daemon is
+killed and started again, one with a daemon whose pool is too small and has a filesystem tier below it, and
+one that finds on disk what that daemon kept when it was stopped and its pool removed. A table shows what each
+of them computed, loaded and waited for. Then the demo checks that no token differs from the baseline, that
+the second engine loaded most of what it lacked, that nothing of the killed engine is left in the daemon, and
+that the last engine was served from disk."""
 
 EPILOG = """\
 exit code: 0 every check passed, 1 a check failed, 2 the options cannot be used, 130 interrupted
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ok or options.keep_logs is not None:
             shutil.rmtree(directory)
         else:
-            print(f"kvtier demo: FAILED; the daemon's log is {logs / 'daemon.log'}", file=sys.stderr)
+            print(f"kvtier demo: FAILED; the daemons' logs are in {logs}", file=sys.stderr)
     return 0 if ok else 1
 
 
@@ -90,8 +92,17 @@ def _run(settings: Settings, directory: Path, logs: Path, json_file: Path | None
     """Run the scenario and show what it found, also where it ended early."""
     began = time.monotonic()
     name = f"demo-{os.getpid()}-{secrets.token_hex(4)}"
-    with Daemon(directory, name, settings.pool_bytes, logs) as daemon:
-        scenario = Scenario(settings, daemon.start(), directory / "text", logs)
+    tier = {
+        "type": "filesystem",
+        "root": f"{directory}/chunks",
+        "capacity": "1GiB",
+        "state_directory": f"{directory}/state",
+    }
+    with (
+        Daemon(directory, "daemon", name, settings.pool_bytes, logs) as daemon,
+        Daemon(directory, "disk", f"{name}-disk", settings.small_pool_bytes, logs, tier) as tiered,
+    ):
+        scenario = Scenario(settings, daemon.start(), tiered, directory / "text", logs)
         try:
             scenario.run()
         finally:

@@ -5,11 +5,13 @@ Owns the process and the pool's directory. Knows the daemon by its command line 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,9 +35,18 @@ class DaemonFailed(RuntimeError):
 class Daemon:
     """One daemon with a pool of its own name. Also a context manager: on leaving, both are gone."""
 
-    def __init__(self, directory: Path, name: str, pool_bytes: str, logs: Path) -> None:
-        self.address = f"unix://{directory}/kvtier.sock"
-        self.log_file = logs / "daemon.log"
+    def __init__(
+        self,
+        directory: Path,
+        label: str,
+        name: str,
+        pool_bytes: str,
+        logs: Path,
+        tier: Mapping[str, str] | None = None,
+    ) -> None:
+        """`label`: of its socket and its log. `tier`: the keys of a tier below the pool; None = no tier."""
+        self.address = f"unix://{directory}/{label}.sock"
+        self.log_file = logs / f"{label}.log"
         self._pool_directory = default_pool_directory(name)
         self._command = [
             sys.executable, "-m", "kvtier_server", "serve",
@@ -44,6 +55,12 @@ class Daemon:
             "--pool-bytes", pool_bytes,
             "--metrics-address", "",
         ]  # fmt: skip
+        if tier is not None:
+            config = directory / f"{label}.toml"
+            # A JSON string is a TOML string too.
+            lines = ["[[tiers]]", *(f"{key} = {json.dumps(value)}" for key, value in tier.items())]
+            config.write_text("\n".join(lines) + "\n")
+            self._command += ["--config", str(config)]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
@@ -92,14 +109,22 @@ class Daemon:
             self._process.kill()
             self._process.wait()
 
-    def close(self) -> None:
-        """Stop it and remove its pool. Repeating it does nothing."""
+    def stop(self) -> None:
+        """End it in order: copies and tiers get their time. Its pool stays. Repeating it does nothing."""
         if self._process is not None:
             self._process.terminate()
             try:
                 self._process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self.kill()
+
+    def close(self) -> None:
+        """Stop it and remove its pool. Repeating it does nothing."""
+        self.stop()
+        self.remove_pool()
+
+    def remove_pool(self) -> None:
+        """Remove the pool of a daemon that has ended."""
         if self._pool_directory.exists():
             shutil.rmtree(self._pool_directory)
 

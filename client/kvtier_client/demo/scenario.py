@@ -1,10 +1,12 @@
-"""What the demo does: five runs of the same chat, and what each of them has to show.
+"""What the demo does: seven runs of the same chat, and what each of them has to show.
 
     baseline    an engine without kvtier: its tokens are what every other run must repeat
     engine 1    with kvtier and an empty pool: it stores, and loads what its device cache has lost
     engine 2    another process: it loads what engine 1 has stored
     engine 3    dies in the middle of a store: nothing of it may stay behind
     engine 4    its daemon dies and comes back: it goes on, and finds its chunks again
+    engine 5    another daemon, whose pool is too small for the chats, with a filesystem tier below it
+    engine 6    that daemon was stopped, its pool removed, and started again: what it loads was on disk
 
 Owns the order and the checks. What a check says is read by people; whether it holds decides the exit code.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvtier.v1 import admin_pb2
@@ -24,6 +26,10 @@ from kvtier_client.demo.progress import Progress
 
 MIN_REUSE = 0.8
 """Share of what engine 2 could load that it must load."""
+
+MIN_FROM_DISK = 0.5
+"""Share of what engine 6 could load in its first turn that it must load. Not all: its requests hold their
+chunks in the pool while they wait, and who finds no room computes."""
 
 WAIT_S = 20.0
 """For what takes well under a second: an engine's end, cleaning up after it, attaching again."""
@@ -46,9 +52,11 @@ class Settings:
     sliding_window: int | None = None
     seed: int = 0
     pool_bytes: str = "256MiB"
+    small_pool_bytes: str = "24MiB"
+    """Of the daemon with a filesystem tier: about half of what the chats leave."""
 
 
-QUICK = Settings(conversations=5, turns=3, num_blocks=96, pool_bytes="48MiB")
+QUICK = Settings(conversations=5, turns=3, num_blocks=96, pool_bytes="48MiB", small_pool_bytes="8MiB")
 """Few requests; most of the time goes into starting the processes. Fits the /dev/shm of a plain container."""
 
 
@@ -75,23 +83,30 @@ class Check:
 class Scenario:
     """Runs everything; `runs` and `checks` fill up on the way, so that a failure still shows what was."""
 
-    def __init__(self, settings: Settings, daemon: Daemon, text_file: Path, logs: Path) -> None:
+    def __init__(
+        self, settings: Settings, daemon: Daemon, tiered: Daemon, text_file: Path, logs: Path
+    ) -> None:
         self.runs: list[Run] = []
         self.checks: list[Check] = []
         self._settings = settings
         self._daemon = daemon
+        self._tiered = tiered
         self._text_file = text_file
         self._logs = logs
 
     def run(self) -> None:
-        """Do it all. The daemon runs already."""
+        """Do it all. The first daemon runs already, the one with a filesystem tier does not."""
         self._baseline()
         self._first_engine()
         self._second_engine()
         self._killed_engine()
         self._killed_daemon()
+        self._daemon.close()
+        self._daemon = self._tiered.start()
+        self._small_pool()
+        self._empty_pool()
 
-    # The five runs
+    # The seven runs
 
     def _baseline(self) -> None:
         with self._engine("baseline", address=None) as engine:
@@ -164,6 +179,27 @@ class Scenario:
             f"{loaded} tokens loaded in its last turn" if run.state.ready else "not attached",
         )
 
+    def _small_pool(self) -> None:
+        with self._engine("engine-5") as engine:
+            run = self._chat(engine, self._settings.turns)
+        self._check_tokens(run)
+        self._daemon.stop()  # writes down what is still to be written
+
+    def _empty_pool(self) -> None:
+        self._daemon.remove_pool()
+        pool, disk = self._wait_for_index(self._daemon.start())
+        self._check(
+            pool.chunks == 0 and disk.used_bytes > pool.capacity_bytes,
+            "the restarted daemon has an empty pool, and on disk more than fits in it",
+            f"{disk.used_bytes >> 20} MiB, the pool has {pool.capacity_bytes >> 20} MiB",
+        )
+        with self._engine("engine-6") as engine:
+            run = self._chat(engine, self._settings.turns)
+        self._check_tokens(run)
+        rate = hit_rate(replace(run, answers=run.answers[: self._settings.conversations]))
+        what = f"engine 6 loads more than {MIN_FROM_DISK:.0%} of what it misses in its first turn, from disk"
+        self._check(rate > MIN_FROM_DISK, what, f"{rate:.1%}")
+
     # Their parts
 
     def _engine(
@@ -208,6 +244,13 @@ class Scenario:
         finally:
             progress.close()
         return run
+
+    def _wait_for_index(self, daemon: Daemon) -> Sequence[admin_pb2.TierStatus]:
+        """Return the tiers when the one on disk has read what it holds, or after WAIT_S."""
+        deadline = time.monotonic() + WAIT_S
+        while not (tiers := daemon.status().tiers)[1].chunks and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return tiers
 
     def _wait_ready(self, engine: EngineProcess) -> None:
         deadline = time.monotonic() + WAIT_S

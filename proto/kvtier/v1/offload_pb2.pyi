@@ -71,8 +71,8 @@ class _LookupStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LookupSt
     LOOKUP_STATUS_HIT: _LookupStatus.ValueType  # 1
     """Resident; pinned if it lies in one of `leased`."""
     LOOKUP_STATUS_HIT_UNLEASED: _LookupStatus.ValueType  # 2
-    """Resident and wanted for the lease, but the instance's share of pins is used up. A miss for this
-    attempt; not to be remembered.
+    """Resident, or in a tier below the pool, and wanted for the lease, but the instance's share of pins is used
+    up. A miss for this attempt; worth asking for again.
     """
     LOOKUP_STATUS_PENDING: _LookupStatus.ValueType  # 3
     """Being stored or promoted; a `resolved` event follows if the Lookup had a lease and pending_wait_ms, and the
@@ -89,8 +89,8 @@ LOOKUP_STATUS_UNSPECIFIED: LookupStatus.ValueType  # 0
 LOOKUP_STATUS_HIT: LookupStatus.ValueType  # 1
 """Resident; pinned if it lies in one of `leased`."""
 LOOKUP_STATUS_HIT_UNLEASED: LookupStatus.ValueType  # 2
-"""Resident and wanted for the lease, but the instance's share of pins is used up. A miss for this
-attempt; not to be remembered.
+"""Resident, or in a tier below the pool, and wanted for the lease, but the instance's share of pins is used
+up. A miss for this attempt; worth asking for again.
 """
 LOOKUP_STATUS_PENDING: LookupStatus.ValueType  # 3
 """Being stored or promoted; a `resolved` event follows if the Lookup had a lease and pending_wait_ms, and the

@@ -5,8 +5,8 @@ order of the tiers is the order in which they are asked. Does no I/O: it gives j
 their ends in `collect`. Who waits for a promotion is in the books, as for an unfinished store.
 
     published, used or cold ──> queued ──> pinned, written by the tier ──> unpinned, held below
-    missing   ──> slot reserved, [probed,] read by the tier ──> published, pinned for whoever waits
-                                   └─ missing, corrupt, failed: the next tier that may have it, else MISS
+    missing   ──> probed, queued, if need be ──> slot reserved, read by the tier ──> published, pinned
+                        └─ missing, corrupt, failed: the next tier that may have it, else MISS ─┘
 """
 
 from __future__ import annotations
@@ -58,6 +58,12 @@ MAX_UNTOLD_USES = 65_536
 
 MAX_COLD_CHUNKS = 4_096
 """Of one size class: as far as a look at what would be evicted goes, about a millisecond."""
+
+MAX_QUEUED_PROMOTIONS = 65_536
+"""Chunks that wait for a slot to come up into; what comes beyond it is a miss."""
+
+PACE_WEIGHT = 0.25
+"""Of the newest load in the average pace of a tier."""
 
 COLD_STEPS = 16
 """How often that look is taken while as many chunks are stored as it covers."""
@@ -117,8 +123,26 @@ class LowerTier:
         self.waiting: deque[Chunk] = deque()
         self.waiting_bytes = 0
         self.running_bytes = 0
+        self.queued_promotion_bytes = 0
+        """Chunks it has that wait for a slot to come up into."""
+        self.ns_per_byte = 0.0
+        """Average pace of loads; 0 = none was seen yet."""
+        self.last_load_ns = 0
+        """When a load ended last."""
         self.counts: Counter[str] = Counter()
         """cascade:<outcome> and promotion:<outcome> in chunks, cascade_bytes, promotion_bytes, dropped."""
+
+    def holds(self, space: KeySpace, key: bytes) -> bool:
+        """Tell whether the tier is known to have a chunk."""
+        return self.tier.lookup(space.name, (key,))[0] is Presence.YES
+
+    def note_load(self, num_bytes: int, began_ns: int, now_ns: int) -> None:
+        """Learn from a load how fast chunks come up, all loads together."""
+        took_ns = now_ns - max(began_ns, self.last_load_ns)
+        self.last_load_ns = now_ns
+        if num_bytes:
+            pace = took_ns / num_bytes
+            self.ns_per_byte += (pace - self.ns_per_byte) * (PACE_WEIGHT if self.ns_per_byte else 1.0)
 
 
 @dataclass(slots=True)
@@ -143,10 +167,13 @@ class _Promotion:
     shape: ChunkShape
     below: LowerTier
     began_ns: int
+    patience_ns: int
+    """How long that request waits."""
     slot_id: int | None = None
     generation: int = 0
     probing: bool = False
     probe_until_ns: int = 0
+    is_queued: bool = False
     given_up: bool = False
     """The probe took too long: its answer changes nothing any more."""
 
@@ -157,6 +184,7 @@ class _Batch:
 
     below: LowerTier
     promotions: list[_Promotion]
+    began_ns: int
 
 
 class Below:
@@ -176,6 +204,9 @@ class Below:
         self._batches: dict[int, _Batch] = {}
         self._promotions: dict[tuple[KeySpace, bytes], _Promotion] = {}
         self._promoting_bytes = 0
+        self._queue: deque[_Promotion] = deque()
+        """Promotions that wait for a slot, also such as have ended meanwhile."""
+        self._now_ns = 0
         self._probing: dict[tuple[KeySpace, bytes], _Promotion] = {}
         """Those of them that somebody waits to hear of."""
         self._uses: deque[tuple[KeySpace, Request, Sequence[bytes]]] = deque()
@@ -374,21 +405,25 @@ class Below:
         request: Request,
         wanted: Sequence[tuple[bytes, SizeClass, LowerTier]],
         now_ns: int,
+        patience_ns: int,
     ) -> list[bytes]:
         """Begin to bring chunks up, the leading ones where there is no room for all. Returns their keys.
 
-        From now on they are PENDING for everybody.
+        From now on they are PENDING for everybody. What a tier would not get to within `patience_ns`, at the
+        pace of its last loads, is not begun.
         """
+        self._now_ns = now_ns
         begun: list[_Promotion] = []
         for key, size_class, below in wanted:
             shape = self._shape_of(space, key)
             if shape is None:
                 continue
-            promotion = _Promotion(space, request, key, size_class, shape, below, now_ns)
+            promotion = _Promotion(space, request, key, size_class, shape, below, now_ns, patience_ns)
             space.writers[key] = space.writers.get(key, 0) + 1
             self._promotions[space, key] = promotion
             begun.append(promotion)
         self._submit(begun, request if request.holds_chunks else None)
+        self._go_on()
         return [
             promotion.key for promotion in begun if self._promotions.get((space, promotion.key)) is promotion
         ]
@@ -419,7 +454,7 @@ class Below:
                 self._submit_batch(below, batch, JobKind.PROBE)
 
     def _with_slots(self, promotions: Sequence[_Promotion], protected: object | None) -> list[_Promotion]:
-        """Reserve slots for chunks that are known to be there, the leading ones; the others end here."""
+        """Reserve slots for chunks that are known to be there, the leading ones; the others wait or end."""
         max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
         by_class: dict[SizeClass, list[_Promotion]] = {}
         for promotion in promotions:
@@ -429,29 +464,72 @@ class Below:
             self._books.unpin_all()
         for size_class, own in by_class.items():
             room = max(max_bytes - self._promoting_bytes, 0) // size_class.slot_bytes
-            wanted = own[:room]
-            if not wanted:
-                continue
-            reserved = self._books.primary.reserve(
-                size_class,
-                len(wanted),
-                DAEMON,
-                partial(_chunk_ids, wanted),
-                protected,
-            )
-            for promotion, slot_id, generation in zip(
-                wanted, reserved.slot_ids, reserved.generations, strict=False
-            ):
-                promotion.slot_id, promotion.generation = slot_id, generation
-                self._promoting_bytes += size_class.slot_bytes
+            # One at a time may be larger than the share: in a small pool no chunk would ever come up.
+            wanted = own[: room if room or self._promoting_bytes else 1]
+            self._reserve(size_class, wanted, protected)
+            for promotion in own[len(wanted) :]:
+                promotion.is_queued = self._may_wait(promotion)
+                if promotion.is_queued:
+                    promotion.below.queued_promotion_bytes += size_class.slot_bytes
+                    self._queue.append(promotion)
         for promotion in promotions:
-            if promotion.slot_id is None:
+            if promotion.slot_id is None and not promotion.is_queued:
                 self._end(promotion, "no_slot")
         return [promotion for promotion in promotions if promotion.slot_id is not None]
 
+    def _reserve(
+        self, size_class: SizeClass, promotions: Sequence[_Promotion], protected: object | None
+    ) -> None:
+        if not promotions:
+            return
+        reserved = self._books.primary.reserve(
+            size_class, len(promotions), DAEMON, partial(_chunk_ids, promotions), protected
+        )
+        slots = zip(reserved.slot_ids, reserved.generations, strict=True)
+        for promotion, (slot_id, generation) in zip(promotions, slots, strict=False):
+            promotion.slot_id, promotion.generation = slot_id, generation
+            self._promoting_bytes += size_class.slot_bytes
+
+    def _may_wait(self, promotion: _Promotion) -> bool:
+        """Tell whether it is likely to be its turn while somebody waits."""
+        below = promotion.below
+        ahead_ns = (below.queued_promotion_bytes + self._promoting_bytes) * below.ns_per_byte
+        return len(self._queue) < MAX_QUEUED_PROMOTIONS and ahead_ns <= promotion.patience_ns
+
+    def _go_on(self) -> None:
+        """Begin with promotions that waited for a slot, in their order, as far as there is room now."""
+        # More than once: what a tier refuses makes room at once.
+        while ready := self._next_in_queue():
+            self._submit(ready)
+
+    def _next_in_queue(self) -> list[_Promotion]:
+        max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
+        ready: list[_Promotion] = []
+        num_bytes = self._promoting_bytes
+        while self._queue:
+            promotion = self._queue[0]
+            is_over = self._promotions.get((promotion.space, promotion.key)) is not promotion
+            if not is_over and num_bytes and num_bytes + promotion.size_class.slot_bytes > max_bytes:
+                break
+            self._queue.popleft()
+            if is_over:
+                continue
+            self._take_off_queue(promotion)
+            if not self._books.is_awaited(promotion.space, promotion.key):
+                self._end(promotion, "late")
+                continue
+            num_bytes += promotion.size_class.slot_bytes
+            ready.append(promotion)
+        return ready
+
+    def _take_off_queue(self, promotion: _Promotion) -> None:
+        if promotion.is_queued:
+            promotion.is_queued = False
+            promotion.below.queued_promotion_bytes -= promotion.size_class.slot_bytes
+
     def _submit_batch(self, below: LowerTier, batch: list[_Promotion], kind: JobKind) -> None:
         job = TierJob(next(self._job_ids), kind, tuple(map(self._named, batch)))
-        self._batches[job.id] = _Batch(below, batch)
+        self._batches[job.id] = _Batch(below, batch, self._now_ns)
         submit = below.tier.submit_load if kind is JobKind.LOAD else below.tier.submit_probe
         if not submit(job):
             del self._batches[job.id]
@@ -471,6 +549,12 @@ class Below:
         )
 
     def _loaded(self, batch: _Batch, job: JobResult, now_ns: int) -> None:
+        brought = sum(
+            promotion.size_class.slot_bytes
+            for promotion, outcome in zip(batch.promotions, job.outcomes, strict=True)
+            if outcome is Outcome.DONE and not promotion.probing
+        )
+        batch.below.note_load(brought, batch.began_ns, now_ns)
         arrived: dict[tuple[KeySpace, Request], list[bytes]] = {}
         found: list[_Promotion] = []
         for index, (promotion, outcome) in enumerate(zip(batch.promotions, job.outcomes, strict=True)):
@@ -547,6 +631,7 @@ class Below:
         space, key = promotion.space, promotion.key
         del self._promotions[space, key]
         self._probing.pop((space, key), None)
+        self._take_off_queue(promotion)
         if promotion.slot_id is not None:
             self._promoting_bytes -= promotion.size_class.slot_bytes
         space.writers[key] -= 1
@@ -557,6 +642,7 @@ class Below:
 
     def collect(self, now_ns: int) -> None:
         """Take the ends of jobs, and what the tiers have let go of."""
+        self._now_ns = now_ns
         for below in self.tiers:
             for removal in below.tier.get_removed():
                 self._removed(below, removal)
@@ -568,6 +654,7 @@ class Below:
                 batch = self._batches.pop(job.job_id, None)
                 assert batch is not None, f"{below.rules.name}: job {job.job_id} is not under way"
                 self._loaded(batch, job, now_ns)
+        self._go_on()
 
     def _removed(self, below: LowerTier, removal: Removal) -> None:
         space = self._books.primary.spaces.get(removal.space)
@@ -624,6 +711,14 @@ class Below:
         """When `end_probes` has something to do; None while nobody waits for a probe."""
         return min((promotion.probe_until_ns for promotion in self._probing.values()), default=None)
 
+    def end_waits(self, now_ns: int) -> None:
+        """End promotions that wait for a slot and that nobody waits for any more."""
+        self._now_ns = now_ns
+        for promotion in [p for p in self._queue if p.is_queued]:
+            if not self._books.is_awaited(promotion.space, promotion.key):
+                self._end(promotion, "late")
+        self._go_on()
+
     def end_probes(self, now_ns: int) -> None:
         """Let those go on computing who have waited long enough to hear whether a chunk is there.
 
@@ -642,7 +737,7 @@ class Below:
     @property
     def has_work(self) -> bool:
         """Whether anything is queued or under way."""
-        return bool(self._cascades or self._batches) or any(below.waiting for below in self.tiers)
+        return bool(self._cascades or self._batches or self._queue) or any(b.waiting for b in self.tiers)
 
     # For `Core.check_integrity`
 
@@ -662,9 +757,16 @@ class Below:
         slots = [p.size_class.slot_bytes for p in self._promotions.values() if p.slot_id is not None]
         assert self._promoting_bytes == sum(slots), (self._promoting_bytes, slots)
         under_way = {id(p) for batch in self._batches.values() for p in batch.promotions if not p.given_up}
-        assert under_way == {id(p) for p in self._promotions.values()}, "a promotion without a job"
+        queued = {id(p) for p in self._queue if p.is_queued}
+        assert not under_way & queued, "a promotion waits and is under way"
+        assert under_way | queued == {id(p) for p in self._promotions.values()}, "a promotion without a job"
+        assert not queued or self._promoting_bytes, "promotions wait for nothing"
         for below in self.tiers:
             assert below.waiting_bytes == sum(chunk.size_class.slot_bytes for chunk in below.waiting)
+            queued_bytes = sum(
+                p.size_class.slot_bytes for p in self._queue if p.is_queued and p.below is below
+            )
+            assert below.queued_promotion_bytes == queued_bytes, (below.rules.name, queued_bytes)
             running = sum(c.num_bytes for c in self._cascades.values() if c.below is below)
             assert below.running_bytes == running, (below.rules.name, below.running_bytes, running)
 

@@ -247,6 +247,10 @@ class Books:
             slot_id, generation = (chunk.slot_id, chunk.generation) if chunk is not None else (0, 0)
             self.notices.append(Notice(scheduler.id, "resolved", lease.id, key, status, slot_id, generation))
 
+    def is_awaited(self, space: KeySpace, key: bytes) -> bool:
+        """Tell whether anybody waits for `key`."""
+        return (space, key) in self._waiters
+
     def end_waits(self, now_ns: int) -> None:
         """Resolve to MISS what has been waited for long enough."""
         for (space, key), waiters in list(self._waiters.items()):

@@ -234,15 +234,19 @@ class Lookups:
             fitting = [(first, first) for first, _ in wanted]
         for (_, end), (_, allowed) in zip(wanted, fitting, strict=True):
             for index in range(allowed, end):
-                if found[index] is not None:
+                key = keys[index]
+                if found[index] is not None or (key in below and below[key].holds(instance.space, key)):
                     statuses[index] = _HIT_UNLEASED
+        unwanted = [index for index in unwanted if statuses[index] == _MISS]
         runs, chunks = self._runs(found, fitting)
         waiting = pending and {k for first, end in fitting for k in keys[first:end] if k in pending}
         lease = Lease(lease_id, LeaseKind.LOOKUP, instance, now_ns, self._books.limits.lookup_lease_ns)
         lease.request_id = request.id
         self._books.pin(lease, chunks)  # before room is made for what comes up
         if below:
-            waiting |= self._promote(instance, request, keys, fitting, below, statuses, now_ns)
+            waiting |= self._promote(
+                instance, request, keys, fitting, below, statuses, now_ns, pending_wait_ns
+            )
             unwanted = [index for index in unwanted if statuses[index] == _MISS]
         if not chunks and not waiting:
             return LookupAnswer(statuses, unwanted)
@@ -268,6 +272,7 @@ class Lookups:
         below: dict[bytes, LowerTier],
         statuses: list[int],
         now_ns: int,
+        pending_wait_ns: int,
     ) -> set[bytes]:
         """Begin to bring up what the lease would cover; its statuses become PENDING. Returns the keys."""
         index_of: dict[bytes, int] = {}
@@ -278,7 +283,7 @@ class Lookups:
                 if key in below and key not in index_of:
                     index_of[key] = index
                     wanted.append((key, size_class, below[key]))
-        begun = self._below.promote(instance.space, request, wanted, now_ns)
+        begun = self._below.promote(instance.space, request, wanted, now_ns, pending_wait_ns)
         chunk_tokens = instance.namespace.facts.chunk_tokens(0)
         for key in begun:
             index = index_of[key]

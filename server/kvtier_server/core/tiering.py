@@ -298,6 +298,7 @@ class Core:
                 break  # the next tick goes on
         self.books.end_waits(now_ns)
         self.below.end_probes(now_ns)
+        self.below.end_waits(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
         for lock_file in self._left_locks.union(self.books.quarantine.guards):
             if self._lock_is_free(lock_file):

@@ -11,7 +11,7 @@ from kvtier_server.core.books import LookupStatus
 from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.secondary.base import Medium
 
-from .engine import HIT, MISS, PENDING, Engine, facts, to_key, to_keys
+from .engine import HIT, HIT_UNLEASED, MISS, PENDING, Engine, facts, to_key, to_keys
 from .rig import Rig
 
 POOL_UNITS = 64
@@ -100,16 +100,80 @@ def test_two_requests_wait_for_one_promotion(rig: Rig) -> None:
     assert len(rig.notices("resolved")) == 4
 
 
-def test_a_promotion_takes_no_more_than_its_share_of_the_pool_and_the_rest_is_a_miss(rig: Rig) -> None:
+SHARE = POOL_UNITS // 8
+
+
+def loading(rig: Rig) -> list[bytes]:
+    return [chunk.key for running in rig.tiers[0].running for chunk in running.job.chunks]
+
+
+def test_promotions_take_no_more_than_their_share_of_the_pool_and_the_rest_wait_their_turn(rig: Rig) -> None:
     engine = rig.engine()
-    store_and_evict(rig, engine, range(16))
-    share = POOL_UNITS // 8
-    answer = engine.lookup(to_keys(range(16)), lease=engine.new_lease_id(), wait_s=1)
-    assert answer.statuses == [PENDING] * share + [MISS] * (16 - share)
-    assert rig.core.below.tiers[0].counts["promotion:no_slot"] == 16 - share
+    store_and_evict(rig, engine, range(20))
+    answer = engine.lookup(to_keys(range(20)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * 20
+    assert loading(rig) == to_keys(range(SHARE))
+    assert rig.core.books.primary.slabs.classes[4096].num_reserved == SHARE
+    rig.move()
+    assert resolved(rig) == dict.fromkeys(to_keys(range(20)), HIT)
+
+
+def test_what_waits_for_a_slot_and_is_not_waited_for_any_more_is_not_read(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(20))
+    engine.lookup(to_keys(range(20)), "gone", lease=engine.new_lease_id(), wait_s=0.5)
+    engine.lookup(to_keys(range(15, 20)), "stays", lease=engine.new_lease_id(), wait_s=1.5)
+    rig.tick(1)
+    rig.move()
+    assert engine.hits(range(SHARE, 20)) == list(range(15, 20))
+    assert rig.core.below.tiers[0].counts["promotion:late"] == 15 - SHARE
+    rig.check()
+
+
+def test_what_a_slow_tier_would_not_get_to_in_time_is_a_miss_at_once(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(40))
+    engine.lookup(to_keys(range(1)), "first", lease=engine.new_lease_id(), wait_s=5)
+    rig.tick(0.1)  # seconds for one chunk
+    rig.move()
+    answer = engine.lookup(to_keys(range(1, 30)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses[: SHARE + 2] == [PENDING] * (SHARE + 2)
+    assert answer.statuses[SHARE + 3 :] == [MISS] * (29 - SHARE - 3)
+    rig.move()
+
+
+def test_a_tier_that_refuses_leaves_nobody_waiting_for_a_turn(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(20))
+    rig.tiers[0].refuses = True
+    answer = engine.lookup(to_keys(range(20)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [MISS] * 20
+    rig.check()
+
+
+def test_a_chunk_larger_than_the_share_comes_up_too_one_at_a_time() -> None:
+    rig = Rig(4, num_tiers=1)
+    engine = rig.engine()
+    engine.store(range(2), "before")
+    engine.finish("before")
+    rig.move()
+    rig.tiers[0].refuses = True
+    engine.fill(range(1_000, 1_004))
+    rig.pump()
+    rig.tiers[0].refuses = False
+    assert engine.lookup(to_keys(range(2)), lease=engine.new_lease_id(), wait_s=1).statuses == [PENDING] * 2
+    assert loading(rig) == to_keys(range(1))
+    rig.move()
+    assert resolved(rig) == dict.fromkeys(to_keys(range(2)), HIT)
+
+
+def test_what_came_up_is_pinned(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(4))
+    engine.lookup(to_keys(range(4)), lease=engine.new_lease_id(), wait_s=1)
     rig.move()
     answer = engine.lookup(to_keys(range(16)), "r2", lease=engine.new_lease_id(), wait_s=1)
-    assert answer.statuses == [HIT] * share + [PENDING] * share
+    assert answer.statuses == [HIT] * 4 + [MISS] * 12
 
 
 @pytest.mark.parametrize("how", ["failed", "corrupt", "missing"])
@@ -488,3 +552,12 @@ def test_before_eviction_a_chunk_is_offered_once_unless_its_io_failed() -> None:
     engine.fill([1_001])
     rig.move()
     assert stored_below(rig) == [key for key in to_keys(range(1, CLEAN + 2)) if key != to_key(5)]
+
+
+def test_what_is_below_and_could_not_be_pinned_is_worth_asking_for_again(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(40))
+    most = POOL_UNITS // 2
+    answer = engine.lookup(to_keys(range(50)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * most + [HIT_UNLEASED] * (40 - most) + [MISS] * 10
+    assert set(answer.unwanted).isdisjoint(range(most, 40)), "it need not be stored either"
