@@ -355,7 +355,7 @@ def test_events_name_the_tier_and_the_cause(rig: Rig) -> None:
     store_and_evict(rig, engine, range(1))
     engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=1)
     rig.move()
-    rig.tiers[0].clear()
+    rig.tiers[0].lose((engine.space, to_key(0)), "clear")
     rig.core.below.collect(rig.clock.now_ns)
     events = rig.core.books.events.since(1)
     assert events is not None
