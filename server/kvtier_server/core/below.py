@@ -26,6 +26,8 @@ from kvtier_server.policies.base import ChunkId
 from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.primary.size_classes import SizeClass
 from kvtier_server.secondary.base import (
+    ClearJob,
+    ClearResult,
     JobKind,
     JobResult,
     Outcome,
@@ -102,9 +104,19 @@ class LowerTier:
         self.bit = 1 << index
         self.waiting: deque[Chunk] = deque()
         self.waiting_bytes = 0
+        self.num_taken = 0
+        """Chunks that have left the queue so far."""
+        self.cleared: list[tuple[int, ClearJob]] = []
+        """Clearings, each with the number of the last chunk in the queue that it covers."""
         self.running_bytes = 0
         self.counts: Counter[str] = Counter()
         """cascade:<outcome> and promotion:<outcome> in chunks, cascade_bytes, promotion_bytes, dropped."""
+
+    def was_cleared(self, chunk: Chunk) -> bool:
+        """Tell whether the chunk that has just left the queue was cleared while it waited."""
+        if self.cleared:
+            self.cleared = [(last, job) for last, job in self.cleared if last >= self.num_taken]
+        return any(job.covers(chunk.space.name) for _, job in self.cleared)
 
 
 @dataclass(slots=True)
@@ -144,6 +156,17 @@ class _Batch:
     promotions: list[_Promotion]
 
 
+@dataclass(slots=True)
+class _Clear:
+    """A clearing of one tier. It begins when the cascades in `behind` are over, which would undo it."""
+
+    below: LowerTier
+    job: ClearJob
+    on_ended: Callable[[ClearResult], None]
+    behind: set[int]
+    is_begun: bool = False
+
+
 class Below:
     """Moves chunks between the pool and the tiers below it."""
 
@@ -159,6 +182,7 @@ class Below:
         self._job_ids = count(1)
         self._cascades: dict[int, _Cascade] = {}
         self._batches: dict[int, _Batch] = {}
+        self._clears: dict[int, _Clear] = {}
         self._promotions: dict[tuple[KeySpace, bytes], _Promotion] = {}
         self._promoting_bytes = 0
         self._probing: dict[tuple[KeySpace, bytes], _Promotion] = {}
@@ -212,6 +236,7 @@ class Below:
             if batch and batch_bytes + num_bytes > MAX_JOB_BYTES:
                 break
             below.waiting.popleft()
+            below.num_taken += 1
             below.waiting_bytes -= num_bytes
             looked_at += 1
             described = self._describe(below, chunk)
@@ -224,6 +249,9 @@ class Below:
         """Name a chunk for a tier; None if it need not or cannot go there any more."""
         if chunk.dropped:
             below.counts["dropped:evicted"] += 1
+            return None
+        if below.was_cleared(chunk):
+            below.counts["dropped:cleared"] += 1
             return None
         if below.tier.lookup(chunk.space.name, (chunk.key,))[0] is Presence.YES:
             chunk.below |= below.bit
@@ -492,10 +520,53 @@ class Below:
                 cascade = self._cascades.pop(job.job_id, None)
                 if cascade is not None:
                     self._stored(cascade, job)
+                    self._no_longer_behind(job.job_id)
                     continue
                 batch = self._batches.pop(job.job_id, None)
                 assert batch is not None, f"{below.rules.name}: job {job.job_id} is not under way"
                 self._loaded(batch, job, now_ns)
+            for result in below.tier.get_cleared():
+                self._clears.pop(result.job_id).on_ended(result)
+
+    def clear(
+        self,
+        below: LowerTier,
+        namespace: str,
+        tenant: str | None,
+        on_ended: Callable[[ClearResult], None],
+        *,
+        others: bool = False,
+    ) -> None:
+        """Have a tier remove chunks; `on_ended` is called once, within `collect` or at once.
+
+        What waits to go down does not any more; what the pool holds goes down when it is published again.
+        """
+        job = ClearJob(next(self._job_ids), namespace, tenant, others)
+        behind = {
+            job_id
+            for job_id, cascade in self._cascades.items()
+            if cascade.below is below and any(job.covers(chunk.space.name) for chunk in cascade.chunks)
+        }
+        below.cleared.append((below.num_taken + len(below.waiting), job))
+        self._clears[job.id] = _Clear(below, job, on_ended, behind)
+        self._begin_clear(self._clears[job.id])
+
+    def _begin_clear(self, clear: _Clear) -> None:
+        if clear.behind or clear.is_begun:
+            return
+        clear.is_begun = True
+        if not clear.below.tier.submit_clear(clear.job):
+            del self._clears[clear.job.id]
+            clear.on_ended(ClearResult(clear.job.id, 0, 0, clear.below.tier.stats().num_chunks))
+
+    def _no_longer_behind(self, job_id: int) -> None:
+        for clear in list(self._clears.values()):
+            clear.behind.discard(job_id)
+            self._begin_clear(clear)
+
+    def num_coming(self, covers: Callable[[SpaceName], bool]) -> int:
+        """Count the chunks of some spaces that are on their way up."""
+        return sum(covers(space.name) for space, _ in self._promotions)
 
     def _removed(self, below: LowerTier, removal: Removal) -> None:
         space = self._books.primary.spaces.get(removal.space)

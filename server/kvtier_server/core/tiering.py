@@ -14,6 +14,7 @@ from kvtier_ops.namespace import FactsError, NamespaceFacts, SpaceName
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.core.below import Below, CascadeWhen, ChunkShape, TierRules
 from kvtier_server.core.books import Books, Notice
+from kvtier_server.core.clearing import Clearings
 from kvtier_server.core.completions import Completions
 from kvtier_server.core.endings import Endings
 from kvtier_server.core.grants import Grants
@@ -69,6 +70,7 @@ class Core:
         self.completions = Completions(self.books, self.below)
         self._endings = Endings(self.books, self._forget_unused)
         self.namespaces: dict[str, Namespace] = {}
+        self.clearings = Clearings(self.books, self.below, self.namespaces, self._forget_unused)
         self.known_geometries: dict[str, dict[int, Geometry]] = {}
         self._lock_is_free = lock_is_free
         self._random64 = random64

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import sqlite3
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -134,11 +134,21 @@ class Index:
                     num_bytes -= entry.num_bytes
         return found
 
-    def names(self, space: SpaceName | None) -> list[Name]:
-        """Name all chunks, or all of one space."""
+    def names(self) -> list[Name]:
+        """Name all chunks, the ones used longest ago first."""
         with self._lock:
             self._settle()
-            return [name for name in self._entries if space is None or name[0] == space]
+            return list(self._entries)
+
+    def covered_by(self, covers: Callable[[SpaceName], bool]) -> list[tuple[Name, int, bool]]:
+        """Name the chunks of some spaces, each with its bytes and whether this daemon wrote it."""
+        with self._lock:
+            spaces = {space for space in self._keys if covers(space)}
+            return [
+                (name, entry.num_bytes, entry.is_own)
+                for name, entry in self._entries.items()
+                if name[0] in spaces
+            ]
 
     def take_changes(self) -> dict[Name, Entry | None]:
         """Return what has come and gone (None) since the last call."""
