@@ -302,11 +302,21 @@ class FilesystemTier(WorkedTier):
                 self._counts["worn_out"] += 1
                 return False
         if self._missing_space(num_bytes) > 0:
-            self._evict(self._missing_space(num_bytes))
-            if self._missing_space(num_bytes, fresh=True) > 0:
+            missing = self._missing_space(num_bytes, fresh=True)
+            if missing > 0:
+                self._evict(missing)
+                missing = self._missing_space(num_bytes, fresh=True)
+            if missing > 0:
                 with self._lock:
                     self._counts["no_space"] += 1
                 return False
+        with self._lock:
+            checked_at, free, total = self._free
+            self._free = (
+                checked_at,
+                free - num_bytes,
+                total,
+            )  # or a fast disk would be full before it is old
         return True
 
     def _missing_space(self, num_bytes: int, *, fresh: bool = False) -> int:
@@ -315,7 +325,9 @@ class FilesystemTier(WorkedTier):
         now = time.monotonic()
         if fresh or now - checked_at > FREE_CHECK_S:
             free, total = self._disk.free_bytes(self._places.fd)
-            self._free = (now, free, total)
+            with self._lock:
+                free -= self._writing_bytes
+                self._free = (now, free, total)
         return int(self._own.reserve_free * total) + num_bytes - free
 
     def _make_room(self) -> None:
@@ -389,6 +401,7 @@ class FilesystemTier(WorkedTier):
         fault_point("filesystem.after_write")
 
     def _load(self, chunk: TierChunk) -> ChunkResult:
+        fault_point("filesystem.before_load")
         name = (chunk.space, chunk.key)
         header, last_block = self._blocks()
         whole, rest = self._payload(chunk, last_block)
@@ -568,6 +581,7 @@ class FilesystemTier(WorkedTier):
             logger.warning("tier %s: %s is passed over: %s", self.tier_type, name, error)
 
     def _read_directory(self, space: SpaceName, fd: int) -> int:
+        fault_point("filesystem.before_scan")
         found = 0
         for info in list(self._disk.files(fd)):
             if info.name.startswith(TEMPORARY):
