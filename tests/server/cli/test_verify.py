@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from kvtier_ops.namespace import SpaceName
-from kvtier_server.secondary.base import OffloadingSpec, TierChunk
-from kvtier_server.secondary.conformance import SPACE, JobKind, TierBench, key_of
+from kvtier_server.secondary.base import JobKind, OffloadingSpec, TierChunk
+from kvtier_server.secondary.conformance import SPACE, TierBench, key_of
 from kvtier_server.secondary.filesystem.inspection import PIECE_BYTES, Inspection, Verdict
 from kvtier_server.secondary.filesystem.tier import FilesystemParameters, FilesystemTier
 
