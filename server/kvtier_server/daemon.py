@@ -562,6 +562,7 @@ def _core_limits(config: Config) -> Limits:
         copy_lease_ns=config.leases.copy_,
         tombstone_ns=limits.tombstone,
         max_pending_wait_ns=config.leases.pending_wait,
+        max_promotion_ns=config.leases.promotion,
         pin_share=limits.pin_share,
         credit_share=limits.credit_share,
         min_credit_slots=limits.min_credit_slots,

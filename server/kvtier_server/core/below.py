@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 
 from kvtier_ops.layout import slot_offset
 from kvtier_ops.namespace import SpaceName
@@ -145,7 +145,7 @@ class _Promotion:
     probing: bool = False
     probe_until_ns: int = 0
     given_up: bool = False
-    """The probe took too long: its answer changes nothing any more."""
+    """It took too long: what comes changes nothing any more, but that its slot is free then."""
 
 
 @dataclass(slots=True)
@@ -187,6 +187,8 @@ class Below:
         self._promoting_bytes = 0
         self._probing: dict[tuple[KeySpace, bytes], _Promotion] = {}
         """Those of them that somebody waits to hear of."""
+        self._late: dict[int, _Promotion] = {}
+        """Given up, with a slot that the tier may still write, by that slot."""
         self._uses: deque[tuple[SpaceName, Sequence[bytes]]] = deque()
         self._num_uses = 0
         self.promotion_times: deque[tuple[str, float]] = deque(maxlen=MAX_TIMES)
@@ -434,6 +436,7 @@ class Below:
         found: list[_Promotion] = []
         for index, (promotion, outcome) in enumerate(zip(batch.promotions, job.outcomes, strict=True)):
             if promotion.given_up:
+                self._free_late(promotion)
                 continue
             if promotion.probing:
                 if outcome is Outcome.DONE:
@@ -496,6 +499,25 @@ class Below:
         self._take_out(promotion)
         if promotion.slot_id is not None:
             self._books.primary.free_reserved(promotion.size_class, [promotion.slot_id])
+        self._tell_miss(promotion)
+
+    def _give_up(self, promotion: _Promotion) -> None:
+        """Make it as if nobody had asked, but for the slot: it is the tier's until the I/O is over."""
+        promotion.given_up = True
+        promotion.below.counts["promotion:late"] += 1
+        self._take_out(promotion)
+        if promotion.slot_id is not None:
+            self._promoting_bytes += promotion.size_class.slot_bytes
+            self._late[promotion.slot_id] = promotion
+        self._tell_miss(promotion)
+
+    def _free_late(self, promotion: _Promotion) -> None:
+        if promotion.slot_id is not None:
+            del self._late[promotion.slot_id]
+            self._promoting_bytes -= promotion.size_class.slot_bytes
+            self._books.primary.free_reserved(promotion.size_class, [promotion.slot_id])
+
+    def _tell_miss(self, promotion: _Promotion) -> None:
         if promotion.key not in promotion.space.writers and promotion.key not in promotion.space.chunks:
             self._books.resolve(promotion.space, promotion.key, None)
 
@@ -616,6 +638,13 @@ class Below:
                 promotion.given_up = True
                 self._end(promotion, "probe_late")
 
+    def end_loads(self, now_ns: int) -> None:
+        """Give up loads that nobody has the patience for: the chunks can be stored and asked for again."""
+        latest_ns = now_ns - self._books.limits.max_promotion_ns
+        began = takewhile(lambda promotion: promotion.began_ns <= latest_ns, self._promotions.values())
+        for promotion in [promotion for promotion in began if not promotion.probing]:
+            self._give_up(promotion)
+
     @property
     def is_behind(self) -> bool:
         """Whether `pump` may have something to hand out."""
@@ -639,9 +668,15 @@ class Below:
             has_slot = promotion.slot_id is not None
             yield promotion.space, promotion.key, promotion.size_class if has_slot else None
 
+    def late(self) -> Iterator[SizeClass]:
+        """Classes of the slots that are reserved for what was given up."""
+        for promotion in self._late.values():
+            yield promotion.size_class
+
     def check_integrity(self) -> None:
         """Assert that the sums are right."""
         slots = [p.size_class.slot_bytes for p in self._promotions.values() if p.slot_id is not None]
+        slots += [size_class.slot_bytes for size_class in self.late()]
         assert self._promoting_bytes == sum(slots), (self._promoting_bytes, slots)
         under_way = {id(p) for batch in self._batches.values() for p in batch.promotions if not p.given_up}
         assert under_way == {id(p) for p in self._promotions.values()}, "a promotion without a job"

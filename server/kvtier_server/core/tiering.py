@@ -300,6 +300,7 @@ class Core:
                 break  # the next tick goes on
         self.books.end_waits(now_ns)
         self.below.end_probes(now_ns)
+        self.below.end_loads(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
         for lock_file in self._left_locks.union(self.books.quarantine.guards):
             if self._lock_is_free(lock_file):
@@ -329,6 +330,7 @@ class Core:
             assert chunk.pins == pins[chunk], f"slot {chunk.slot_id}: {chunk.pins} pins, {pins[chunk]} leases"
         reserved: Counter[int] = Counter(r.size_class.slot_bytes for r in self.books.reservations)
         reserved.update(size_class.slot_bytes for _, _, size_class in self.below.coming() if size_class)
+        reserved.update(size_class.slot_bytes for size_class in self.below.late())
         self.below.check_integrity()
         for slot_bytes, size_class in self.books.primary.slabs.classes.items():
             assert reserved[slot_bytes] == size_class.num_reserved, (
