@@ -134,6 +134,12 @@ def test_each_tier_has_a_health_name(start_daemon: StartDaemon, tmp_path: Path) 
     for name in ("kvtier.tier.spare", "kvtier.tier.disk", ""):
         assert daemon.health(name) == "SERVING"
     assert daemon.health("kvtier.tier.tape") == "NOT_FOUND"
+    asked = kvtier("health", "--address", daemon.address, "--tier", "disk")
+    assert (asked.returncode, asked.stdout) == (0, "SERVING\n")
+    for name in ("tape", "t" * 200):
+        asked = kvtier("health", "--address", daemon.address, "--tier", name)
+        assert (asked.returncode, asked.stdout) == (2, "")
+        assert repr(name) in asked.stderr
 
 
 def test_a_tier_whose_root_cannot_be_written_to_degrades_the_daemon_and_recovers(
@@ -155,6 +161,8 @@ def test_a_tier_whose_root_cannot_be_written_to_degrades_the_daemon_and_recovers
         shown = kvtier("status", "--address", daemon.address)
         assert shown.returncode == 1
         assert "tier disk: left alone after NotADirectoryError" in shown.stdout
+        asked = kvtier("health", "--address", daemon.address, "--tier", "disk")
+        assert (asked.returncode, asked.stdout) == (1, "NOT_SERVING\n")
         assert metric(daemon, "kvtier_tier_healthy", "disk") == 0
         space.unlink()
         away.rename(space)
