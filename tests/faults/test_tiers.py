@@ -11,13 +11,14 @@ import secrets
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
 import pytest
 from tests.conftest import MakeEngine, StartDaemon
-from tests.daemon_process import DaemonProcess, wait_until
+from tests.daemon_process import WAIT_S, DaemonProcess, wait_until
 from tests.faults.conftest import repeats
 from tests.faults.engine_process import open_pool
 from tests.integration.test_tiers import (
@@ -36,6 +37,7 @@ from tests.integration.test_tiers import (
 )
 from tests.raw_engine import PART_BYTES, to_key, to_keys
 
+from kvtier.v1 import admin_pb2
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.checksum import part_checksum
 from kvtier_ops.layout import SLOT_UNIT_BYTES
@@ -181,6 +183,37 @@ def test_r7_a_read_that_stalls_is_a_miss_in_time_and_its_slot_waits_for_the_io(
     assert daemon.status().state == "serving"
 
 
+def test_a_clear_does_not_wait_for_a_tier_that_hangs_and_holds_when_it_goes_on(
+    start_daemon: StartDaemon, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    """What was being written while it was cleared is gone as well, in the end."""
+    stall = Stall(tmp_path, "filesystem.after_write")
+    daemon = start_daemon(pool_bytes=POOL_BYTES, config=filesystem(tmp_path), env=stall.env)
+    with copier(daemon, make_engine) as own:
+        own.store(to_keys(range(BATCH)))
+        wait_for_chunks(daemon, "disk", BATCH)
+        stall.arm()
+        own.store(to_keys(range(100, 100 + BATCH)))
+        stall.wait_until_hung()
+        request = admin_pb2.ClearRequest(everything=True, wait_ms=200)
+        pool, disk = own.engine.admin.Clear(request, timeout=WAIT_S).tiers
+        assert (pool.over, pool.chunks + pool.kept_chunks) == (True, 2 * BATCH)
+        assert pool.kept_chunks > 0, "what is being written is held"
+        assert (disk.over, disk.chunks) == (False, 0)
+        new = to_keys(range(200, 200 + BATCH))
+        own.store(new)
+        assert hits(own, new, "new") == BATCH, "the pool serves as ever"
+        stall.let_go()
+
+        def only_new_ones_are_left() -> bool:
+            return tier(daemon, "disk").chunks == BATCH and not tier(daemon, "primary").pinned_chunks
+
+        wait_until(only_new_ones_are_left, "the tier is cleared of what was there before")
+        own.engine.admin.Clear(admin_pb2.ClearRequest(tier="primary"), timeout=WAIT_S)
+        assert own.load(new, "again") == BATCH
+        assert own.load(to_keys(range(100, 100 + BATCH)), "cleared") == 0
+
+
 @pytest.mark.parametrize("point", ["filesystem.after_open", "filesystem.before_load"])
 def test_a_daemon_is_stopped_in_time_while_a_tier_hangs_and_the_next_one_starts_warm(
     point: str, start_daemon: StartDaemon, make_engine: MakeEngine, tmp_path: Path
@@ -281,17 +314,18 @@ def store_missing(own: Copier, keys: Sequence[bytes], request: str) -> None:
     own.finish(request)
 
 
-def work_until_it_dies(own: Copier, chance: random.Random, keys: Sequence[bytes], max_turns: int) -> int:
-    """Store and load until a call fails, or often enough; every byte is checked. Returns chunks loaded."""
+def work_until_it_dies(own: Copier, chance: random.Random, old: int, new: int) -> int:
+    """Store and load batches until a call fails; every byte is checked. Returns the chunks loaded.
+
+    Batches up to `old` may be known, those from there to `new` are stored for the first time.
+    """
     loaded = 0
     try:
-        for turn in range(max_turns):
-            first = BATCH * chance.randrange(len(keys) // BATCH)
-            batch = keys[first : first + BATCH]
-            if turn % 2:
-                loaded += own.load(batch, f"load-{turn}")
-            else:
-                store_missing(own, batch, f"store-{turn}")
+        for turn in itertools.count():
+            first = BATCH * chance.randrange(old, new)
+            store_missing(own, to_keys(range(first, first + BATCH)), f"store-{turn}")
+            first = BATCH * chance.randrange(new)
+            loaded += own.load(to_keys(range(first, first + BATCH)), f"load-{turn}")
     except grpc.RpcError:
         pass
     except AssertionError as error:
@@ -321,31 +355,33 @@ def test_w2_a_daemon_killed_anywhere_serves_what_was_stored_and_nothing_else(
     start_daemon: StartDaemon, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
     """W2: SIGKILL at random points of cascades and slot-table writes; pool and files outlive each round."""
-    keys = to_keys(range(40 * BATCH))
     name = f"test-{os.getpid()}-{secrets.token_hex(4)}"
-    died = published = loaded = 0
+    new_batches = 20
+    num_batches = published = loaded = 0
     for round_number in repeats(10, 500):
         chance = random.Random(round_number)
-        fault = f"{chance.choice(KILL_POINTS)}=kill@{chance.randint(1, 60)}"
+        fault = f"{chance.choice(KILL_POINTS)}=kill@{chance.randint(1, 200)}"
         config = random_config(chance, tmp_path)
         daemon = DaemonProcess(tmp_path, POOL_BYTES, config=config, env={"KVTIER_FAULTS": fault}, name=name)
+        old, num_batches = num_batches, num_batches + new_batches
         try:
             with contextlib.suppress(Dead):
                 start_or_die(daemon)
                 with copier(daemon, make_engine) as own:
-                    loaded += work_until_it_dies(own, chance, keys, 60)
-            died += daemon.exit_code() == -signal.SIGKILL
-            assert daemon.exit_code() in (None, -signal.SIGKILL), f"{fault}: {daemon.log_text()}"
-            daemon.kill()
+                    # Whichever comes first.
+                    at_last = threading.Timer(chance.uniform(0.2, 2.0), daemon.signal, [signal.SIGKILL])
+                    at_last.start()
+                    loaded += work_until_it_dies(own, chance, old, num_batches)
+                    at_last.join()
+            assert daemon.wait() == -signal.SIGKILL, daemon.log_text()
             published += check_published_slots(daemon)
         except (AssertionError, grpc.RpcError) as error:
             daemon.close()
             raise AssertionError(f"round {round_number}, {fault}: {error}\n{config}") from error
     last = start_daemon(pool_bytes=POOL_BYTES, config=filesystem(tmp_path), name=name)
     with copier(last, make_engine) as own:
-        for first in range(0, len(keys), BATCH):
-            loaded += own.load(keys[first : first + BATCH], f"last-{first}")
-    assert died > 0
+        for number in range(max(num_batches - 100, 0), num_batches):
+            loaded += own.load(to_keys(range(BATCH * number, BATCH * (number + 1))), f"last-{number}")
     assert published > 0
     assert loaded > 0
     inspection = Inspection(str(tmp_path / "root"))

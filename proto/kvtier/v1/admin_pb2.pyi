@@ -611,7 +611,8 @@ class ClearRequest(_message.Message):
 
     Chunks that a lease or a copy holds, and those on their way into the pool, stay. Tiers below the pool remove
     theirs in the background. BAD_REQUEST: no filter, an unknown tier, a beginning of no namespace or of several.
-    CANNOT_CLEAR: the named tier has no way to remove chunks. A repeat is no error.
+    CANNOT_CLEAR: the named tier has no way to remove chunks. INFLIGHT: too many of them wait for a tier that hangs.
+    A repeat is no error.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -55,6 +55,9 @@ MAX_TIMES = 4_096
 SLICE_CHUNKS = 256
 """Chunks of cascades that are looked at in one go, so that a flood of stores never holds the core."""
 
+MAX_CLEARS = 64
+"""Clearings under way, and those of one tier that chunks in its queue have still to pass."""
+
 MAX_UNTOLD_USES = 65_536
 """Keys whose uses the tiers have not been told of. Beyond it the oldest are forgotten: only order suffers."""
 
@@ -569,9 +572,14 @@ class Below:
             for job_id, cascade in self._cascades.items()
             if cascade.below is below and any(job.covers(chunk.space.name) for chunk in cascade.chunks)
         }
-        below.cleared.append((below.num_taken + len(below.waiting), job))
+        if below.waiting:
+            below.cleared.append((below.num_taken + len(below.waiting), job))
         self._clears[job.id] = _Clear(below, job, on_ended, behind)
         self._begin_clear(self._clears[job.id])
+
+    def may_clear(self, below: LowerTier) -> bool:
+        """Tell whether one more clearing may wait for this tier."""
+        return len(self._clears) < MAX_CLEARS and len(below.cleared) < MAX_CLEARS
 
     def _begin_clear(self, clear: _Clear) -> None:
         if clear.behind or clear.is_begun:

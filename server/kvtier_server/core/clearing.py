@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from kvtier_ops.namespace import SpaceName
-from kvtier_server.core.below import Below, LowerTier
+from kvtier_server.core.below import MAX_CLEARS, Below, LowerTier
 from kvtier_server.core.books import Books
 from kvtier_server.core.events import POOL
 from kvtier_server.core.namespaces import Namespace
-from kvtier_server.core.refused import BadRequest, Refused
+from kvtier_server.core.refused import BadRequest, Inflight, Refused
 from kvtier_server.primary.index import Chunk
 from kvtier_server.secondary.base import ClearResult
 
@@ -93,6 +93,11 @@ class Clearings:
         The tiers below end by themselves; `on_ended` is called after each of them.
         """
         lower = self._tiers(tier)
+        busy = [below.rules.name for below in lower if not self._below.may_clear(below)]
+        if busy:
+            raise Inflight(
+                f"{MAX_CLEARS} clearings wait for tier {busy[0]}; see what holds it: kvtier status"
+            )
         clearing = Clearing(self._digest(namespace), tenant)
         if tier in ("", POOL):
             clearing.tiers.append(Cleared(POOL))

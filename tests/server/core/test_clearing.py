@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import pytest
 
+from kvtier_server.core.below import MAX_CLEARS
 from kvtier_server.core.clearing import CannotClear, Clearing
-from kvtier_server.core.refused import BadRequest
+from kvtier_server.core.refused import BadRequest, Inflight
 
 from .engine import HIT, PENDING, facts, to_keys
 from .rig import Rig
@@ -180,6 +181,20 @@ def test_a_tier_that_cannot_remove_is_refused_by_name_and_left_out_of_all(
     clearing = clear(rig)
     assert counts(clearing) == {"primary": (2, 0), "tier0": (0, 0), "tier1": (2, 0)}
     assert [bool(tier.problem) for tier in clearing.tiers] == [False, True, False]
+
+
+def test_more_clearings_than_may_wait_are_refused_and_the_others_end(rig: Rig) -> None:
+    engine = rig.engine()
+    engine.store(range(3))
+    rig.pump()
+    waiting = [rig.core.clearings.begin("", None, "tier0", lambda: None) for _ in range(MAX_CLEARS)]
+    with pytest.raises(Inflight, match="64 clearings wait for tier tier0"):
+        rig.core.clearings.begin("", None, "tier0", lambda: None)
+    assert not any(clearing.is_over for clearing in waiting)
+    rig.move()
+    finish(rig)
+    assert all(clearing.is_over for clearing in waiting)
+    assert counts(clear(rig, "tier0")) == {"tier0": (0, 0)}
 
 
 def test_a_large_pool_is_cleared_in_slices() -> None:
