@@ -5,12 +5,14 @@ exist is decided where `fault_point` is called.
 
 A test in the same process arms a point with `arm`. A test that starts a process sets `KVTIER_FAULTS`, which
 is read once at import: `name=action`, several joined by commas. Actions: `kill` (SIGKILL), `stop` (SIGSTOP),
-`sleep:SECONDS`, `error` (raises FaultInjected); with `@N` behind it only when the point is passed for the Nth
-time.
+`sleep:SECONDS`, `error` (raises FaultInjected), `wait:PATH` (while there is a FIFO, until somebody has opened
+it for writing and closed it again); with `@N` behind it only when the point is passed for the Nth time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -55,6 +57,12 @@ def _stop() -> None:
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
+def _wait(path: str) -> None:
+    """Hang until a test lets go. Without the FIFO nothing happens: a test arms the point by making it."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as fifo:
+        fifo.read()
+
+
 def parse_faults(text: str) -> dict[str, Callable[[], None]]:
     """Read the value of KVTIER_FAULTS. Raises ValueError naming the entry that is wrong."""
     faults: dict[str, Callable[[], None]] = {}
@@ -92,6 +100,8 @@ def _parse_action(name: str, action: str, entry: str) -> Callable[[], None]:
             raise FaultInjected(f"fault point {name} was armed to fail")
 
         return fail
+    if name and kind == "wait" and argument:
+        return functools.partial(_wait, argument)
     if name and kind == "sleep":
         try:
             seconds = float(argument)
@@ -101,7 +111,8 @@ def _parse_action(name: str, action: str, entry: str) -> Callable[[], None]:
             return lambda: time.sleep(seconds)
     raise ValueError(
         f"{ENVIRONMENT_VARIABLE}: {entry!r} is not a fault; "
-        "write name=kill, name=stop, name=error or name=sleep:SECONDS, each with @N for the Nth pass only"
+        "write name=kill, name=stop, name=error, name=sleep:SECONDS or name=wait:PATH, each with @N for the "
+        "Nth pass only"
     )
 
 

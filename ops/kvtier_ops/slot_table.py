@@ -40,6 +40,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvtier_ops.faults import fault_point
 from kvtier_ops.header import RECORD_BYTES
 from kvtier_ops.layout import SLOT_UNIT_BYTES
 
@@ -196,6 +197,7 @@ class SlotTable:
         self._bytes[start + _CHECKSUMS * 8 : start + (_CHECKSUMS + num_parts) * 8] = packed
         words[at + _OWNER] = 0
         words[at + _SPACE] = space
+        fault_point("slots.before_published")
         words[at + _CRC_STATE] = crc | SlotState.PUBLISHED << 32
 
     def free(self, slot_ids: Sequence[int]) -> None:
@@ -257,6 +259,7 @@ class SlotTable:
         words[at + _UNITS] = units
         words[at + (_UNITS + 1)] = 0
         words[at + (_UNITS + 2)] = 0
+        fault_point("slots.before_state")
         words[at + _CRC_STATE] = np.array(crcs, np.uint64) | np.uint64(state << 32)
 
     def _positions(self, slot_ids: Sequence[int] | range) -> npt.NDArray[np.int64]:

@@ -128,6 +128,8 @@ class LeasesConfig(_Section):
     """Load and store leases: far above any copy."""
     pending_wait: Nanoseconds = 2 * 10**9
     """Longest wait for a PENDING key that a client may ask for."""
+    promotion: Nanoseconds = 10 * 10**9
+    """Longest way from a tier into the pool; then the key is free again, and what comes later is dropped."""
 
 
 class AdmissionConfig(_Section):

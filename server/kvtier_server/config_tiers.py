@@ -29,12 +29,15 @@ MAX_NAME_CHARS = 32
 ONLY_WITH = {"min_uses": "used", "clean_share": "cold"}
 """Keys that say more about one kind of cascade."""
 
+RESERVED_NAMES = {PRIMARY_TIER: "the pool", "pool": "the pool", "all": "every tier"}
+"""What commands call something else."""
+
 
 def _check_tier_name(name: str) -> str:
     if not name or len(name) > MAX_NAME_CHARS or not name.replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"{name!r} is not a name of 1 to {MAX_NAME_CHARS} letters, digits, - and _")
-    if name == PRIMARY_TIER:
-        raise ValueError(f"{name!r} is the pool's")
+    if name in RESERVED_NAMES:
+        raise ValueError(f"{name!r} means {RESERVED_NAMES[name]}")
     return name
 
 

@@ -70,6 +70,7 @@ from kvtier_server.stats import (
     PoolStats,
     StatsSnapshot,
 )
+from kvtier_server.tier_health import TierHealth, in_order
 from kvtier_server.warm_start import Registry, take_over
 
 log = structlog.get_logger("kvtier.daemon")
@@ -139,7 +140,11 @@ class Daemon:
         )
         self._metrics = Metrics(
             version=__version__,
-            methods=[f"OffloadService/{method}" for method in UNARY_METHODS] + ["AdminService/GetStatus"],
+            methods=[
+                *(f"OffloadService/{method}" for method in UNARY_METHODS),
+                "AdminService/GetStatus",
+                "AdminService/Clear",
+            ],
             limits=config.limit_values(),
             tiers=[common.name for common, _ in config.tiers],
         )
@@ -174,6 +179,7 @@ class Daemon:
         self._settling = False
         self._pumping = False
         self._awaits_probes = False
+        self._has_tier_trouble = False
         self._backing: Backing | None = None
 
     def _make_tiers(self) -> list[tuple[SecondaryTier, TierRules]]:
@@ -263,6 +269,7 @@ class Daemon:
             self._service,
             self._sessions,
             self.snapshot,
+            self.core.clearings,
         )
         self._metrics.publish(self.snapshot())  # the first scrape may come before the first tick
         http = self._start_http()
@@ -276,11 +283,13 @@ class Daemon:
         self._phase = PHASE_SERVING
         for name in ("", service.SERVICE, admin.SERVICE):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        tier_health = TierHealth(health_servicer)
+        await tier_health.tell(self._metrics.snapshot.tiers[1:])
         gc.freeze()
         # A full collection over a million index entries stops the loop for a third of a second.
         gc.set_threshold(50_000, 20, 1 << 30)
         self._announce(http)
-        ticks = asyncio.create_task(self._tick_forever(limiter))
+        ticks = asyncio.create_task(self._tick_forever(limiter, tier_health))
         try:
             await stop.wait()
             await self._drain(server, health_servicer)
@@ -390,7 +399,7 @@ class Daemon:
             if not matches:
                 log.error("corrupt_chunk", slot=request.slot_id, part=request.part, action="quarantined")
 
-    async def _tick_forever(self, limiter: logs.RepeatLimit) -> None:
+    async def _tick_forever(self, limiter: logs.RepeatLimit, tier_health: TierHealth) -> None:
         """Let the core see time pass."""
         count = 0
         while True:
@@ -402,6 +411,7 @@ class Daemon:
             count += 1
             try:
                 self._tick(now_ns, with_snapshot=count % SNAPSHOT_TICKS == 1)
+                await tier_health.tell(self._metrics.snapshot.tiers[1:])
             except Exception:  # a bug of ours must be seen, and time must go on
                 log.exception("tick_failed")
             logs.log_held_back(limiter)
@@ -426,8 +436,9 @@ class Daemon:
         return DaemonState(self._current_phase(), (boottime_ns() - self._last_tick_ns) / 1e9)
 
     def _current_phase(self) -> str:
-        short = self._backing is not None and self._backing.shortage
-        return PHASE_DEGRADED if short and self._phase == PHASE_SERVING else self._phase
+        short = self._backing is not None and bool(self._backing.shortage)
+        is_degraded = short or self._has_tier_trouble
+        return PHASE_DEGRADED if is_degraded and self._phase == PHASE_SERVING else self._phase
 
     def snapshot(self) -> StatsSnapshot:
         """Count everything now. On the loop's thread."""
@@ -437,6 +448,8 @@ class Daemon:
         counts = books.counts
         shortage = self._backing.shortage if self._backing is not None else ""
         primary = primary_stats(books, shortage or "ok")
+        lower = [lower_stats(below) for below in self.core.below.tiers]
+        self._has_tier_trouble = not all(map(in_order, lower))
         return StatsSnapshot(
             boot_id=self.boot_id,
             version=__version__,
@@ -451,7 +464,7 @@ class Daemon:
                 backed_bytes=books.primary.slabs.backed_bytes,
                 policy=self._config.pool.policy,
             ),
-            tiers=(replace(primary), *map(lower_stats, self.core.below.tiers)),
+            tiers=(replace(primary), *lower),
             sessions=session_stats(books, now_ns),
             leases=lease_stats(books, now_ns),
             lookup_keys=by_suffix(counts, "lookup"),
@@ -551,6 +564,7 @@ def _core_limits(config: Config) -> Limits:
         copy_lease_ns=config.leases.copy_,
         tombstone_ns=limits.tombstone,
         max_pending_wait_ns=config.leases.pending_wait,
+        max_promotion_ns=config.leases.promotion,
         pin_share=limits.pin_share,
         credit_share=limits.credit_share,
         min_credit_slots=limits.min_credit_slots,

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from kvtier_server import admin, service
 from kvtier_server.address import socket_path
+from kvtier_server.core.clearing import Clearings
 from kvtier_server.rpc import CallScope
 from kvtier_server.service import OffloadService
 from kvtier_server.sessions import Sessions
@@ -32,6 +33,7 @@ def build_server(
     offload: OffloadService,
     sessions: Sessions,
     snapshot: Callable[[], StatsSnapshot],
+    clearings: Clearings,
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """Make the server, bound but not started. Raises StartError if the address cannot be had."""
     server = grpc.aio.server(
@@ -43,7 +45,7 @@ def build_server(
     )
     services: dict[str, Handlers] = {
         service.SERVICE: offload.handlers() | {"Attach": sessions.handler()},
-        admin.SERVICE: admin.handlers(scope, snapshot),
+        admin.SERVICE: admin.handlers(scope, snapshot, clearings),
         "kvtier.v1.TransferService": _transfer(scope),
         "kvtier.v1.EventsService": _events(scope),
     }

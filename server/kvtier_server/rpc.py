@@ -30,6 +30,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "GEOMETRY_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
     "NOT_RESIDENT": grpc.StatusCode.FAILED_PRECONDITION,
     "WORKERS_MISSING": grpc.StatusCode.FAILED_PRECONDITION,
+    "CANNOT_CLEAR": grpc.StatusCode.FAILED_PRECONDITION,
     "PROTOCOL_VERSION": grpc.StatusCode.FAILED_PRECONDITION,
     "SESSION_UNKNOWN": grpc.StatusCode.NOT_FOUND,
     "LEASE_UNKNOWN": grpc.StatusCode.NOT_FOUND,

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 
 LOOKUP_RESULTS = ("hit", "hit_unleased", "pending", "miss")
 STORE_REFUSALS = ("resident", "pending", "filtered", "quota", "full", "inflight")
-EVICTION_REASONS = ("evict", "slab_move", "corrupt", "cleared")
+EVICTION_REASONS = ("evict", "slab_move", "corrupt", "missing", "clear")
 """`evict` is the policy's choice; the others are drops."""
 SESSION_ENDS = ("closed", "replaced", "instance_lost", "draining", "slow_reader")
 SESSION_ROLES = ("scheduler", "worker")
 LEASE_KINDS = ("lookup", "load", "store", "credit")
 PRIMARY_TIER = "primary"
-PROMOTION_RESULTS = ("done", "missing", "corrupt", "failed", "no_slot", "refused", "probe_late")
+PROMOTION_RESULTS = ("done", "missing", "corrupt", "failed", "no_slot", "refused", "probe_late", "late")
 """`no_slot`: the share of the pool for promotions was taken; `refused`: the tier had too much to do;
-`probe_late`: a request went on before it was known whether the chunk is there."""
-DROP_REASONS = ("queue_full", "evicted", "refused", "unknown_shape")
+`probe_late`: a request went on before it was known whether the chunk is there; `late`: before it was."""
+DROP_REASONS = ("queue_full", "evicted", "refused", "unknown_shape", "cleared")
 """Why a chunk did not go down: too many waited, it left the pool first, the tier had too much to do."""
 
 PHASE_STARTING = "starting"

@@ -212,7 +212,7 @@ def test_an_unknown_method_is_unimplemented(engine: RawEngine, method: str) -> N
 
 
 UNIMPLEMENTED = [
-    *(f"AdminService/{name}" for name in ("ListSessions", "ListNamespaces", "ListTenants", "Evict", "Clear",
+    *(f"AdminService/{name}" for name in ("ListSessions", "ListNamespaces", "ListTenants", "Evict",
                                          "SetQuota", "Drain", "Explain")),
     "TransferService/RegisterMemory",
 ]  # fmt: skip

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,18 @@ def test_a_process_takes_its_faults_from_the_environment(start_child: StartChild
     assert slept.communicate(timeout=60)[0] == "passed\n"
 
 
+def test_a_process_waits_where_a_test_has_made_a_pipe_until_it_lets_go(
+    start_child: StartChild, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    assert start_child(PASS_THE_POINT, KVTIER_FAULTS=f"here=wait:{pipe}").wait(timeout=60) == 0
+    os.mkfifo(pipe)
+    child = start_child(PASS_THE_POINT, KVTIER_FAULTS=f"here=wait:{pipe}")
+    with pipe.open("wb"):  # returns when the child is there
+        assert child.poll() is None
+    assert child.communicate(timeout=60)[0] == "passed\n"
+
+
 def test_an_error_names_its_point() -> None:
     faults = parse_faults("here=error")
     with pytest.raises(FaultInjected, match="here"):
@@ -54,6 +68,7 @@ def test_a_fault_may_wait_for_its_pass() -> None:
         "here=sleep",
         "here=sleep:-1",
         "here=sleep:x",
+        "here=wait",
         "here=kill@0",
         "here=kill@x",
     ],

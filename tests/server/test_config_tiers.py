@@ -90,7 +90,8 @@ def test_a_class_from_elsewhere_is_named_by_its_module(
         ),
         ('type = "example"\ncapacty = "1MiB"', "tiers[0].capacty", "unknown; did you mean capacity?"),
         ('type = "example"\ncapacity = "lots"', "tiers[0].capacity", "'lots' is not a size"),
-        ('type = "example"\nname = "primary"', "tiers[0].name", "is the pool's"),
+        ('type = "example"\nname = "primary"', "tiers[0].name", "means the pool"),
+        ('type = "example"\nname = "all"', "tiers[0].name", "means every tier"),
         ('type = "example"\nname = "a/b"', "tiers[0].name", "is not a name"),
         (
             'type = "example"\ncascade = "sometimes"',

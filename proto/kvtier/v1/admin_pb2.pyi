@@ -607,7 +607,13 @@ Global___EvictResponse: _TypeAlias = EvictResponse  # noqa: Y015
 
 @_typing.final
 class ClearRequest(_message.Message):
-    """Drops. Empty filters mean "all"; at least one of them must be given, or `everything`."""
+    """Drops. Empty filters mean "all"; at least one of them must be given, or `everything`.
+
+    Chunks that a lease or a copy holds, and those on their way into the pool, stay. Tiers below the pool remove
+    theirs in the background. BAD_REQUEST: no filter, an unknown tier, a beginning of no namespace or of several.
+    CANNOT_CLEAR: the named tier has no way to remove chunks. INFLIGHT: too many of them wait for a tier that hangs.
+    A repeat is no error.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -615,14 +621,20 @@ class ClearRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     EVERYTHING_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
-    """Namespace digest, or its unique beginning."""
+    """Namespace digest, or its unique beginning among those of the pool and of attached engines."""
     tenant: _builtins.str
-    """Tenant."""
+    """Tenant; empty = the default tenant."""
     tier: _builtins.str
-    """Tier; empty = all tiers."""
+    """Tier; "primary" is the pool; empty = all tiers."""
     everything: _builtins.bool
     """Really everything."""
+    others: _builtins.bool
+    """Also what other daemons have stored in a tier that they share; else only what this daemon has stored."""
+    wait_ms: _builtins.int
+    """Longest wait for tiers below the pool; 0 = none. The daemon waits 60,000 at most."""
     def __init__(
         self,
         *,
@@ -630,16 +642,60 @@ class ClearRequest(_message.Message):
         tenant: _builtins.str | None = ...,
         tier: _builtins.str = ...,
         everything: _builtins.bool = ...,
+        others: _builtins.bool = ...,
+        wait_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "everything", b"everything", "namespace", b"namespace", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "everything", b"everything", "namespace", b"namespace", "others", b"others", "tenant", b"tenant", "tier", b"tier", "wait_ms", b"wait_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
     _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
 
 Global___ClearRequest: _TypeAlias = ClearRequest  # noqa: Y015
+
+@_typing.final
+class TierCleared(_message.Message):
+    """What became of one tier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    KEPT_CHUNKS_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    """Its name."""
+    chunks: _builtins.int
+    """Chunks dropped so far: of a tier below the pool 0 until it is over."""
+    freed_bytes: _builtins.int
+    """Bytes freed: of the pool those of slots."""
+    kept_chunks: _builtins.int
+    """Chunks that stay: held, or another daemon's, or not to be removed for an error."""
+    over: _builtins.bool
+    """False while it goes on in the background."""
+    problem: _builtins.str
+    """Empty, or why it was not cleared."""
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        chunks: _builtins.int = ...,
+        freed_bytes: _builtins.int = ...,
+        kept_chunks: _builtins.int = ...,
+        over: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "freed_bytes", b"freed_bytes", "kept_chunks", b"kept_chunks", "over", b"over", "problem", b"problem", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierCleared: _TypeAlias = TierCleared  # noqa: Y015
 
 @_typing.final
 class ClearResponse(_message.Message):
@@ -649,19 +705,29 @@ class ClearResponse(_message.Message):
 
     CHUNKS_FIELD_NUMBER: _builtins.int
     FREED_BYTES_FIELD_NUMBER: _builtins.int
+    KEPT_CHUNKS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
     chunks: _builtins.int
-    """Chunks dropped."""
+    """Sum over the tiers; a chunk that was in two of them counts twice."""
     freed_bytes: _builtins.int
-    """Bytes freed."""
+    """Sum over the tiers."""
+    kept_chunks: _builtins.int
+    """Sum over the tiers."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierCleared]:
+        """The tiers that were asked, the pool first."""
+
     def __init__(
         self,
         *,
         chunks: _builtins.int = ...,
         freed_bytes: _builtins.int = ...,
+        kept_chunks: _builtins.int = ...,
+        tiers: _abc.Iterable[Global___TierCleared] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "freed_bytes", b"freed_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "freed_bytes", b"freed_bytes", "kept_chunks", b"kept_chunks", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

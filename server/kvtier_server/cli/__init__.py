@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from kvtier_server import __version__
-from kvtier_server.cli import demo, health, pool, serve, status, version
+from kvtier_server.cli import admin, demo, health, pool, serve, status, verify, version
 from kvtier_server.cli.failure import Failure
 
 COMMANDS: dict[str, ModuleType] = {
@@ -21,6 +21,8 @@ COMMANDS: dict[str, ModuleType] = {
     "status": status,
     "health": health,
     "pool": pool,
+    "verify": verify,
+    "admin": admin,
     "demo": demo,
     "version": version,
 }

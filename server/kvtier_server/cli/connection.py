@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 DOWN = 2
 """Exit code where no daemon answers."""
 
+MISTAKE = 2
+"""Exit code where what was asked makes no sense."""
+
 
 def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --address and --timeout."""
@@ -80,4 +83,5 @@ def explain(error: grpc.RpcError, address: str) -> Failure:
         return Failure(
             f"the daemon at {address} does not know this call; compare the versions: kvtier version"
         )
-    return Failure(f"the daemon at {address} refuses: {code.name}: {details}")
+    code_of_exit = MISTAKE if code is grpc.StatusCode.INVALID_ARGUMENT else 1
+    return Failure(f"the daemon at {address} refuses: {code.name}: {details}", code_of_exit)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvtier_server.cli.confirmation import confirm
 from kvtier_server.cli.failure import Failure
 from kvtier_server.units import format_bytes
 
@@ -92,15 +93,7 @@ def _remove(directory: Path, args: argparse.Namespace) -> int:
             f"the pool {directory} is in use by the daemon with pid {pid}; stop it first: kill {pid}"
         )
     if not args.yes:
-        _confirm(f"remove the pool {directory} and all it holds?")
+        confirm(f"remove the pool {directory} and all it holds?", "not removed")
     freed_bytes = remove_pool(directory)
     print(f"removed {directory}: {format_bytes(freed_bytes)} freed")
     return 0
-
-
-def _confirm(question: str) -> None:
-    if not sys.stdin.isatty():
-        raise Failure(f"{question} Nobody is there to ask; add --yes", 2)
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise Failure("not removed")

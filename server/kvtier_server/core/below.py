@@ -17,15 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 
 from kvtier_ops.layout import slot_offset
+from kvtier_ops.namespace import SpaceName
 from kvtier_server.core.books import Books
 from kvtier_server.core.requests import Request
 from kvtier_server.policies.base import ChunkId
 from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.primary.size_classes import SizeClass
 from kvtier_server.secondary.base import (
+    ClearJob,
+    ClearResult,
     JobKind,
     JobResult,
     Outcome,
@@ -52,6 +55,9 @@ MAX_TIMES = 4_096
 
 SLICE_CHUNKS = 256
 """Chunks of cascades that are looked at in one go, so that a flood of stores never holds the core."""
+
+MAX_CLEARS = 64
+"""Clearings under way, and those of one tier that chunks in its queue have still to pass."""
 
 MAX_UNTOLD_USES = 65_536
 """Keys whose uses the tiers have not been told of. Beyond it the oldest are forgotten: only order suffers."""
@@ -122,6 +128,10 @@ class LowerTier:
         self.bit = 1 << index
         self.waiting: deque[Chunk] = deque()
         self.waiting_bytes = 0
+        self.num_taken = 0
+        """Chunks that have left the queue so far."""
+        self.cleared: list[tuple[int, ClearJob]] = []
+        """Clearings, each with the number of the last chunk in the queue that it covers."""
         self.running_bytes = 0
         self.queued_promotion_bytes = 0
         """Chunks it has that wait for a slot to come up into."""
@@ -143,6 +153,12 @@ class LowerTier:
         if num_bytes:
             pace = took_ns / num_bytes
             self.ns_per_byte += (pace - self.ns_per_byte) * (PACE_WEIGHT if self.ns_per_byte else 1.0)
+
+    def was_cleared(self, chunk: Chunk) -> bool:
+        """Tell whether the chunk that has just left the queue was cleared while it waited."""
+        if self.cleared:
+            self.cleared = [(last, job) for last, job in self.cleared if last >= self.num_taken]
+        return any(job.covers(chunk.space.name) for _, job in self.cleared)
 
 
 @dataclass(slots=True)
@@ -175,7 +191,7 @@ class _Promotion:
     probe_until_ns: int = 0
     is_queued: bool = False
     given_up: bool = False
-    """The probe took too long: its answer changes nothing any more."""
+    """It took too long: what comes changes nothing any more, but that its slot is free then."""
 
 
 @dataclass(slots=True)
@@ -185,6 +201,17 @@ class _Batch:
     below: LowerTier
     promotions: list[_Promotion]
     began_ns: int
+
+
+@dataclass(slots=True)
+class _Clear:
+    """A clearing of one tier. It begins when the cascades in `behind` are over, which would undo it."""
+
+    below: LowerTier
+    job: ClearJob
+    on_ended: Callable[[ClearResult], None]
+    behind: set[int]
+    is_begun: bool = False
 
 
 class Below:
@@ -202,6 +229,7 @@ class Below:
         self._job_ids = count(1)
         self._cascades: dict[int, _Cascade] = {}
         self._batches: dict[int, _Batch] = {}
+        self._clears: dict[int, _Clear] = {}
         self._promotions: dict[tuple[KeySpace, bytes], _Promotion] = {}
         self._promoting_bytes = 0
         self._queue: deque[_Promotion] = deque()
@@ -209,6 +237,9 @@ class Below:
         self._now_ns = 0
         self._probing: dict[tuple[KeySpace, bytes], _Promotion] = {}
         """Those of them that somebody waits to hear of."""
+        self._late: dict[int, _Promotion] = {}
+        """Given up, with a slot that the tier may still write, by that slot."""
+        self._late_bytes = 0
         self._uses: deque[tuple[KeySpace, Request, Sequence[bytes]]] = deque()
         self._num_uses = 0
         self._cold_tiers = [below for below in self.tiers if below.rules.cascade is CascadeWhen.COLD]
@@ -301,6 +332,7 @@ class Below:
             if batch and batch_bytes + num_bytes > MAX_JOB_BYTES:
                 break
             below.waiting.popleft()
+            below.num_taken += 1
             below.waiting_bytes -= num_bytes
             looked_at += 1
             described = self._describe(below, chunk)
@@ -313,6 +345,9 @@ class Below:
         """Name a chunk for a tier; None if it need not or cannot go there any more."""
         if chunk.dropped:
             below.counts["dropped:evicted"] += 1
+            return None
+        if below.was_cleared(chunk):
+            below.counts["dropped:cleared"] += 1
             return None
         if below.tier.lookup(chunk.space.name, (chunk.key,))[0] is Presence.YES:
             chunk.below |= below.bit
@@ -492,6 +527,8 @@ class Below:
 
     def _may_wait(self, promotion: _Promotion) -> bool:
         """Tell whether it is likely to be its turn while somebody waits."""
+        if self._promoting_bytes <= self._late_bytes:
+            return False  # what holds the share hangs
         below = promotion.below
         ahead_ns = (below.queued_promotion_bytes + self._promoting_bytes) * below.ns_per_byte
         return len(self._queue) < MAX_QUEUED_PROMOTIONS and ahead_ns <= promotion.patience_ns
@@ -559,6 +596,7 @@ class Below:
         found: list[_Promotion] = []
         for index, (promotion, outcome) in enumerate(zip(batch.promotions, job.outcomes, strict=True)):
             if promotion.given_up:
+                self._free_late(promotion)
                 continue
             if promotion.probing:
                 if outcome is Outcome.DONE:
@@ -624,6 +662,27 @@ class Below:
         self._take_out(promotion)
         if promotion.slot_id is not None:
             self._books.primary.free_reserved(promotion.size_class, [promotion.slot_id])
+        self._tell_miss(promotion)
+
+    def _give_up(self, promotion: _Promotion) -> None:
+        """Make it as if nobody had asked, but for the slot: it is the tier's until the I/O is over."""
+        promotion.given_up = True
+        promotion.below.counts["promotion:late"] += 1
+        self._take_out(promotion)
+        if promotion.slot_id is not None:
+            self._promoting_bytes += promotion.size_class.slot_bytes
+            self._late_bytes += promotion.size_class.slot_bytes
+            self._late[promotion.slot_id] = promotion
+        self._tell_miss(promotion)
+
+    def _free_late(self, promotion: _Promotion) -> None:
+        if promotion.slot_id is not None:
+            del self._late[promotion.slot_id]
+            self._promoting_bytes -= promotion.size_class.slot_bytes
+            self._late_bytes -= promotion.size_class.slot_bytes
+            self._books.primary.free_reserved(promotion.size_class, [promotion.slot_id])
+
+    def _tell_miss(self, promotion: _Promotion) -> None:
         if promotion.key not in promotion.space.writers and promotion.key not in promotion.space.chunks:
             self._books.resolve(promotion.space, promotion.key, None)
 
@@ -650,11 +709,59 @@ class Below:
                 cascade = self._cascades.pop(job.job_id, None)
                 if cascade is not None:
                     self._stored(cascade, job)
+                    self._no_longer_behind(job.job_id)
                     continue
                 batch = self._batches.pop(job.job_id, None)
                 assert batch is not None, f"{below.rules.name}: job {job.job_id} is not under way"
                 self._loaded(batch, job, now_ns)
+            for result in below.tier.get_cleared():
+                self._clears.pop(result.job_id).on_ended(result)
         self._go_on()
+
+    def clear(
+        self,
+        below: LowerTier,
+        namespace: str,
+        tenant: str | None,
+        on_ended: Callable[[ClearResult], None],
+        *,
+        others: bool = False,
+    ) -> None:
+        """Have a tier remove chunks; `on_ended` is called once, within `collect` or at once.
+
+        What waits to go down does not any more; what the pool holds goes down when it is published again.
+        """
+        job = ClearJob(next(self._job_ids), namespace, tenant, others)
+        behind = {
+            job_id
+            for job_id, cascade in self._cascades.items()
+            if cascade.below is below and any(job.covers(chunk.space.name) for chunk in cascade.chunks)
+        }
+        if below.waiting:
+            below.cleared.append((below.num_taken + len(below.waiting), job))
+        self._clears[job.id] = _Clear(below, job, on_ended, behind)
+        self._begin_clear(self._clears[job.id])
+
+    def may_clear(self, below: LowerTier) -> bool:
+        """Tell whether one more clearing may wait for this tier."""
+        return len(self._clears) < MAX_CLEARS and len(below.cleared) < MAX_CLEARS
+
+    def _begin_clear(self, clear: _Clear) -> None:
+        if clear.behind or clear.is_begun:
+            return
+        clear.is_begun = True
+        if not clear.below.tier.submit_clear(clear.job):
+            del self._clears[clear.job.id]
+            clear.on_ended(ClearResult(clear.job.id, 0, 0, clear.below.tier.stats().num_chunks))
+
+    def _no_longer_behind(self, job_id: int) -> None:
+        for clear in list(self._clears.values()):
+            clear.behind.discard(job_id)
+            self._begin_clear(clear)
+
+    def num_coming(self, covers: Callable[[SpaceName], bool]) -> int:
+        """Count the chunks of some spaces that are on their way up."""
+        return sum(covers(space.name) for space, _ in self._promotions)
 
     def _removed(self, below: LowerTier, removal: Removal) -> None:
         space = self._books.primary.spaces.get(removal.space)
@@ -729,6 +836,13 @@ class Below:
                 promotion.given_up = True
                 self._end(promotion, "probe_late")
 
+    def end_loads(self, now_ns: int) -> None:
+        """Give up loads that nobody has the patience for: the chunks can be stored and asked for again."""
+        latest_ns = now_ns - self._books.limits.max_promotion_ns
+        began = takewhile(lambda promotion: promotion.began_ns <= latest_ns, self._promotions.values())
+        for promotion in [promotion for promotion in began if not promotion.probing]:
+            self._give_up(promotion)
+
     @property
     def is_behind(self) -> bool:
         """Whether `pump` may have something to hand out."""
@@ -752,9 +866,15 @@ class Below:
             has_slot = promotion.slot_id is not None
             yield promotion.space, promotion.key, promotion.size_class if has_slot else None
 
+    def late(self) -> Iterator[SizeClass]:
+        """Classes of the slots that are reserved for what was given up."""
+        for promotion in self._late.values():
+            yield promotion.size_class
+
     def check_integrity(self) -> None:
         """Assert that the sums are right."""
         slots = [p.size_class.slot_bytes for p in self._promotions.values() if p.slot_id is not None]
+        slots += [size_class.slot_bytes for size_class in self.late()]
         assert self._promoting_bytes == sum(slots), (self._promoting_bytes, slots)
         under_way = {id(p) for batch in self._batches.values() for p in batch.promotions if not p.given_up}
         queued = {id(p) for p in self._queue if p.is_queued}

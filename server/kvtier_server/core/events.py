@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from kvtier_ops.namespace import SpaceName
 
+POOL = "primary"
+"""What the pool is called where tiers have names."""
+
 
 @dataclass(frozen=True, slots=True)
 class OffloadingEvent:
@@ -38,7 +41,7 @@ class EventLog:
         self.next_sequence = 1
 
     def record(
-        self, kind: str, space: SpaceName, reason: str, keys: Sequence[bytes], tier: str = "primary"
+        self, kind: str, space: SpaceName, reason: str, keys: Sequence[bytes], tier: str = POOL
     ) -> None:
         """Append one event."""
         self._events.append(OffloadingEvent(self.next_sequence, kind, space, tier, reason, tuple(keys)))

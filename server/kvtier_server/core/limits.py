@@ -30,6 +30,7 @@ class Limits:
     lookup_lease_ns: int = 30 * SECOND_NS
     copy_lease_ns: int = 300 * SECOND_NS
     tombstone_ns: int = 60 * SECOND_NS
+    max_promotion_ns: int = 10 * SECOND_NS
     max_pending_wait_ns: int = 2 * SECOND_NS
     pin_share: float = 0.5
     """Share of the pool one instance may have pinned, and another such share for its unfinished stores."""

@@ -14,6 +14,7 @@ from kvtier_ops.namespace import FactsError, NamespaceFacts, SpaceName
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.core.below import Below, CascadeWhen, ChunkShape, TierRules
 from kvtier_server.core.books import Books, Notice
+from kvtier_server.core.clearing import Clearings
 from kvtier_server.core.completions import Completions
 from kvtier_server.core.endings import Endings
 from kvtier_server.core.grants import Grants
@@ -69,6 +70,7 @@ class Core:
         self.completions = Completions(self.books, self.below)
         self._endings = Endings(self.books, self._forget_unused)
         self.namespaces: dict[str, Namespace] = {}
+        self.clearings = Clearings(self.books, self.below, self.namespaces, self._forget_unused)
         self.known_geometries: dict[str, dict[int, Geometry]] = {}
         self._lock_is_free = lock_is_free
         self._random64 = random64
@@ -298,6 +300,7 @@ class Core:
                 break  # the next tick goes on
         self.books.end_waits(now_ns)
         self.below.end_probes(now_ns)
+        self.below.end_loads(now_ns)
         self.below.end_waits(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
         for lock_file in self._left_locks.union(self.books.quarantine.guards):
@@ -328,6 +331,7 @@ class Core:
             assert chunk.pins == pins[chunk], f"slot {chunk.slot_id}: {chunk.pins} pins, {pins[chunk]} leases"
         reserved: Counter[int] = Counter(r.size_class.slot_bytes for r in self.books.reservations)
         reserved.update(size_class.slot_bytes for _, _, size_class in self.below.coming() if size_class)
+        reserved.update(size_class.slot_bytes for size_class in self.below.late())
         self.below.check_integrity()
         for slot_bytes, size_class in self.books.primary.slabs.classes.items():
             assert reserved[slot_bytes] == size_class.num_reserved, (

@@ -145,6 +145,34 @@ class Removal:
 
 
 @dataclass(frozen=True, slots=True)
+class ClearJob:
+    """What an operator wants gone. Ids are the core's, of one series with those of TierJob.
+
+    `namespace`: its whole digest, "" = any. `tenant`: None = any, for "" is the default tenant. `others`:
+    also what other daemons have stored in a shared tier.
+    """
+
+    id: int
+    namespace: str = ""
+    tenant: str | None = None
+    others: bool = False
+
+    def covers(self, space: SpaceName) -> bool:
+        """Tell whether chunks of this space are to go."""
+        return self.namespace in ("", space.namespace) and self.tenant in (None, space.tenant)
+
+
+@dataclass(frozen=True, slots=True)
+class ClearResult:
+    """The end of a clearing. `num_kept`: covered and still there, as somebody else's or for an error."""
+
+    job_id: int
+    num_removed: int
+    removed_bytes: int
+    num_kept: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TierStats:
     """What a tier says of itself. `capacity_bytes` 0 = no bound of its own.
 
@@ -173,6 +201,8 @@ class SecondaryTier(ABC):
     """What may be written into its `[[tiers]]` table beyond what every tier has."""
     is_shared: bool = False
     """Whether others store here too: then UNKNOWN is worth a probe, for which a prompt may wait."""
+    can_clear: bool = False
+    """Whether `submit_clear` is there; an operator who asks for it is told so otherwise."""
 
     def __init__(
         self,
@@ -226,9 +256,18 @@ class SecondaryTier(ABC):
         from its end. They may arrive out of order, and a new daemon begins with small ones again.
         """
 
-    @abstractmethod
-    def clear(self, space: SpaceName | None = None) -> None:
-        """Begin to remove everything, or everything of one space. What is gone is told as Removal."""
+    # Not abstract on purpose: a tier whose medium removes nothing, or not by namespace, is one too.
+    def submit_clear(self, job: ClearJob) -> bool:
+        """Begin to remove what `job` covers; False = no, there is too much to do.
+
+        What is gone is told as Removal with the reason `clear`, the end by `get_cleared`. No store of the
+        core's that could bring back what the job covers is under way.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no submit_clear; see can_clear")
+
+    def get_cleared(self) -> Sequence[ClearResult]:
+        """Return the clearings that have ended since the last call, each exactly once."""
+        return ()
 
     @abstractmethod
     def has_work(self) -> bool:

@@ -24,6 +24,8 @@ from kvtier_ops.checksum import part_checksum
 from kvtier_ops.layout import SLOT_UNIT_BYTES, part_offset, slot_bytes
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.secondary.base import (
+    ClearJob,
+    ClearResult,
     JobKind,
     JobResult,
     OffloadingSpec,
@@ -118,6 +120,20 @@ class Bench:
         """Do one job from beginning to end."""
         job_id = self.submit(kind, chunks)
         return self.results(job_id)[job_id]
+
+    def clear(self, job: ClearJob) -> ClearResult:
+        """Clear, and wait for the end; what the tier lets go of meanwhile is left for `get_removed`."""
+        assert self.tier.submit_clear(job)
+        ended: list[ClearResult] = []
+
+        def has_ended() -> bool:
+            ended.extend(self.tier.get_cleared())
+            return bool(ended)
+
+        until(has_ended, "the clearing ends")
+        (result,) = ended
+        assert result.job_id == job.id
+        return result
 
     def store(self, number: int, slot: int = 0, *, space: SpaceName = SPACE) -> bytes:
         """Store a chunk of new bytes; returns them."""
@@ -263,23 +279,36 @@ class TierConformance(TierBench):
                 assert parts_of(bench.slot(half + slot)) == parts_of(data[slot])
             assert not bench.tier.has_work()
 
-    def test_what_is_cleared_is_told_and_gone_and_the_other_space_stays(self) -> None:
-        other = SpaceName("n" * 64, "other", 7)
+    def test_what_is_cleared_is_told_and_gone_and_other_namespaces_and_tenants_stay(self) -> None:
+        later_epoch = SpaceName(SPACE.namespace, SPACE.tenant, SPACE.epoch + 1)
+        others = (SpaceName(SPACE.namespace, "other", 7), SpaceName("m" * 64, SPACE.tenant, 7))
         with self.bench() as bench:
+            if not bench.tier.can_clear:
+                return
+            for number, space in enumerate((SPACE, later_epoch, *others)):
+                bench.store(number, slot=number, space=space)
+            before = bench.tier.stats().used_bytes
+            result = bench.clear(ClearJob(7, SPACE.namespace, SPACE.tenant))
+            assert (result.num_removed, result.num_kept) == (2, 0)
+            assert result.removed_bytes == before - bench.tier.stats().used_bytes > 0
+            gone = {(r.space, key, r.reason) for r in bench.tier.get_removed() for key in r.keys}
+            assert gone == {(SPACE, key_of(0), "clear"), (later_epoch, key_of(1), "clear")}
+            assert bench.tier.lookup(SPACE, [key_of(0)])[0] is not Presence.YES
+            assert bench.run(JobKind.LOAD, bench.chunk(0, slot=5)).outcomes == (Outcome.MISSING,)
+            for number, space in enumerate(others, 2):
+                assert bench.tier.lookup(space, [key_of(number)])[0] is Presence.YES
+
+    def test_a_tier_that_was_cleared_wholly_is_empty_and_takes_chunks_again(self) -> None:
+        with self.bench() as bench:
+            if not bench.tier.can_clear:
+                return
+            for number in range(3):
+                bench.store(number)
+            assert bench.clear(ClearJob(7)).num_removed == 3
+            assert bench.clear(ClearJob(8)) == ClearResult(8, 0, 0)
+            stats = bench.tier.stats()
+            assert (stats.num_chunks, stats.used_bytes) == (0, 0)
             bench.store(1)
-            bench.store(2, slot=1, space=other)
-            bench.tier.clear(SPACE)
-            removed: list[tuple[SpaceName, bytes, str]] = []
-
-            def is_told() -> bool:
-                removed.extend((r.space, key, r.reason) for r in bench.tier.get_removed() for key in r.keys)
-                return bool(removed)
-
-            until(is_told, "the removal is told")
-            assert removed == [(SPACE, key_of(1), "clear")]
-            assert bench.tier.lookup(SPACE, [key_of(1)])[0] is not Presence.YES
-            assert bench.run(JobKind.LOAD, bench.chunk(1, slot=4)).outcomes == (Outcome.MISSING,)
-            assert bench.tier.lookup(other, [key_of(2)])[0] is Presence.YES
 
     def test_it_says_what_it_holds(self) -> None:
         with self.bench() as bench:

@@ -21,6 +21,8 @@ from kvtier_ops.layout import part_offset
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.config_values import Bytes
 from kvtier_server.secondary.base import (
+    ClearJob,
+    ClearResult,
     JobKind,
     Locality,
     Medium,
@@ -59,6 +61,7 @@ class ExampleTier(WorkedTier):
 
     medium = Medium.CPU
     locality = Locality.LOCAL
+    can_clear = True
     Parameters = ExampleParameters
 
     def __init__(
@@ -76,6 +79,7 @@ class ExampleTier(WorkedTier):
         self._stored: OrderedDict[Name, _Stored] = OrderedDict()
         self._used_bytes = 0
         self._removed: list[Removal] = []
+        self._cleared: list[ClearResult] = []
         self._workers = TierWorkers(
             tier_type,
             self._run,
@@ -103,10 +107,20 @@ class ExampleTier(WorkedTier):
                 if (space, key) in self._stored:
                     self._stored.move_to_end((space, key))
 
-    def clear(self, space: SpaceName | None = None) -> None:
+    def submit_clear(self, job: ClearJob) -> bool:
         with self._lock:
-            for name in [name for name in self._stored if space is None or name[0] == space]:
+            used_bytes = self._used_bytes
+            covered = [name for name in self._stored if job.covers(name[0])]
+            for name in covered:
                 self._remove(name, "clear")
+            self._cleared.append(ClearResult(job.id, len(covered), used_bytes - self._used_bytes))
+        self.on_finished()
+        return True
+
+    def get_cleared(self) -> Sequence[ClearResult]:
+        with self._lock:
+            cleared, self._cleared = self._cleared, []
+        return cleared
 
     def stats(self) -> TierStats:
         with self._lock:

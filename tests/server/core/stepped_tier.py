@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.secondary.base import (
+    ClearJob,
+    ClearResult,
     JobKind,
     JobResult,
     OffloadingSpec,
@@ -54,10 +56,12 @@ class SteppedTier(SecondaryTier):
         self.hidden: set[Name] = set()
         """Stored by somebody else: only a probe finds it."""
         self.running: deque[Running] = deque()
+        self.clearing: deque[ClearJob] = deque()
         self.refuses = False
         self.touched: list[tuple[SpaceName, Sequence[bytes], Sequence[int]]] = []
         self._finished: list[JobResult] = []
         self._removed: list[Removal] = []
+        self._cleared: list[ClearResult] = []
 
     def lookup(self, space: SpaceName, keys: Sequence[bytes]) -> Sequence[Presence]:
         there = [(space, key) in self.stored and (space, key) not in self.hidden for key in keys]
@@ -82,9 +86,23 @@ class SteppedTier(SecondaryTier):
     def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         self.touched.append((space, keys, stamps))
 
-    def clear(self, space: SpaceName | None = None) -> None:
-        for name in [name for name in self.stored if space in (None, name[0])]:
+    can_clear = True
+
+    def submit_clear(self, job: ClearJob) -> bool:
+        self.clearing.append(job)
+        return True
+
+    def get_cleared(self) -> Sequence[ClearResult]:
+        cleared, self._cleared = self._cleared, []
+        return cleared
+
+    def finish_clear(self) -> None:
+        """Do the oldest clearing."""
+        job = self.clearing.popleft()
+        covered = [name for name in self.stored if job.covers(name[0])]
+        for name in covered:
             self.lose(name, "clear")
+        self._cleared.append(ClearResult(job.id, len(covered), 0))
 
     def lose(self, name: Name, reason: str = "evict") -> None:
         """Let go of a chunk."""

@@ -405,6 +405,43 @@ def test_of_a_tier_that_others_store_into_a_prompt_waits_for_one_probe() -> None
     assert resolved(rig) == {key: HIT if key < to_key(3) else MISS for key in to_keys(range(5))}
 
 
+def test_a_load_that_hangs_is_waited_for_once_and_its_slot_is_the_tiers_until_it_ends(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(2))
+    engine.lookup(to_keys(range(2)), lease=engine.new_lease_id(), wait_s=2)
+    rig.tiers[0].step()
+    rig.tick(2.1)
+    assert engine.statuses(to_keys(range(2))) == [PENDING] * 2, "it may still come for others"
+    rig.tick(8)
+    assert resolved(rig) == dict.fromkeys(to_keys(range(2)), MISS)
+    rig.check()
+    assert rig.core.below.tiers[0].counts["promotion:late"] == 2
+    rig.tiers[0].stored.clear()
+    assert (
+        engine.lookup(to_keys(range(2)), "r2", lease=engine.new_lease_id(), wait_s=1).statuses == [MISS] * 2
+    )
+    assert engine.store(range(2), "computed") == [StoreVerdict.GRANTED] * 2
+    held = sum(size_class.num_reserved for size_class in rig.core.books.primary.slabs.classes.values())
+    assert held == 2, "the tier may still be writing them"
+    rig.move("failed")
+    engine.finish()
+    rig.tick()
+    rig.assert_nothing_is_held()
+    assert engine.hits(range(2)) == [0, 1]
+
+
+def test_what_a_load_brings_too_late_is_dropped_whoever_is_left(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(1))
+    engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=2)
+    rig.tick(10.1)
+    engine.die()
+    rig.tick()
+    rig.move()
+    rig.check()
+    assert all(to_key(0) not in space.chunks for space in rig.core.books.primary.spaces)
+
+
 def test_a_daemon_that_is_killed_while_a_chunk_comes_up_has_its_slot_back_at_once(rig: Rig) -> None:
     engine = rig.engine()
     store_and_evict(rig, engine, range(1))
@@ -420,7 +457,7 @@ def test_events_name_the_tier_and_the_cause(rig: Rig) -> None:
     store_and_evict(rig, engine, range(1))
     engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=1)
     rig.move()
-    rig.tiers[0].clear()
+    rig.tiers[0].lose((engine.space, to_key(0)), "clear")
     rig.core.below.collect(rig.clock.now_ns)
     events = rig.core.books.events.since(1)
     assert events is not None

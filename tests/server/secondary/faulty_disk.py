@@ -56,6 +56,10 @@ class FaultyDisk(Disk):
         self._may_fail("rename")
         super().rename(parent, old, new)
 
+    def unlink(self, parent: int, name: str) -> None:
+        self._may_fail("unlink")
+        super().unlink(parent, name)
+
     def free_bytes(self, fd: int) -> tuple[int, int]:
         free, total = super().free_bytes(fd)
         return (free, total) if self.free is None else (self.free, total)

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from kvtier_server.secondary.base import (
+    ClearJob,
+    ClearResult,
     JobKind,
     OffloadingSpec,
     Outcome,
@@ -242,7 +244,7 @@ class TestTrouble(OnDisk):
             good = bench.store(100, slot=8)
             self.disk.calls = ("write", "create", "rename")
             self.disk.break_with(error, share)
-            for number in range(40):
+            for number in range(300, 340 if share > 0.01 else 700):
                 bench.fill(0)
                 chunk = bench.hashed(bench.chunk(number, 0))
                 job_ids = []
@@ -250,6 +252,7 @@ class TestTrouble(OnDisk):
                     job_ids.append(job.id)
                 for result in bench.results(*job_ids).values():
                     assert result.outcomes[0] in (Outcome.DONE, Outcome.FAILED)
+            assert self.disk.num_failed > 0
             assert not list((self.tmp_path / "root").rglob("tmp-*")), "nothing half written is left"
             if share == 1.0:
                 assert "left alone" in bench.tier.stats().problem
@@ -435,3 +438,40 @@ class TestShared(OnDisk):
                 assert other.run(JobKind.LOAD, other.chunk(1, slot=3)).outcomes == (Outcome.DONE,)
                 assert parts_of(other.slot(3)) == parts_of(data)
                 assert other.tier.stats().used_bytes == 0
+
+    def test_what_another_daemon_stored_is_cleared_only_when_that_is_asked_for(self) -> None:
+        with self.bench() as one:
+            self.more = {"state_directory": str(self.tmp_path / "other-state")}
+            with self.bench() as other:
+                wait_until_complete(other)
+                for number in range(3):
+                    one.store(number)
+                other.store(3)
+                assert other.run(JobKind.PROBE, other.chunk(0, 0)).outcomes == (Outcome.DONE,)
+                assert other.clear(ClearJob(1)) == ClearResult(1, 1, FILE_BYTES, 1)
+                assert len(self.files()) == 3
+                # Two of them it has never heard of before.
+                assert other.clear(ClearJob(2, others=True)) == ClearResult(2, 3, 3 * FILE_BYTES)
+                assert self.files() == []
+                assert one.run(JobKind.LOAD, one.chunk(0, slot=3)).outcomes == (Outcome.MISSING,)
+
+
+class TestClear(OnDisk):
+    def test_a_file_that_cannot_be_removed_stays_known_and_is_counted(self) -> None:
+        with self.complete() as bench:
+            bench.store(1)
+            self.disk.calls = ("unlink",)
+            self.disk.break_with("EROFS")
+            assert bench.clear(ClearJob(1)) == ClearResult(1, 0, 0, 1)
+            assert bench.tier.lookup(SPACE, [key_of(1)]) == [Presence.YES]
+            self.disk.mend()
+            assert bench.clear(ClearJob(2)) == ClearResult(2, 1, FILE_BYTES)
+            assert self.files() == []
+
+    def test_what_was_cleared_is_gone_for_the_next_daemon_too(self) -> None:
+        with self.complete() as bench:
+            bench.store(1)
+            bench.clear(ClearJob(1))
+        with self.complete() as bench:
+            assert bench.tier.lookup(SPACE, [key_of(1)]) == [Presence.NO]
+            assert bench.tier.stats().num_chunks == 0

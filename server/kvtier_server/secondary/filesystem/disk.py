@@ -28,9 +28,10 @@ class FileInfo(NamedTuple):
 class Disk:
     """A real disk. Thread-safe: it has no state."""
 
-    def open_root(self, path: str) -> int:
+    def open_root(self, path: str, *, create: bool = True) -> int:
         """Open the root itself, which may be a symlink of whoever configured it."""
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        if create:
+            os.makedirs(path, mode=0o700, exist_ok=True)
         return os.open(path, _DIRECTORY)
 
     def open_directory(self, parent: int, name: str, *, create: bool = False) -> int:

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import sqlite3
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 from threading import Lock
@@ -165,12 +165,21 @@ class Index:
                     num_bytes -= entry.num_bytes
         return found
 
-    def names(self, space: SpaceName | None) -> list[Name]:
-        """Name all chunks, or all of one space, the ones used longest ago first."""
+    def names(self) -> list[Name]:
+        """Name all chunks, the ones used longest ago first."""
         with self._lock:
             self._settle()
-            names = [name for name in self._entries if space is None or name[0] == space]
-            return sorted(names, key=lambda name: self._entries[name].place)
+            return sorted(self._entries, key=lambda name: self._entries[name].place)
+
+    def covered_by(self, covers: Callable[[SpaceName], bool]) -> list[tuple[Name, int, bool]]:
+        """Name the chunks of some spaces, each with its bytes and whether this daemon wrote it."""
+        with self._lock:
+            spaces = {space for space in self._keys if covers(space)}
+            return [
+                (name, entry.num_bytes, entry.is_own)
+                for name, entry in self._entries.items()
+                if name[0] in spaces
+            ]
 
     def take_changes(self) -> dict[Name, Entry | None]:
         """Return what has come and gone (None) since the last call."""

@@ -63,12 +63,12 @@ def key_of(name: str) -> bytes | None:
 class Places:
     """Opens directories below one root."""
 
-    def __init__(self, disk: Disk, root: str) -> None:
-        """Open the root, made if need be. Raises OSError."""
+    def __init__(self, disk: Disk, root: str, *, create: bool = True) -> None:
+        """Open the root, made if need be and allowed. Raises OSError."""
         self._disk = disk
-        root_fd = disk.open_root(root)
+        root_fd = disk.open_root(root, create=create)
         try:
-            self.fd = disk.open_directory(root_fd, FORMAT_DIRECTORY, create=True)
+            self.fd = disk.open_directory(root_fd, FORMAT_DIRECTORY, create=create)
         finally:
             disk.close(root_fd)
 

@@ -40,6 +40,8 @@ from kvtier_ops.layout import part_offset
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.config_values import Bytes, BytesOrNone, Count, Nanoseconds, Share
 from kvtier_server.secondary.base import (
+    ClearJob,
+    ClearResult,
     JobKind,
     Locality,
     Medium,
@@ -84,6 +86,9 @@ STALE_TEMPORARY_S = 3_600.0
 
 FREE_CHECK_S = 0.2
 """How old the figure of free space may be."""
+
+MAX_CLEARINGS = 64
+"""Clearings that wait for their turn."""
 
 MAX_OFFERS = 65_536
 """Chunks whose offers are counted, the oldest forgotten first."""
@@ -131,6 +136,7 @@ class FilesystemTier(WorkedTier):
 
     medium = Medium.STORAGE
     locality = Locality.LOCAL
+    can_clear = True
     Parameters = FilesystemParameters
 
     def __init__(
@@ -171,7 +177,8 @@ class FilesystemTier(WorkedTier):
         self._free: tuple[float, int, int] = (-1.0, 0, 0)
         self._counts = {"worn_out": 0, "no_space": 0, "too_few_offers": 0}
         self._changed = Condition()
-        self._clearing: list[SpaceName | None] = []
+        self._clearing: list[ClearJob] = []
+        self._cleared: list[ClearResult] = []
         self._stopped = False
         self.is_complete = False
         """Whether all that was on disk at the start is in the index."""
@@ -207,10 +214,20 @@ class FilesystemTier(WorkedTier):
     def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         self._index.touch(space, keys, stamps)
 
-    def clear(self, space: SpaceName | None = None) -> None:
+    def submit_clear(self, job: ClearJob) -> bool:
         with self._changed:
-            self._clearing.append(space)
+            if self._stopped or len(self._clearing) >= MAX_CLEARINGS:
+                return False
+            self._clearing.append(job)
             self._changed.notify_all()
+        return True
+
+    def get_cleared(self) -> Sequence[ClearResult]:
+        if not self._cleared:
+            return ()
+        with self._lock:
+            cleared, self._cleared = self._cleared, []
+        return cleared
 
     def stats(self) -> TierStats:
         with self._lock:
@@ -285,11 +302,21 @@ class FilesystemTier(WorkedTier):
                 self._counts["worn_out"] += 1
                 return False
         if self._missing_space(num_bytes) > 0:
-            self._evict(self._missing_space(num_bytes))
-            if self._missing_space(num_bytes, fresh=True) > 0:
+            missing = self._missing_space(num_bytes, fresh=True)
+            if missing > 0:
+                self._evict(missing)
+                missing = self._missing_space(num_bytes, fresh=True)
+            if missing > 0:
                 with self._lock:
                     self._counts["no_space"] += 1
                 return False
+        with self._lock:
+            checked_at, free, total = self._free
+            self._free = (
+                checked_at,
+                free - num_bytes,
+                total,
+            )  # or a fast disk would be full before it is old
         return True
 
     def _missing_space(self, num_bytes: int, *, fresh: bool = False) -> int:
@@ -298,7 +325,9 @@ class FilesystemTier(WorkedTier):
         now = time.monotonic()
         if fresh or now - checked_at > FREE_CHECK_S:
             free, total = self._disk.free_bytes(self._places.fd)
-            self._free = (now, free, total)
+            with self._lock:
+                free -= self._writing_bytes
+                self._free = (now, free, total)
         return int(self._own.reserve_free * total) + num_bytes - free
 
     def _make_room(self) -> None:
@@ -373,6 +402,7 @@ class FilesystemTier(WorkedTier):
         fault_point("filesystem.after_write")
 
     def _load(self, chunk: TierChunk) -> ChunkResult:
+        fault_point("filesystem.before_load")
         name = (chunk.space, chunk.key)
         header, last_block = self._blocks()
         whole, rest = self._payload(chunk, last_block)
@@ -506,8 +536,8 @@ class FilesystemTier(WorkedTier):
                 self._changed.wait_for(lambda: self._stopped or self._clearing, INDEX_EVERY_S)
                 clearing, self._clearing = self._clearing, []
                 stopped = self._stopped
-            for space in clearing:
-                self._clear(space)
+            for job in clearing:
+                self._clear(job)
             self._index.settle()
             written = self._write_index()
             if stopped:
@@ -553,6 +583,7 @@ class FilesystemTier(WorkedTier):
             logger.warning("tier %s: %s is passed over: %s", self.tier_type, name, error)
 
     def _read_directory(self, space: SpaceName, fd: int) -> int:
+        fault_point("filesystem.before_scan")
         found = 0
         for info in list(self._disk.files(fd)):
             if info.name.startswith(TEMPORARY):
@@ -582,13 +613,35 @@ class FilesystemTier(WorkedTier):
         finally:
             self._disk.close(fd)
 
-    def _clear(self, space: SpaceName | None) -> None:
-        for name in self._index.names(space):
+    def _clear(self, job: ClearJob) -> None:
+        """Remove what is covered; if the job says so others' chunks too, also those never heard of."""
+        if job.others:
             try:
-                self._remove(name, "clear")
+                self._read_directories()
             except OSError as error:
-                logger.warning("tier %s: a file could not be removed: %s", self.tier_type, error)
+                logger.warning("tier %s: its directories cannot be read: %s", self.tier_type, error)
+        num_removed = removed_bytes = num_kept = 0
+        for name, num_bytes, is_own in self._index.covered_by(job.covers):
+            if not (is_own or job.others) or self._stopped or not self._unlink(name):
+                num_kept += 1
+                continue
+            self._remove(name, "clear", unlink=False)
+            num_removed += 1
+            removed_bytes += num_bytes
+        with self._lock:
+            self._cleared.append(ClearResult(job.id, num_removed, removed_bytes, num_kept))
         self.on_finished()
+
+    def _unlink(self, name: Name) -> bool:
+        """Remove a chunk's file; False if that cannot be. Not being there is as good."""
+        space, key = name
+        try:
+            with contextlib.suppress(FileNotFoundError), self._places.directory(space, key) as fd:
+                self._disk.unlink(fd, file_name(key))
+        except OSError as error:
+            logger.warning("tier %s: a file could not be removed: %s", self.tier_type, error)
+            return False
+        return True
 
     def _write_index(self) -> bool:
         changed = self._index.take_changes()
@@ -606,7 +659,7 @@ class FilesystemTier(WorkedTier):
     def _close_index(self, written: bool) -> None:
         try:
             if written:
-                self._file.write_order([*self._index.names(None)])
+                self._file.write_order(self._index.names())
         except (sqlite3.Error, OSError):
             written = False
         self._file.close(in_order=written and self.is_complete and not self._workers.has_work)

@@ -1,0 +1,166 @@
+"""Clearing: what an operator wants out of the pool and the tiers below it.
+
+Owns which tiers are asked, what stays in the pool, and the counts of the answer. A chunk that somebody has
+pinned, or that is on its way up to somebody, stays: a clearing takes nothing out of a hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from kvtier_ops.namespace import SpaceName
+from kvtier_server.core.below import MAX_CLEARS, Below, LowerTier
+from kvtier_server.core.books import Books
+from kvtier_server.core.events import POOL
+from kvtier_server.core.namespaces import Namespace
+from kvtier_server.core.refused import BadRequest, Inflight, Refused
+from kvtier_server.primary.index import Chunk
+from kvtier_server.secondary.base import ClearResult
+
+STEP_CHUNKS = 256
+"""Chunks of the pool that are dropped in one go, a fraction of a slice."""
+
+DIGEST_DIGITS = 32
+"""Of a whole namespace digest."""
+
+
+class CannotClear(Refused):
+    """A tier was named whose class has no way to remove chunks."""
+
+    reason = "CANNOT_CLEAR"
+
+
+@dataclass(slots=True)
+class Cleared:
+    """What became of one tier's chunks so far. `problem`: "" or why it was not cleared."""
+
+    tier: str
+    num_removed: int = 0
+    removed_bytes: int = 0
+    num_kept: int = 0
+    problem: str = ""
+    is_over: bool = False
+
+
+class Clearing:
+    """One clearing under way, made by `Clearings.begin`. Who steps through `pool` clears the pool."""
+
+    def __init__(self, namespace: str, tenant: str | None) -> None:
+        self.namespace = namespace
+        self.tenant = tenant
+        self.tiers: list[Cleared] = []
+        self.pool: Iterator[None] = iter(())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every tier has ended."""
+        return all(tier.is_over for tier in self.tiers)
+
+    def covers(self, space: SpaceName) -> bool:
+        """Tell whether chunks of this space are to go."""
+        return self.namespace in ("", space.namespace) and self.tenant in (None, space.tenant)
+
+
+class Clearings:
+    """Begins clearings."""
+
+    def __init__(
+        self,
+        books: Books,
+        below: Below,
+        namespaces: Mapping[str, Namespace],
+        forget_unused: Callable[[], None],
+    ) -> None:
+        """`forget_unused` is called when the pool has been cleared."""
+        self._books = books
+        self._below = below
+        self._namespaces = namespaces
+        self._forget_unused = forget_unused
+
+    def begin(
+        self,
+        namespace: str,
+        tenant: str | None,
+        tier: str,
+        on_ended: Callable[[], None],
+        *,
+        others: bool = False,
+    ) -> Clearing:
+        """Begin to drop what the filters cover; "" = any namespace, all tiers. Raises, or begins.
+
+        The tiers below end by themselves; `on_ended` is called after each of them.
+        """
+        lower = self._tiers(tier)
+        busy = [below.rules.name for below in lower if not self._below.may_clear(below)]
+        if busy:
+            raise Inflight(
+                f"{MAX_CLEARS} clearings wait for tier {busy[0]}; see what holds it: kvtier status"
+            )
+        clearing = Clearing(self._digest(namespace), tenant)
+        if tier in ("", POOL):
+            clearing.tiers.append(Cleared(POOL))
+            clearing.pool = self._clear_pool(clearing, clearing.tiers[0])
+        for below in lower:
+            cleared = Cleared(below.rules.name)
+            clearing.tiers.append(cleared)
+            if below.tier.can_clear:
+                ended = partial(_note_end, cleared, on_ended)
+                self._below.clear(below, clearing.namespace, tenant, ended, others=others)
+            else:
+                cleared.problem, cleared.is_over = "its class has no way to remove chunks", True
+        return clearing
+
+    def _tiers(self, tier: str) -> list[LowerTier]:
+        if tier == POOL:
+            return []
+        named = [below for below in self._below.tiers if tier in ("", below.rules.name)]
+        if not named and tier:
+            names = ", ".join([POOL, *(below.rules.name for below in self._below.tiers)])
+            raise BadRequest("tier", f"there is no tier {tier!r}; tiers are {names}")
+        if tier and not named[0].tier.can_clear:
+            raise CannotClear(f"tier {tier!r} has no way to remove chunks: its class has no submit_clear")
+        return named
+
+    def _digest(self, beginning: str) -> str:
+        """Complete the beginning of a namespace's digest. A whole one need not be known: tiers keep more."""
+        known = {space.name.namespace for space in self._books.primary.spaces}.union(self._namespaces)
+        if not beginning or len(beginning) == DIGEST_DIGITS or beginning in known:
+            return beginning
+        found = sorted(digest for digest in known if digest.startswith(beginning))
+        if not found:
+            raise BadRequest(
+                "namespace",
+                f"no namespace of the pool begins with {beginning!r}; `kvtier status` shows those of "
+                f"engines, and one that only a tier below holds is named by all {DIGEST_DIGITS} digits",
+            )
+        if len(found) > 1:
+            raise BadRequest("namespace", f"{beginning!r} begins {', '.join(found)}; write more digits")
+        return found[0]
+
+    def _clear_pool(self, clearing: Clearing, cleared: Cleared) -> Iterator[None]:
+        """Drop what nobody has pinned, a step at a time."""
+        primary = self._books.primary
+        covered = [space for space in primary.spaces if clearing.covers(space.name)]
+        cleared.num_kept += self._below.num_coming(clearing.covers)
+        for space in covered:
+            chunks = list(space.chunks.values())
+            for first in range(0, len(chunks), STEP_CHUNKS):
+                self._books.unpin_all()
+                self._drop(chunks[first : first + STEP_CHUNKS], cleared)
+                yield
+        cleared.is_over = True
+        self._forget_unused()
+
+    def _drop(self, chunks: Sequence[Chunk], cleared: Cleared) -> None:
+        cleared.num_kept += sum(chunk.pins > 0 and not chunk.dropped for chunk in chunks)
+        dropped = self._books.primary.drop([chunk for chunk in chunks if not chunk.pins], "clear")
+        cleared.num_removed += len(dropped)
+        cleared.removed_bytes += sum(chunk.size_class.slot_bytes for chunk in dropped)
+
+
+def _note_end(cleared: Cleared, on_ended: Callable[[], None], result: ClearResult) -> None:
+    cleared.num_removed, cleared.removed_bytes = result.num_removed, result.removed_bytes
+    cleared.num_kept, cleared.is_over = result.num_kept, True
+    on_ended()
