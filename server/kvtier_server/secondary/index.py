@@ -1,8 +1,8 @@
-"""Which chunks this daemon has put on disk, how large they are, and which goes first.
+"""Which chunks this daemon has put into a tier, how large they are, and which goes first.
 
 Owns the order of eviction and the bytes of what this daemon wrote; and a copy of both in sqlite, in a local
-directory, which makes a restart warm. The copy is a hint: each chunk file describes itself, a file that is
-listed and gone is a miss, and after anything but an orderly end the directories are read again.
+directory, which makes a restart warm. The copy is a hint: each chunk describes itself, one that is listed and
+gone is a miss, and what an end out of order may have cost is the tier's to find.
 
 The order is by use, the chunk used longest ago first. Uses arrive with the head of a prompt last, so of one
 prefix the tail goes before the head.
