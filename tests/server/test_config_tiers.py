@@ -79,7 +79,7 @@ def test_a_class_from_elsewhere_is_named_by_its_module(
 @pytest.mark.parametrize(
     ("table", "path", "problem"),
     [
-        ("", "tiers[0].type", "is missing; types are example, filesystem"),
+        ("", "tiers[0].type", "is missing; types are example, filesystem, object"),
         ('type = "filesytem"', "tiers[0].type", "did you mean 'filesystem'?"),
         ('type = "Nope"\nmodule_path = "json"', "tiers[0].module_path", "'json' has no 'Nope'"),
         ('type = "JSONDecoder"\nmodule_path = "json"', "tiers[0].module_path", "is not a SecondaryTier"),
@@ -95,6 +95,46 @@ def test_a_class_from_elsewhere_is_named_by_its_module(
         ('type = "example"\ncascade = "sometimes"', "tiers[0].cascade", "'published' or 'never'"),
         ('type = "filesystem"\ncapacity = "1GiB"', "tiers[0].root", "is missing"),
         ('type = "filesystem"\ncapacity = "1GiB"\nroot = "here"', "tiers[0].root", "is not an absolute path"),
+        ('type = "object"\ncapacity = "1GiB"', "tiers[0].url", "is missing"),
+        ('type = "object"\nurl = "bucket"', "tiers[0].url", "write s3://bucket/prefix"),
+        ('type = "object"\nurl = "s3:///prefix"', "tiers[0].url", "names no bucket"),
+        ('type = "object"\nurl = "s3://key:secret@bucket"', "tiers[0].url", "has a secret in it"),
+        ('type = "object"\nurl = "s3://bucket?a=b"', "tiers[0].url", "has a ? or #"),
+        ('type = "object"\nurl = "file://host/x"', "tiers[0].url", "names a host"),
+        ('type = "object"\nurl = "file:///"', "tiers[0].url", "names no directory"),
+        (
+            'type = "object"\nurl = "s3://b"\nendpoint = "http://h:1"',
+            "tiers[0].endpoint",
+            "write https, or allow_http = true",
+        ),
+        ('type = "object"\nurl = "s3://b"\nendpoint = "h:1"', "tiers[0].endpoint", "is no address"),
+        (
+            'type = "object"\nurl = "s3://b"\nendpoint = "https://me:secret@h:1"',
+            "tiers[0].endpoint",
+            "has a secret in it",
+        ),
+        ('type = "object"\nurl = "gs://b"\nregion = "x"', "tiers[0].region", "is for s3:// only"),
+        (
+            'type = "object"\nurl = "s3://b"\naccess_key_file = "/a"',
+            "tiers[0].access_key_file",
+            "write both or none",
+        ),
+        (
+            'type = "object"\nurl = "s3://b"\nsecret_key_file = "/s"',
+            "tiers[0].access_key_file",
+            "write both or none",
+        ),
+        (
+            'type = "object"\nurl = "s3://b"\nsession_token_file = "/t"',
+            "tiers[0].access_key_file",
+            "are missing beside session_token_file",
+        ),
+        (
+            'type = "object"\nurl = "s3://b"\naccess_key_file = "here"',
+            "tiers[0].access_key_file",
+            "is not an absolute path",
+        ),
+        ('type = "object"\nurl = "s3://b"\naccess_key = "AK"', "tiers[0].access_key", "did you mean"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_path(tmp_path: Path, table: str, path: str, problem: str) -> None:

@@ -15,6 +15,7 @@ import logging
 import sqlite3
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 
@@ -56,6 +57,7 @@ class Index:
         """Uses that the order does not show yet."""
         self._changed: dict[Name, Entry | None] = {}
         self.own_bytes = 0
+        self.num_others = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -71,13 +73,14 @@ class Index:
             self._forget(name)
             self._changed[name] = self._enter(name, num_bytes, is_own)
 
-    def add_if_new(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
-        """Note a chunk that was found on disk, as the one used longest ago."""
+    def add_if_new(self, name: Name, num_bytes: int, *, is_own: bool, is_used: bool = False) -> None:
+        """Note a chunk that was found, as the one used longest ago, or last if `is_used`."""
         with self._lock:
             if name in self._entries:
                 return
             self._changed[name] = self._enter(name, num_bytes, is_own)
-            self._entries.move_to_end(name, last=False)
+            if not is_used:
+                self._entries.move_to_end(name, last=False)
 
     def remove(self, name: Name) -> bool:
         """Forget a chunk; False if it was not known."""
@@ -90,6 +93,8 @@ class Index:
         self._keys.setdefault(space, set()).add(key)
         if is_own:
             self.own_bytes += num_bytes
+        else:
+            self.num_others += 1
         return entry
 
     def _forget(self, name: Name) -> bool:
@@ -102,6 +107,8 @@ class Index:
             del self._keys[space]
         if entry.is_own:
             self.own_bytes -= entry.num_bytes
+        else:
+            self.num_others -= 1
         self._changed[name] = None
         return True
 
@@ -133,6 +140,19 @@ class Index:
                     found.append(name)
                     num_bytes -= entry.num_bytes
         return found
+
+    def limit_others(self, most: int) -> None:
+        """Forget chunks that others wrote, the ones used longest ago, where there are more than `most`.
+
+        They are where they were, and a probe finds them.
+        """
+        with self._lock:
+            too_many = self.num_others - most
+            if too_many <= 0:
+                return
+            others = (name for name, entry in self._entries.items() if not entry.is_own)
+            for name in list(islice(others, too_many)):
+                self._forget(name)
 
     def names(self, space: SpaceName | None) -> list[Name]:
         """Name all chunks, or all of one space."""
