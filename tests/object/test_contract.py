@@ -30,7 +30,9 @@ class TestContractOnS3(TierConformance):
     def read_parameters(self) -> ObjectParameters:
         return ObjectParameters.model_validate({**self.more, "state_directory": str(self.state)})
 
-    def make_tier(self, spec: OffloadingSpec, pool: memoryview, on_finished: Callable[[], None]) -> ObjectTier:
+    def make_tier(
+        self, spec: OffloadingSpec, pool: memoryview, on_finished: Callable[[], None]
+    ) -> ObjectTier:
         return ObjectTier(spec, pool, "object", on_finished, self.read_parameters())
 
     def test_of_two_that_store_at_once_the_first_wins(self) -> None:

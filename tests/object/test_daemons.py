@@ -54,7 +54,9 @@ def test_a_working_set_larger_than_the_pool_comes_back_from_s3(
         assert load_all(own, keys, "load") == len(keys)
         assert tier(daemon, "primary").chunks <= POOL_CHUNKS
         assert is_well(daemon)
-        wait_until(lambda: metric(daemon, "kvtier_promotions_total", "s3", 'result="done"') > 0, "it is counted")
+        wait_until(
+            lambda: metric(daemon, "kvtier_promotions_total", "s3", 'result="done"') > 0, "it is counted"
+        )
         assert metric(daemon, "kvtier_promotions_total", "s3", 'result="failed"') == 0
         assert metric(daemon, "kvtier_checksum_failures_total", "s3") == 0
 
@@ -71,7 +73,10 @@ def test_what_one_daemon_stored_the_other_loads(
         store_all(own, one, keys)
     with copier(other, make_engine) as own:
         assert load_all(own, keys, "load") == len(keys)
-        assert metric(other, "kvtier_promotions_total", "s3", 'result="done"') == len(keys)
+        wait_until(
+            lambda: metric(other, "kvtier_promotions_total", "s3", 'result="done"') == len(keys),
+            "every chunk is counted",
+        )
         # And what both compute is stored once.
         both = to_keys(range(1_000, 1_000 + BATCH))
         with copier(one, make_engine) as first:

@@ -12,6 +12,7 @@ from kvtier_server.config_tiers import TierConfig
 from kvtier_server.secondary.base import OffloadingSpec
 from kvtier_server.secondary.example import ExampleParameters, ExampleTier
 from kvtier_server.secondary.filesystem.tier import FilesystemParameters
+from kvtier_server.secondary.object_store.parameters import ObjectParameters
 
 HERE = Path(__file__).parent
 
@@ -61,6 +62,21 @@ max_queued = "1MiB"
     assert disk.max_queued == 1 << 20
     assert isinstance(parameters, FilesystemParameters)
     assert (parameters.capacity, parameters.deadline) == (2 << 30, 250_000_000)
+
+
+def test_the_readme_s_tier_on_s3_is_read_as_it_is_written(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = [
+        block.partition("```")[0]
+        for block in readme.split("```toml\n")[1:]
+        if 'type = "object"' in block.partition("```")[0]
+    ]
+    ((common, parameters),) = read(tmp_path, example)
+    assert (common.name, common.probe_wait) == ("object", 100_000_000)
+    assert isinstance(parameters, ObjectParameters)
+    assert parameters.place == ("s3", "kv-chunks", "production")
+    assert parameters.capacity == 2 << 40
+    assert parameters.secret_key_file == "/etc/kvtier/s3-secret-key"
 
 
 def test_without_tables_there_are_no_tiers(tmp_path: Path) -> None:
