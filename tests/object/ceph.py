@@ -173,6 +173,8 @@ osd_data = {at}/osd
 osd_objectstore = memstore
 memstore_device_bytes = 2147483648
 osd_memory_target = 939524096
+# A gateway that was killed is waited for by the next one for so many seconds; by default 30.
+osd_client_watch_timeout = 3
 
 [mgr]
 mgr_data = {at}/mgr

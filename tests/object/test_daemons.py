@@ -94,6 +94,7 @@ def test_a_server_that_hangs_is_a_miss_and_the_tier_comes_back_by_itself(
     keys = to_keys(range(2 * POOL_CHUNKS))
     with copier(daemon, make_engine) as own:
         store_all(own, daemon, keys)
+        own.store(to_keys(range(6_000, 6_000 + BATCH)))  # on its way down when the server stops
         with ceph.stopped_gateway():
             # No call fails; what the pool has is served, what only the server has is not.
             served = load_all(own, keys[: 4 * BATCH], "hanging")

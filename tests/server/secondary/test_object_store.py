@@ -43,6 +43,7 @@ from kvtier_server.secondary.conformance import (
 )
 from kvtier_server.secondary.factory import BUILTIN_TIERS
 from kvtier_server.secondary.index import Index
+from kvtier_server.secondary.object_store import bucket as bucket_module
 from kvtier_server.secondary.object_store import tier as object_tier
 from kvtier_server.secondary.object_store.bucket import Bucket
 from kvtier_server.secondary.object_store.parameters import ObjectParameters
@@ -159,6 +160,18 @@ class TestStoring(OnStore):
             assert self.bucket.requests["put_new"] == 2
             assert self.object(1)[4096:] == data
             assert other.tier.stats().used_bytes == 0
+
+    def test_a_chunk_that_two_threads_store_at_once_counts_as_its_own_once(self) -> None:
+        with self.bench() as bench:
+            until(lambda: not bench.tier.stats().problem, "it is well")
+            self.bucket.late = ("size",)
+            bench.fill(0)
+            again = bench.hashed(bench.chunk(1, slot=0))
+            job_id = bench.submit(JobKind.STORE, [again, again])
+            until(lambda: self.bucket.requests["size"] == 2, "both ask")
+            self.bucket.open.set()
+            assert bench.results(job_id)[job_id].outcomes == (Outcome.DONE,) * 2
+            assert bench.tier.stats().used_bytes == OBJECT_BYTES
 
     def test_an_object_of_a_wrong_length_is_replaced(self) -> None:
         with self.bench() as bench:
@@ -486,6 +499,45 @@ class TestMaking:
         )
         with pytest.raises(TierError, match=f"secret_key_file .*{said}"):
             Bucket(parameters)
+
+    @pytest.mark.parametrize(
+        ("table", "said"),
+        [
+            ({"url": "gs://b", "service_account_file": "/no/such.json"}, "service account file"),
+            ({"url": "az://b"}, "Account must be specified"),
+            ({"url": "s3://b", "ca_file": __file__}, "PEM"),
+            ({"url": f"file://{__file__}"}, "cannot be used"),
+        ],
+    )
+    def test_what_can_never_work_is_said_at_the_start(self, table: dict[str, str], said: str) -> None:
+        with pytest.raises(TierError, match=said):
+            Bucket(ObjectParameters.model_validate({"capacity": 1 << 20, **table}))
+
+    def test_secrets_are_read_anew_and_one_that_is_gone_is_an_error_of_the_store(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # So short that the library asks for each request.
+        monkeypatch.setattr(bucket_module, "CREDENTIALS_S", 1.0)
+        for name in ("access", "secret"):
+            (tmp_path / name).write_text(name)
+        parameters = ObjectParameters.model_validate(
+            {
+                "url": "s3://bucket",
+                "capacity": 1 << 20,
+                "endpoint": "https://127.0.0.1:1",
+                "access_key_file": str(tmp_path / "access"),
+                "secret_key_file": str(tmp_path / "secret"),
+                "deadline": "200ms",
+            }
+        )
+        bucket = Bucket(parameters)
+        with pytest.raises(OSError, match="error sending request"):
+            bucket.size("a")
+        (tmp_path / "secret").unlink()
+        with pytest.raises(
+            OSError, match=r"\] secret_key_file .* cannot be read \(No such file or directory\)"
+        ):
+            bucket.size("a")
 
     def test_a_store_that_is_not_there_is_an_error_in_one_line(self, tmp_path: Path) -> None:
         for name in ("access", "secret"):

@@ -58,7 +58,7 @@ class Bucket:
         self._not_found = (obstore.exceptions.NotFoundError, FileNotFoundError)
         try:
             self._store = _open(parameters)
-        except self._errors as error:
+        except (*self._errors, ValueError) as error:
             raise TierError(f"{parameters.url} cannot be used: {_in_short(error)}") from error
 
     def check(self) -> None:
@@ -261,5 +261,7 @@ def _in_short(error: BaseException) -> str:
         return f"the store answered {status.strip()}{f' ({code})' if code else ''}"
     if asked := _REQUEST.search(text):
         text = ": ".join(asked.groups())
+    # Of our own: the library has asked for the credentials again.
+    text = text.rpartition(f"{TierError.__name__}: ")[2]
     text = " ".join(text.split())
     return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]}..."

@@ -194,7 +194,7 @@ class ObjectTier(WorkedTier):
 
     def _store(self, chunk: TierChunk) -> ChunkResult:
         name, num_bytes = (chunk.space, chunk.key), object_bytes(chunk)
-        if self._index.knows(*_one(name))[0]:
+        if self._index.knows(chunk.space, (chunk.key,))[0]:
             return ChunkResult(Outcome.DONE)
         if num_bytes > self._own.capacity:
             return ChunkResult(Outcome.REFUSED)
@@ -202,7 +202,7 @@ class ObjectTier(WorkedTier):
         path = object_path(name)
         there = self._bucket.size(path)
         if there == num_bytes:
-            self._index.add(name, num_bytes, is_own=False)
+            self._index.add_if_new(name, num_bytes, is_own=False, is_used=True)
             return ChunkResult(Outcome.DONE)
         data = self._as_object(chunk)
         if data is None:
@@ -211,12 +211,13 @@ class ObjectTier(WorkedTier):
             self._writing_bytes += num_bytes
         try:
             self._make_room()
-            is_own = True
-            if there is None:
-                is_own = self._bucket.put_new(path, data)
-            else:
+            if there is not None:
                 self._bucket.put(path, data)
-            self._index.add(name, num_bytes, is_own=is_own)
+            elif not self._bucket.put_new(path, data):
+                # Another daemon was first, or another thread of this one: then it is known as its own.
+                self._index.add_if_new(name, num_bytes, is_own=False, is_used=True)
+                return ChunkResult(Outcome.DONE)
+            self._index.add(name, num_bytes, is_own=True)
         finally:
             with self._lock:
                 self._writing_bytes -= num_bytes
@@ -396,7 +397,3 @@ def _verified(chunk: TierChunk, num_bytes: int, data: memoryview) -> tuple[int, 
     if header.payload_checksum != payload_checksum(data[HEADER_BYTES:], memoryview(b"")):
         return None
     return header.checksums
-
-
-def _one(name: Name) -> tuple[SpaceName, tuple[bytes]]:
-    return name[0], (name[1],)
