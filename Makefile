@@ -42,7 +42,7 @@ test-faults: $(READY) ## Run the tests that kill, fill, corrupt or cut something
 	@$(BIN)/python -m pytest -q -m "faults and not slow"
 
 # Ceph comes from the system's packages; what is missing is an error here, and elsewhere a skipped test.
-test-object: $(READY) ## Run the tests that need a real S3 server (Ceph; about two minutes)
+test-object: $(READY) ## Run the tests that need a real S3 server (Ceph; about a minute)
 	@KVTIER_TEST_CEPH=required $(BIN)/python -m pytest -q -m object tests/object
 
 # An environment of its own: vLLM pins what it needs, and brings torchvision and others in builds for CUDA that
