@@ -38,6 +38,13 @@ def filesystem(tmp_path: Path, more: str = "") -> str:
     )
 
 
+def objects(tmp_path: Path) -> str:
+    return (
+        f'[[tiers]]\ntype = "object"\nname = "bucket"\nurl = "file://{tmp_path}/objects"\n'
+        f'capacity = "64MiB"\nstate_directory = "{tmp_path}/state"\n'
+    )
+
+
 class Copier:
     """An engine that writes and reads real bytes, and knows what it wrote."""
 
@@ -126,12 +133,17 @@ def wait_for_chunks(daemon: DaemonProcess, name: str, count: int) -> None:
     wait_until(lambda: tier(daemon, name).chunks >= count, "what is stored goes down")
 
 
-@pytest.mark.parametrize("kind", ["example", "filesystem"])
+@pytest.mark.parametrize("kind", ["example", "filesystem", "object"])
 def test_a_working_set_four_times_the_pool_is_served_from_below(
     kind: str, start_daemon: StartDaemon, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
-    config, name = (EXAMPLE, "spare") if kind == "example" else (filesystem(tmp_path), "disk")
+    config, name = {
+        "example": (EXAMPLE, "spare"),
+        "filesystem": (filesystem(tmp_path), "disk"),
+        "object": (objects(tmp_path), "bucket"),
+    }[kind]
     daemon = start_daemon(pool_bytes=POOL_BYTES, config=config)
+    wait_until(lambda: tier(daemon, name).health == "ok", "the tier is used")
     keys = to_keys(range(4 * POOL_CHUNKS))
     with copier(daemon, make_engine) as own:
         for first in range(0, len(keys), BATCH):

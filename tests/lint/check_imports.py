@@ -154,6 +154,13 @@ ROOMS = (
         libraries=DAEMON_LIBRARIES,
         why="a tier gets what it needs from the factory and knows nothing above it",
     ),
+    Room(
+        "server/kvtier_server/secondary/object_store",
+        ours=("kvtier_ops", "kvtier_server.secondary", "kvtier_server.config_values"),
+        libraries=DAEMON_LIBRARIES,
+        deferred=("obstore",),
+        why="the store's library is loaded when a tier needs it",
+    ),
 )
 SOURCE_ROOTS = ("proto", "ops", "server", "client")
 PACKAGES = ("kvtier", "kvtier_ops", "kvtier_server", "kvtier_client")

@@ -12,6 +12,7 @@ from kvtier_server.config_tiers import TierConfig
 from kvtier_server.secondary.base import OffloadingSpec
 from kvtier_server.secondary.example import ExampleParameters, ExampleTier
 from kvtier_server.secondary.filesystem.tier import FilesystemParameters
+from kvtier_server.secondary.object_store.parameters import ObjectParameters
 
 HERE = Path(__file__).parent
 
@@ -63,6 +64,21 @@ max_queued = "1MiB"
     assert (parameters.capacity, parameters.deadline) == (2 << 30, 250_000_000)
 
 
+def test_the_readme_s_tier_on_s3_is_read_as_it_is_written(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = [
+        block.partition("```")[0]
+        for block in readme.split("```toml\n")[1:]
+        if 'type = "object"' in block.partition("```")[0]
+    ]
+    ((common, parameters),) = read(tmp_path, example)
+    assert (common.name, common.probe_wait) == ("object", 100_000_000)
+    assert isinstance(parameters, ObjectParameters)
+    assert parameters.place == ("s3", "kv-chunks", "production")
+    assert parameters.capacity == 2 << 40
+    assert parameters.secret_key_file == "/etc/kvtier/s3-secret-key"
+
+
 def test_without_tables_there_are_no_tiers(tmp_path: Path) -> None:
     assert read(tmp_path, "") == ()
 
@@ -79,7 +95,7 @@ def test_a_class_from_elsewhere_is_named_by_its_module(
 @pytest.mark.parametrize(
     ("table", "path", "problem"),
     [
-        ("", "tiers[0].type", "is missing; types are example, filesystem"),
+        ("", "tiers[0].type", "is missing; types are example, filesystem, object"),
         ('type = "filesytem"', "tiers[0].type", "did you mean 'filesystem'?"),
         ('type = "Nope"\nmodule_path = "json"', "tiers[0].module_path", "'json' has no 'Nope'"),
         ('type = "JSONDecoder"\nmodule_path = "json"', "tiers[0].module_path", "is not a SecondaryTier"),
@@ -100,6 +116,46 @@ def test_a_class_from_elsewhere_is_named_by_its_module(
         ),
         ('type = "filesystem"\ncapacity = "1GiB"', "tiers[0].root", "is missing"),
         ('type = "filesystem"\ncapacity = "1GiB"\nroot = "here"', "tiers[0].root", "is not an absolute path"),
+        ('type = "object"\ncapacity = "1GiB"', "tiers[0].url", "is missing"),
+        ('type = "object"\nurl = "bucket"', "tiers[0].url", "write s3://bucket/prefix"),
+        ('type = "object"\nurl = "s3:///prefix"', "tiers[0].url", "names no bucket"),
+        ('type = "object"\nurl = "s3://key:secret@bucket"', "tiers[0].url", "has a secret in it"),
+        ('type = "object"\nurl = "s3://bucket?a=b"', "tiers[0].url", "has a ? or #"),
+        ('type = "object"\nurl = "file://host/x"', "tiers[0].url", "names a host"),
+        ('type = "object"\nurl = "file:///"', "tiers[0].url", "names no directory"),
+        (
+            'type = "object"\nurl = "s3://b"\nendpoint = "http://h:1"',
+            "tiers[0].endpoint",
+            "write https, or allow_http = true",
+        ),
+        ('type = "object"\nurl = "s3://b"\nendpoint = "h:1"', "tiers[0].endpoint", "is no address"),
+        (
+            'type = "object"\nurl = "s3://b"\nendpoint = "https://me:secret@h:1"',
+            "tiers[0].endpoint",
+            "has a secret in it",
+        ),
+        ('type = "object"\nurl = "gs://b"\nregion = "x"', "tiers[0].region", "is for s3:// only"),
+        (
+            'type = "object"\nurl = "s3://b"\naccess_key_file = "/a"',
+            "tiers[0].access_key_file",
+            "write both or none",
+        ),
+        (
+            'type = "object"\nurl = "s3://b"\nsecret_key_file = "/s"',
+            "tiers[0].access_key_file",
+            "write both or none",
+        ),
+        (
+            'type = "object"\nurl = "s3://b"\nsession_token_file = "/t"',
+            "tiers[0].access_key_file",
+            "are missing beside session_token_file",
+        ),
+        (
+            'type = "object"\nurl = "s3://b"\naccess_key_file = "here"',
+            "tiers[0].access_key_file",
+            "is not an absolute path",
+        ),
+        ('type = "object"\nurl = "s3://b"\naccess_key = "AK"', "tiers[0].access_key", "did you mean"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_path(tmp_path: Path, table: str, path: str, problem: str) -> None:

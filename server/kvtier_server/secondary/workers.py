@@ -159,6 +159,11 @@ class TierWorkers:
         began = min(self._running_since.values(), default=None)
         return 0.0 if began is None else now - began
 
+    def try_again(self) -> None:
+        """Use a medium that was left alone: something has shown that it works again."""
+        with self._lock:
+            self.backpressure.worked()
+
     @property
     def problem(self) -> str:
         """One line about what is wrong, "" if nothing is."""

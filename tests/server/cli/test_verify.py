@@ -211,14 +211,15 @@ def test_chunks_larger_than_one_read_are_hashed_to_their_end(tmp_path: Path) -> 
     """A file of three pieces and a bit, made by hand: tiers of tests have small slots."""
     from kvtier_ops.checksum import part_checksum
     from kvtier_ops.layout import part_offset
-    from kvtier_server.secondary.filesystem.chunk_file import (
+    from kvtier_server.secondary.chunk_file import (
         HEADER_BYTES,
         padded_bytes,
         payload_checksum,
         write_header,
     )
+    from kvtier_server.secondary.chunk_names import file_name
     from kvtier_server.secondary.filesystem.disk import Disk
-    from kvtier_server.secondary.filesystem.places import Places, file_name
+    from kvtier_server.secondary.filesystem.places import Places
 
     part_bytes, num_parts = PIECE_BYTES + 1_000, 3
     chunk = TierChunk(SPACE, key_of(1), bytes(16), part_bytes, num_parts)

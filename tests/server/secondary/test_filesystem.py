@@ -25,6 +25,7 @@ from kvtier_server.secondary.base import (
     TierError,
     TierJob,
 )
+from kvtier_server.secondary.chunk_file import file_bytes
 from kvtier_server.secondary.conformance import (
     GEOMETRY,
     NUM_PARTS,
@@ -39,7 +40,6 @@ from kvtier_server.secondary.conformance import (
     until,
 )
 from kvtier_server.secondary.filesystem import tier as filesystem_tier
-from kvtier_server.secondary.filesystem.chunk_file import file_bytes
 from kvtier_server.secondary.filesystem.tier import FilesystemParameters, FilesystemTier
 
 from .faulty_disk import FaultyDisk

@@ -17,7 +17,7 @@ from enum import StrEnum
 import xxhash
 
 from kvtier_ops.layout import part_offset
-from kvtier_server.secondary.filesystem.chunk_file import (
+from kvtier_server.secondary.chunk_file import (
     BLOCK_BYTES,
     HEADER_BYTES,
     BrokenHeader,
@@ -27,14 +27,12 @@ from kvtier_server.secondary.filesystem.chunk_file import (
     padded_bytes,
     read_header,
 )
+from kvtier_server.secondary.chunk_names import SUFFIX, file_name, space_directory
 from kvtier_server.secondary.filesystem.disk import Disk
 from kvtier_server.secondary.filesystem.places import (
     SPACE_FILE,
-    SUFFIX,
     TEMPORARY,
     Places,
-    file_name,
-    space_directory,
     spread_directory,
 )
 

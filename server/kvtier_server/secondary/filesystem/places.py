@@ -4,14 +4,13 @@
     <root>/kvtier-1/<space>/<3 digits>/<key>.chunk
     <root>/kvtier-1/<space>/<3 digits>/tmp-...      being written
 
-A space's directory is named by a digest; a key by its hexadecimal digits, as far as names may be so long.
-The three digits spread a space over 4,096 directories. Owns names; opens directories, and keeps none open.
+The three digits spread a space over 4,096 directories. Names of spaces and keys are `chunk_names.py`'s. Opens
+directories, and keeps none open.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -20,44 +19,17 @@ from contextlib import contextmanager
 import xxhash
 
 from kvtier_ops.namespace import SpaceName
+from kvtier_server.secondary.chunk_names import FORMAT_DIRECTORY, space_directory
 from kvtier_server.secondary.filesystem.disk import Disk
 
-FORMAT_DIRECTORY = "kvtier-1"
 SPACE_FILE = "space.json"
-SUFFIX = ".chunk"
 TEMPORARY = "tmp-"
-MAX_HEX_KEY_BYTES = 120
-"""A name has 255 characters at most."""
-
 MAX_SPACE_FILE_BYTES = 65_536
-
-
-def space_directory(space: SpaceName) -> str:
-    """Name the directory of a space."""
-    canonical = json.dumps([space.namespace, space.tenant, space.epoch]).encode()
-    return hashlib.blake2b(canonical, digest_size=16).hexdigest()
 
 
 def spread_directory(key: bytes) -> str:
     """Name the directory that a key's file is in."""
     return f"{xxhash.xxh3_64_intdigest(key) & 0xFFF:03x}"
-
-
-def file_name(key: bytes) -> str:
-    """Name a key's file."""
-    if len(key) <= MAX_HEX_KEY_BYTES:
-        return key.hex() + SUFFIX
-    return f"x{hashlib.blake2b(key, digest_size=32).hexdigest()}{SUFFIX}"
-
-
-def key_of(name: str) -> bytes | None:
-    """Read the key off a file's name; None where only its header tells, or it is no chunk's."""
-    if not name.endswith(SUFFIX) or name.startswith("x"):
-        return None
-    try:
-        return bytes.fromhex(name.removesuffix(SUFFIX))
-    except ValueError:
-        return None
 
 
 class Places:

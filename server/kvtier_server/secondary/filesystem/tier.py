@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import logging
 import mmap
 import os
@@ -28,15 +26,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Condition, Lock, Thread, local
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from kvtier_ops.checksum import part_checksum
 from kvtier_ops.faults import fault_point
-from kvtier_ops.layout import part_offset
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.config_values import Bytes, BytesOrNone, Count, Nanoseconds, Share
 from kvtier_server.secondary.base import (
@@ -54,21 +49,24 @@ from kvtier_server.secondary.base import (
     TierJob,
     TierStats,
 )
-from kvtier_server.secondary.filesystem.chunk_file import (
+from kvtier_server.secondary.chunk_file import (
     BLOCK_BYTES,
     HEADER_BYTES,
     BrokenHeader,
     OtherFormat,
     file_bytes,
     padded_bytes,
+    part_checksums,
     payload_checksum,
     read_header,
     write_header,
 )
+from kvtier_server.secondary.chunk_names import SUFFIX, file_name, key_of
 from kvtier_server.secondary.filesystem.disk import Disk
-from kvtier_server.secondary.filesystem.index import Index, IndexFile, Name
-from kvtier_server.secondary.filesystem.places import SUFFIX, TEMPORARY, Places, file_name, key_of
+from kvtier_server.secondary.filesystem.places import TEMPORARY, Places
+from kvtier_server.secondary.index import Index, IndexFile, Name
 from kvtier_server.secondary.parameters import TierParameters
+from kvtier_server.secondary.state_directory import lock_state, state_file
 from kvtier_server.secondary.workers import ChunkResult, TierWorkers, WorkedTier
 
 logger = logging.getLogger(__name__)
@@ -160,13 +158,15 @@ class FilesystemTier(WorkedTier):
                 "user may write to, or name another one"
             ) from error
         self._index = Index()
-        state_file = _state_file(parameters)
+        index_file = state_file(parameters.state_directory, "filesystem", os.path.realpath(parameters.root))
         try:
-            self._state_lock = _lock_state(state_file)
+            self._state_lock = lock_state(
+                index_file, "daemons that share a root need shared = true and a state_directory each"
+            )
         except TierError:
             self._places.close()
             raise
-        self._file = IndexFile(state_file)
+        self._file = IndexFile(index_file)
         self._is_direct = parameters.direct != "off"
         self._buffers = local()
         self._lock = Lock()
@@ -269,7 +269,7 @@ class FilesystemTier(WorkedTier):
             return ChunkResult(Outcome.REFUSED)
         header, last_block = self._blocks()
         whole, rest = self._payload(chunk, last_block)
-        checksums = _part_checksums(self.pool, chunk)
+        checksums = part_checksums(self.pool[chunk.offset : chunk.offset + chunk.num_bytes], chunk)
         recorded = chunk.checksums or (0,) * chunk.num_parts
         if any(was not in (0, now) for was, now in zip(recorded, checksums, strict=True)):
             return ChunkResult(Outcome.CORRUPT)
@@ -686,43 +686,6 @@ class _Wear:
             return False
         self._left -= num_bytes
         return True
-
-
-def _state_file(parameters: FilesystemParameters) -> Path:
-    """Where the index's copy lies: local, whatever the root is."""
-    if parameters.state_directory:
-        directory = Path(parameters.state_directory)
-    else:
-        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        directory = Path(base) / "kvtier"
-    root = hashlib.blake2b(os.path.realpath(parameters.root).encode(), digest_size=8).hexdigest()
-    return directory / f"filesystem-{root}.sqlite"
-
-
-def _lock_state(state_file: Path) -> int:
-    """Take the index for this process; returns the descriptor that holds the lock. Raises TierError."""
-    try:
-        state_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(f"{state_file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise TierError(
-            f"no index can be kept in {state_file.parent} ({error.strerror}); name a local directory that "
-            "this user may write to as state_directory"
-        ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise TierError(
-            f"another daemon keeps its index of this root in {state_file.parent}; daemons that share a root "
-            "need shared = true and a state_directory each"
-        ) from error
-    return fd
-
-
-def _part_checksums(pool: memoryview, chunk: TierChunk) -> tuple[int, ...]:
-    starts = [chunk.offset + part_offset(chunk.part_bytes, part) for part in range(chunk.num_parts)]
-    return tuple([part_checksum(pool[start : start + chunk.part_bytes]) for start in starts])
 
 
 def _behind(buffers: Sequence[memoryview], num_bytes: int) -> list[memoryview]:

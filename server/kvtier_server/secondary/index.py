@@ -1,8 +1,8 @@
-"""Which chunks this daemon has put on disk, how large they are, and which goes first.
+"""Which chunks this daemon has put into a tier, how large they are, and which goes first.
 
 Owns the order of eviction and the bytes of what this daemon wrote; and a copy of both in sqlite, in a local
-directory, which makes a restart warm. The copy is a hint: each chunk file describes itself, a file that is
-listed and gone is a miss, and after anything but an orderly end the directories are read again.
+directory, which makes a restart warm. The copy is a hint: each chunk describes itself, one that is listed and
+gone is a miss, and what an end out of order may have cost is the tier's to find.
 
 The order is by use, the chunk used longest ago first. A store brings the time of its last use along, and of
 one request the head counts as used last, so a prefix goes from its end however its chunks came here.
@@ -16,6 +16,7 @@ import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 
@@ -72,6 +73,7 @@ class Index:
         """Uses that the order does not show yet."""
         self._changed: dict[Name, Entry | None] = {}
         self.own_bytes = 0
+        self.num_others = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -88,7 +90,7 @@ class Index:
             self._changed[name] = self._enter(name, num_bytes, is_own, stamp)
 
     def add_if_new(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
-        """Note a chunk that was found on disk, as one used longest ago."""
+        """Note a chunk that was found, as one used longest ago."""
         with self._lock:
             if name not in self._entries:
                 self._changed[name] = self._enter(name, num_bytes, is_own, FOUND_STAMP)
@@ -104,6 +106,8 @@ class Index:
         self._keys.setdefault(space, set()).add(key)
         if is_own:
             self.own_bytes += num_bytes
+        else:
+            self.num_others += 1
         self._move(name, entry, stamp)
         return entry
 
@@ -129,6 +133,8 @@ class Index:
             del self._keys[space]
         if entry.is_own:
             self.own_bytes -= entry.num_bytes
+        else:
+            self.num_others -= 1
         self._changed[name] = None
         return True
 
@@ -164,6 +170,19 @@ class Index:
                     found.append(name)
                     num_bytes -= entry.num_bytes
         return found
+
+    def limit_others(self, most: int) -> None:
+        """Forget chunks that others wrote, the ones found longest ago, where there are more than `most`.
+
+        They are where they were, and a probe finds them.
+        """
+        with self._lock:
+            too_many = self.num_others - most
+            if too_many <= 0:
+                return
+            others = (name for name, entry in self._entries.items() if not entry.is_own)
+            for name in list(islice(others, too_many)):
+                self._forget(name)
 
     def names(self) -> list[Name]:
         """Name all chunks, the ones used longest ago first."""

@@ -1,10 +1,10 @@
-"""One chunk as a file that describes itself: what is where in it, and how it is verified.
+"""One chunk as a file, or an object, that describes itself: what is where in it, and how it is verified.
 
     0       header, 4,096 bytes so that the payload starts on a block
               magic, version, sizes, epoch, namespace, tenant, geometry, key, part checksums
               the last 8 bytes are the xxh3-64 of the others
     4096    payload: the bytes of the chunk's group, as they lie in the slot
-            zeros up to a multiple of 4,096 bytes
+            in a file: zeros up to a multiple of 4,096 bytes
 The header has the xxh3-64 of payload and zeros together: no bit of the file is without a checksum.
 
 Owns the format. Does no I/O. A file whose header is whole but names another chunk is that other chunk's: it
@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from kvtier_ops.checksum import part_checksum
+from kvtier_ops.layout import part_offset
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.secondary.base import TierChunk
 
@@ -82,6 +84,12 @@ def payload_checksum(whole_blocks: memoryview, last_block: memoryview) -> int:
     digest = xxhash.xxh3_64(whole_blocks)
     digest.update(last_block)
     return digest.intdigest()
+
+
+def part_checksums(data: memoryview, chunk: TierChunk) -> tuple[int, ...]:
+    """Hash every part of a chunk whose bytes are `data`."""
+    starts = [part_offset(chunk.part_bytes, part) for part in range(chunk.num_parts)]
+    return tuple([part_checksum(data[start : start + chunk.part_bytes]) for start in starts])
 
 
 def write_header(target: memoryview, chunk: TierChunk, checksums: tuple[int, ...], payload: int) -> None:

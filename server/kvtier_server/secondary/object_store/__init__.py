@@ -1,0 +1,1 @@
+"""The object tier: one self-describing object per chunk in a bucket."""
