@@ -729,7 +729,7 @@ class Below:
     ) -> None:
         """Have a tier remove chunks; `on_ended` is called once, within `collect` or at once.
 
-        What waits to go down does not any more; what the pool holds goes down when it is published again.
+        What waits to go down does not any more; what comes later may be removed too, until it begins.
         """
         job = ClearJob(next(self._job_ids), namespace, tenant, others)
         behind = {
