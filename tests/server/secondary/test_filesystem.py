@@ -38,6 +38,7 @@ from kvtier_server.secondary.conformance import (
 )
 from kvtier_server.secondary.filesystem import tier as filesystem_tier
 from kvtier_server.secondary.filesystem.chunk_file import file_bytes
+from kvtier_server.secondary.filesystem.index import Index
 from kvtier_server.secondary.filesystem.tier import FilesystemParameters, FilesystemTier
 
 from .faulty_disk import FaultyDisk
@@ -374,6 +375,14 @@ class TestBudget(OnDisk):
             bench.store(8)
             known = bench.tier.lookup(SPACE, [key_of(number) for number in range(8)])
             assert known == [Presence.YES] * 6 + [Presence.NO] * 2
+
+    def test_a_use_that_was_noted_before_a_chunk_came_is_older_than_it(self) -> None:
+        index = Index()
+        for number in range(2):
+            index.add((SPACE, key_of(number)), 1, is_own=True)
+        index.touch(SPACE, [key_of(0)])
+        index.add((SPACE, key_of(2)), 1, is_own=True)
+        assert [key for _, key in index.victims(3)] == [key_of(number) for number in (1, 0, 2)]
 
 
 class TestReserve(OnDisk):

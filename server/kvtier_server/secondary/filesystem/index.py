@@ -66,8 +66,9 @@ class Index:
         return [key in known for key in keys] if known else [False] * len(keys)
 
     def add(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
-        """Note a chunk as the one used last."""
+        """Note a chunk as the one used last, after every use that was noted before."""
         with self._lock:
+            self._settle()
             self._forget(name)
             self._changed[name] = self._enter(name, num_bytes, is_own)
 
