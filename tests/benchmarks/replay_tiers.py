@@ -9,7 +9,8 @@ have been counted, and no chunk is pinned.
 The row "all" has a pool of 1/8 of the working set and a tier that holds everything; its daemon is killed
 twice (SIGKILL), once while chunks are on their way up, once while an engine writes into reserved slots, and
 the request is played again on the daemon that is started after it. The row "half" has a tier that holds half
-of what the trace stores, so that the tier evicts too.
+of what is stored, so that the tier evicts too; it plays the first third of the requests, as files are removed
+one by one.
 
     python -m tests.benchmarks.replay_tiers [--requests 2000] [--json FILE]
 """
@@ -283,8 +284,6 @@ def main() -> int:
         return 0
     requests = load_trace(args.trace)
     requests = requests[: args.requests] if args.requests else requests
-    num_distinct = len({number for hash_ids in requests for number in hash_ids})
-    pool_chunks = max(num_distinct // POOL_SHARE, 8 * max(map(len, requests)))
     kills = [(len(requests) // 3, Moment.PROMOTION), (2 * len(requests) // 3, Moment.STORE)]
     print(
         HEAD.format(
@@ -294,8 +293,13 @@ def main() -> int:
     )  # fmt: skip
     rows: list[Row] = []
     try:
-        for name, tier_chunks, at in (("all", num_distinct, kills), ("half", num_distinct // 2, [])):
-            row = replay_with_tier(name, requests, pool_chunks, tier_chunks, at, show=True)
+        for name, played, tier_share, at in (
+            ("all", requests, 1, kills),
+            ("half", requests[: len(requests) // 3], 2, []),
+        ):
+            num_distinct = len({number for hash_ids in played for number in hash_ids})
+            pool_chunks = max(num_distinct // POOL_SHARE, 8 * max(map(len, played)))
+            row = replay_with_tier(name, played, pool_chunks, num_distinct // tier_share, at, show=True)
             rows.append(row)
             print(ROW.format(*asdict(row).values()), flush=True)
     except WrongByte as error:
