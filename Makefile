@@ -91,8 +91,9 @@ bench: $(READY) ## Run every benchmark: a table each, and JSON below build/bench
 		echo; \
 	done
 
-replay: $(READY) ## Replay a trace of requests against a daemon and compare the policies
+replay: $(READY) ## Replay a trace against a daemon, with and without a tier below the pool
 	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.replay
+	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.replay_tiers
 
 clean: ## Remove caches and build results (.venv stays)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,10 +13,13 @@ from typing import Self
 import numpy as np
 
 from kvtier_client.client import OffloadClient
+from kvtier_client.listener import ClientListener
 from kvtier_client.options import ClientOptions, EngineIdentity, Role, new_instance_nonce
 from kvtier_ops.layout import TensorLayout
 from kvtier_ops.namespace import GroupFacts, NamespaceFacts
 from kvtier_ops.pool import MappedPool
+
+from ..daemon_process import wait_until
 
 PATIENT = ClientOptions(lookup_deadline_ms=10_000, prepare_deadline_ms=10_000)
 """Deadlines for measuring: a machine that hesitates must show as a slow call, not as a miss."""
@@ -37,7 +40,14 @@ def chunk_bytes(number: int, num_bytes: int) -> bytes:
 class BlockClient:
     """Both sessions of an engine whose chunks are `part_bytes` of one tensor. A context manager."""
 
-    def __init__(self, address: str, part_bytes: int, engine_id: str = "bench") -> None:
+    def __init__(
+        self,
+        address: str,
+        part_bytes: int,
+        engine_id: str = "bench",
+        listener: ClientListener | None = None,
+    ) -> None:
+        """`listener` is the scheduler's."""
         self.part_bytes = part_bytes
         facts = NamespaceFacts(
             model="blocks",
@@ -51,7 +61,11 @@ class BlockClient:
         )
         nonce = new_instance_nonce()
         self.scheduler = OffloadClient(
-            address, EngineIdentity(engine_id, nonce, Role.SCHEDULER), facts, options=PATIENT
+            address,
+            EngineIdentity(engine_id, nonce, Role.SCHEDULER),
+            facts,
+            options=PATIENT,
+            listener=listener,
         )
         self.worker = OffloadClient(
             address,
@@ -64,8 +78,7 @@ class BlockClient:
     def __enter__(self) -> Self:
         for client in (self.worker, self.scheduler):
             client.start()
-            if not client.wait_attached(30):
-                raise RuntimeError(f"cannot attach: {client.away_reason}")
+        self.wait_attached()
         return self
 
     def __exit__(
@@ -73,6 +86,13 @@ class BlockClient:
     ) -> None:
         self.scheduler.close()
         self.worker.close()
+
+    def wait_attached(self) -> None:
+        """Wait until both sessions are open and each knows of the other."""
+        for client in (self.worker, self.scheduler):
+            if not client.wait_attached(30):
+                raise RuntimeError(f"cannot attach: {client.away_reason}")
+        wait_until(lambda: self.scheduler.ready, "the scheduler knows that its worker is attached")
 
     @property
     def pool(self) -> MappedPool:

@@ -43,6 +43,9 @@ ROW = "{:8}{:>10}{:>10}{:>9}{:>9.4f}{:>9.4f}{:>10.1f}{:>8.1f}"
 GRANTED = 1
 MISS = 4
 
+Slot = tuple[int, int]
+"""Slot id and generation."""
+
 
 @dataclass(slots=True)
 class Replayed:
@@ -76,38 +79,41 @@ class Replayer:
         """Play one request; returns its hits."""
         blocks, result = self._blocks, self.result
         ctx = ReqContext(f"r{result.requests}", None)
-        keys = [chunk_key(number) for number in hash_ids]
-        answer = blocks.scheduler.lookup(ctx, keys)
-        if answer.reason:
-            raise RuntimeError(f"lookup failed: {answer.reason}")
-        hits = answer.leased_runs[0][1] if answer.leased_runs and answer.leased_runs[0][0] == 0 else 0
-        if hits:
-            self._load(answer.lease_id, hash_ids[:hits], answer.slot_ids[:hits], answer.generations[:hits])
-        missing = [n for n, status in zip(hash_ids, answer.statuses, strict=True) if status == MISS]
+        lease_id, slots, missing = self._look_up(ctx, hash_ids)
+        if slots:
+            self._load(lease_id, hash_ids[: len(slots)], slots)
         if missing:
             self._store(ctx, missing)
         blocks.scheduler.finish(ctx.req_id)
         blocks.flush()
         result.requests += 1
         result.input_chunks += len(hash_ids)
-        result.hit_chunks += hits
-        return hits
+        result.hit_chunks += len(slots)
+        return len(slots)
 
-    def _load(
-        self, lease_id: int, numbers: Sequence[int], slot_ids: Sequence[int], generations: Sequence[int]
-    ) -> None:
+    def _look_up(self, ctx: ReqContext, hash_ids: Sequence[int]) -> tuple[int, list[Slot], list[int]]:
+        """Lease the leading run: the lease, the run's slots, and the numbers of what is missing."""
+        answer = self._blocks.scheduler.lookup(ctx, [chunk_key(number) for number in hash_ids])
+        if answer.reason:
+            raise RuntimeError(f"lookup failed: {answer.reason}")
+        hits = answer.leased_runs[0][1] if answer.leased_runs and answer.leased_runs[0][0] == 0 else 0
+        slots = list(zip(answer.slot_ids[:hits], answer.generations[:hits], strict=True))
+        missing = [n for n, status in zip(hash_ids, answer.statuses, strict=True) if status == MISS]
+        return answer.lease_id, slots, missing
+
+    def _load(self, lease_id: int, numbers: Sequence[int], slots: Sequence[Slot]) -> None:
         blocks = self._blocks
         load_lease = blocks.scheduler.new_lease_id()
-        blocks.scheduler.start_load(lease_id, load_lease, slot_ids)
-        for number, slot_id, generation in zip(numbers, slot_ids, generations, strict=True):
+        blocks.scheduler.start_load(lease_id, load_lease, [slot_id for slot_id, _ in slots])
+        for number, (slot_id, generation) in zip(numbers, slots, strict=True):
             before = blocks.pool.generation(slot_id)
             loaded = blocks.slot(slot_id).tobytes()
             fence()
             if before != generation or blocks.pool.generation(slot_id) != generation:
                 raise WrongByte(f"chunk {number}: slot {slot_id} changed under its lease")
-            if loaded != chunk_bytes(number, CHUNK_BYTES):
+            if loaded != chunk_bytes(number, blocks.part_bytes):
                 raise WrongByte(f"chunk {number}: slot {slot_id} holds other bytes")
-        blocks.worker.report_load(LoadReportItem(load_lease, num_bytes=len(numbers) * CHUNK_BYTES))
+        blocks.worker.report_load(LoadReportItem(load_lease, num_bytes=len(numbers) * blocks.part_bytes))
 
     def _store(self, ctx: ReqContext, numbers: Sequence[int]) -> None:
         blocks = self._blocks
@@ -115,14 +121,14 @@ class Replayer:
         granted = [n for n, verdict in zip(numbers, grant.verdicts, strict=True) if verdict == GRANTED]
         checksums = []
         for number, slot_id in zip(granted, grant.slot_ids, strict=True):
-            content = chunk_bytes(number, CHUNK_BYTES)
+            content = chunk_bytes(number, blocks.part_bytes)
             blocks.slot(slot_id).data[:] = content
             checksums.append(part_checksum(memoryview(content)))
         self.result.stored_chunks += len(granted)
         keys = [chunk_key(number) for number in granted]
         blocks.worker.report_store(
             StoreReportItem(
-                0, grant.slot_ids, grant.generations, keys, checksums, num_bytes=len(keys) * CHUNK_BYTES
+                0, grant.slot_ids, grant.generations, keys, checksums, num_bytes=len(keys) * blocks.part_bytes
             )
         )
 
@@ -143,19 +149,22 @@ def replay_through_daemon(requests: Sequence[Sequence[int]], policy: str, show: 
         start = time.perf_counter()
         for number, hash_ids in enumerate(requests):
             replayer.play(hash_ids)
-            if show and sys.stderr.isatty() and number % 50 == 0:
-                _draw(policy, number, len(requests), replayer.result, time.perf_counter() - start)
+            if show and number % 50 == 0:
+                draw(policy, number, len(requests), replayer.result.hit_share, time.perf_counter() - start)
         replayer.result.seconds = time.perf_counter() - start
         if show and sys.stderr.isatty():
             print(file=sys.stderr)
         return replayer.result
 
 
-def _draw(policy: str, number: int, total: int, result: Replayed, seconds: float) -> None:
+def draw(what: str, number: int, total: int, hit_share: float, seconds: float) -> None:
+    """Draw a progress bar, on a terminal."""
+    if not sys.stderr.isatty():
+        return
     filled = 30 * number // total
     left = seconds / max(number, 1) * (total - number)
     bar = "#" * filled + "." * (30 - filled)
-    print(f"\r{policy:4} [{bar}] {number}/{total}  hits {result.hit_share:.4f}  {left:3.0f} s left ",
+    print(f"\r{what:4} [{bar}] {number}/{total}  hits {hit_share:.4f}  {left:3.0f} s left ",
           end="", file=sys.stderr, flush=True)  # fmt: skip
 
 

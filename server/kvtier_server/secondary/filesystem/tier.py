@@ -274,7 +274,9 @@ class FilesystemTier(WorkedTier):
         if any(was not in (0, now) for was, now in zip(recorded, checksums, strict=True)):
             return ChunkResult(Outcome.CORRUPT)
         self._fill_last_block(chunk, last_block)
-        write_header(header, chunk, checksums, payload_checksum(whole, rest))
+        # One part of whole blocks is the payload, and has been hashed.
+        is_one_part = chunk.num_parts == 1 and not rest
+        write_header(header, chunk, checksums, checksums[0] if is_one_part else payload_checksum(whole, rest))
         with self._lock:
             self._writing_bytes += num_bytes
         try:
