@@ -33,11 +33,11 @@ from kvtier_server import __version__, admin, logs, service
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.config import Config
 from kvtier_server.core.adoption import Adopted
-from kvtier_server.core.below import CascadeWhen, TierRules
 from kvtier_server.core.books import HashRequest
 from kvtier_server.core.instances import Session
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.limits import Limits
+from kvtier_server.core.lower_tiers import CascadeWhen, TierRules
 from kvtier_server.core.namespaces import MAX_KEY_BYTES
 from kvtier_server.core.tiering import Core
 from kvtier_server.grpc_server import build_server
@@ -348,7 +348,8 @@ class Daemon:
         if self.core.below.is_behind and not self._pumping:
             self._pumping = True
             asyncio.get_running_loop().call_soon(self._pump)
-        if not self._awaits_probes and (probes_end_ns := self.core.below.probes_end_ns) is not None:
+        probes_end_ns = self.core.below.promotions.probes_end_ns
+        if not self._awaits_probes and probes_end_ns is not None:
             self._awaits_probes = True
             delay_s = max(probes_end_ns - boottime_ns(), 0) / 1e9
             asyncio.get_running_loop().call_later(delay_s, self._end_probes)
@@ -358,7 +359,7 @@ class Daemon:
 
     def _end_probes(self) -> None:
         self._awaits_probes = False
-        self.core.below.end_probes(boottime_ns())
+        self.core.below.promotions.end_probes(boottime_ns())
         self._after_call()
 
     def _pump(self) -> None:
@@ -426,7 +427,7 @@ class Daemon:
         if not self._settling:
             self._settle()
         self.core.books.primary.write_recency(SLICE_ITEMS)
-        times = self.core.below.promotion_times
+        times = self.core.below.promotions.times
         while times:
             self._metrics.observe_promotion(*times.popleft())
         if with_snapshot:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from kvtier_server.core.below import LowerTier
 from kvtier_server.core.books import Books
 from kvtier_server.core.leases import LeaseKind
+from kvtier_server.core.lower_tiers import LowerTier
 from kvtier_server.stats import LEASE_KINDS, PRIMARY_TIER, LeaseStats, SessionStats, TierStats
 
 NAMESPACE_DIGITS = 12

@@ -16,7 +16,7 @@ from kvtier_ops.locks import held_owner_locks
 from kvtier_ops.namespace import SpaceName
 from kvtier_ops.pool import Pool, SlotState
 from kvtier_server.core.adoption import Adopted, KeptSlot, adopt
-from kvtier_server.core.below import DAEMON
+from kvtier_server.core.lower_tiers import DAEMON
 from kvtier_server.core.namespaces import Geometry
 from kvtier_server.core.tiering import Core
 

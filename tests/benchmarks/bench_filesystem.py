@@ -32,7 +32,7 @@ from threading import Event
 from kvtier_ops.checksum import part_checksum
 from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_ops.namespace import SpaceName
-from kvtier_server.core.below import MAX_JOB_BYTES
+from kvtier_server.core.lower_tiers import MAX_JOB_BYTES
 from kvtier_server.secondary.base import JobKind, OffloadingSpec, Outcome, TierChunk, TierJob
 from kvtier_server.secondary.chunk_file import HEADER_BYTES
 from kvtier_server.secondary.filesystem.tier import FilesystemParameters, FilesystemTier

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from kvtier_ops.namespace import SpaceName
-from kvtier_server.core.below import MAX_CLEARS, Below, LowerTier
+from kvtier_server.core.below import MAX_CLEARS, Below
 from kvtier_server.core.books import Books
 from kvtier_server.core.events import POOL
+from kvtier_server.core.lower_tiers import LowerTier
 from kvtier_server.core.namespaces import Namespace
 from kvtier_server.core.refused import BadRequest, Inflight, Refused
 from kvtier_server.primary.index import Chunk
@@ -143,7 +144,7 @@ class Clearings:
         """Drop what nobody has pinned, a step at a time."""
         primary = self._books.primary
         covered = [space for space in primary.spaces if clearing.covers(space.name)]
-        cleared.num_kept += self._below.num_coming(clearing.covers)
+        cleared.num_kept += self._below.promotions.num_coming(clearing.covers)
         for space in covered:
             chunks = list(space.chunks.values())
             for first in range(0, len(chunks), STEP_CHUNKS):

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvtier_ops.prefix import GroupPresence, first_gap, usable_prefix
-from kvtier_server.core.below import MAX_PROBES, Below, LowerTier
+from kvtier_server.core.below import Below
 from kvtier_server.core.books import Books, LookupStatus
 from kvtier_server.core.instances import Instance, Session
 from kvtier_server.core.leases import Lease, LeaseKind
+from kvtier_server.core.lower_tiers import LowerTier
 from kvtier_server.core.namespaces import check_keys, check_number_of_keys
+from kvtier_server.core.promotions import MAX_PROBES
 from kvtier_server.core.refused import BadRequest, LeaseUnknown
 from kvtier_server.core.requests import Request
 from kvtier_server.primary.index import Chunk, KeySpace
@@ -123,7 +125,7 @@ class Lookups:
             return {}
         missing = [key for key, status in zip(keys, statuses, strict=True) if status == _MISS]
         # With several groups what may be there must not decide what is leased of what is there.
-        return self._below.find(space, request, missing, MAX_PROBES if num_groups == 1 else 0)
+        return self._below.promotions.find(space, request, missing, MAX_PROBES if num_groups == 1 else 0)
 
     def _count(
         self,
@@ -283,7 +285,7 @@ class Lookups:
                 if key in below and key not in index_of:
                     index_of[key] = index
                     wanted.append((key, size_class, below[key]))
-        begun = self._below.promote(instance.space, request, wanted, now_ns, pending_wait_ns)
+        begun = self._below.promotions.begin(instance.space, request, wanted, now_ns, pending_wait_ns)
         chunk_tokens = instance.namespace.facts.chunk_tokens(0)
         for key in begun:
             index = index_of[key]

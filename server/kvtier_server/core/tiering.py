@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from kvtier_ops.namespace import FactsError, NamespaceFacts, SpaceName
 from kvtier_server.admission import ReuseFilter
-from kvtier_server.core.below import Below, CascadeWhen, ChunkShape, TierRules
+from kvtier_server.core.below import Below
 from kvtier_server.core.books import Books, Notice
 from kvtier_server.core.clearing import Clearings
 from kvtier_server.core.completions import Completions
@@ -22,6 +22,7 @@ from kvtier_server.core.instances import Applicant, Instance, LockIsFree, Role, 
 from kvtier_server.core.leases import Lease, LeaseKind
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.lookups import Lookups
+from kvtier_server.core.lower_tiers import CascadeWhen, ChunkShape, TierRules
 from kvtier_server.core.namespaces import Geometry, Namespace
 from kvtier_server.core.refused import BadRequest, Draining, Refused
 from kvtier_server.policies.base import CachePolicy
@@ -299,9 +300,9 @@ class Core:
             if left <= 0:
                 break  # the next tick goes on
         self.books.end_waits(now_ns)
-        self.below.end_probes(now_ns)
-        self.below.end_loads(now_ns)
-        self.below.end_waits(now_ns)
+        self.below.promotions.end_probes(now_ns)
+        self.below.promotions.end_loads(now_ns)
+        self.below.promotions.end_waits(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
         for lock_file in self._left_locks.union(self.books.quarantine.guards):
             if self._lock_is_free(lock_file):
@@ -330,8 +331,9 @@ class Core:
         for chunk in self.books.primary.by_slot.values():
             assert chunk.pins == pins[chunk], f"slot {chunk.slot_id}: {chunk.pins} pins, {pins[chunk]} leases"
         reserved: Counter[int] = Counter(r.size_class.slot_bytes for r in self.books.reservations)
-        reserved.update(size_class.slot_bytes for _, _, size_class in self.below.coming() if size_class)
-        reserved.update(size_class.slot_bytes for size_class in self.below.late())
+        promotions = self.below.promotions
+        reserved.update(size_class.slot_bytes for _, _, size_class in promotions.coming() if size_class)
+        reserved.update(size_class.slot_bytes for size_class in promotions.late())
         self.below.check_integrity()
         for slot_bytes, size_class in self.books.primary.slabs.classes.items():
             assert reserved[slot_bytes] == size_class.num_reserved, (
@@ -351,5 +353,5 @@ class Core:
             writers = Counter(
                 r.key for r in self.books.reservations if r.space is space and r.key is not None
             )
-            writers.update(key for coming_into, key, _ in self.below.coming() if coming_into is space)
+            writers.update(key for coming_into, key, _ in promotions.coming() if coming_into is space)
             assert writers == Counter(space.writers), f"writers of {space.name} do not add up"

@@ -13,8 +13,8 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvtier_server.core.below import CascadeWhen, TierRules
 from kvtier_server.core.grants import StoreVerdict
+from kvtier_server.core.lower_tiers import CascadeWhen, TierRules
 from kvtier_server.core.refused import Inflight
 from kvtier_server.core.stores import ItemStatus
 

@@ -14,9 +14,9 @@ from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_ops.namespace import NamespaceFacts, SpaceName
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.core.adoption import KeptSlot, adopt
-from kvtier_server.core.below import DAEMON, TierRules
 from kvtier_server.core.books import Notice
 from kvtier_server.core.limits import Limits
+from kvtier_server.core.lower_tiers import DAEMON, TierRules
 from kvtier_server.core.tiering import Core
 from kvtier_server.policies.loader import make_policy
 from kvtier_server.secondary.base import JobKind

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from kvtier_server.core.below import MAX_PROBES, CascadeWhen, TierRules
 from kvtier_server.core.books import LookupStatus
 from kvtier_server.core.grants import StoreVerdict
+from kvtier_server.core.lower_tiers import CascadeWhen, TierRules
+from kvtier_server.core.promotions import MAX_PROBES
 from kvtier_server.secondary.base import Medium
 
 from .engine import HIT, HIT_UNLEASED, MISS, PENDING, Engine, facts, to_key, to_keys
@@ -232,7 +233,7 @@ def test_a_request_waits_for_a_probe_no_longer_than_for_that() -> None:
     assert resolved(rig) == {}
     rig.tick(0.01)
     assert resolved(rig) == dict.fromkeys(to_keys(range(2)), MISS)
-    assert rig.core.below.probes_end_ns is None
+    assert rig.core.below.promotions.probes_end_ns is None
     assert engine.store(range(2), "computed") == [StoreVerdict.GRANTED] * 2, "as if nobody had asked"
     rig.move()
     assert engine.hits(range(2)) == [0, 1]
