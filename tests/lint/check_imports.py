@@ -154,6 +154,13 @@ ROOMS = (
         libraries=DAEMON_LIBRARIES,
         why="a tier gets what it needs from the factory and knows nothing above it",
     ),
+    Room(
+        "server/kvtier_server/secondary/mooncake",
+        ours=("kvtier_ops", "kvtier_server.secondary", "kvtier_server.config_values"),
+        libraries=DAEMON_LIBRARIES,
+        deferred=("mooncake",),
+        why="the engine is loaded by the helper process alone, and late",
+    ),
 )
 SOURCE_ROOTS = ("proto", "ops", "server", "client")
 PACKAGES = ("kvtier", "kvtier_ops", "kvtier_server", "kvtier_client")

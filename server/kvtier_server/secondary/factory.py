@@ -84,3 +84,4 @@ class TierFactory:
 BUILTIN_TIERS = TierFactory()
 BUILTIN_TIERS.register("example", "kvtier_server.secondary.example", "ExampleTier")
 BUILTIN_TIERS.register("filesystem", "kvtier_server.secondary.filesystem.tier", "FilesystemTier")
+BUILTIN_TIERS.register("mooncake", "kvtier_server.secondary.mooncake.tier", "MooncakeTier")

@@ -169,6 +169,11 @@ class TierWorkers:
             return f"left alone after {self.last_error}; tried again by itself"
         return ""
 
+    def recovered(self) -> None:
+        """Note that the medium works again, as somebody has found out who watches it."""
+        with self._lock:
+            self.backpressure.worked()
+
     def stop(self, timeout_s: float) -> bool:
         """End the threads; what has not begun fails. False if an I/O hangs: its thread is left behind."""
         give_up_at = time.monotonic() + timeout_s
