@@ -28,9 +28,16 @@ class OnMaster(TierBench):
     def make_tier(
         self, spec: OffloadingSpec, pool: memoryview, on_finished: Callable[[], None]
     ) -> MooncakeTier:
-        metadata = f"http://127.0.0.1:{self.master.metadata_port}/metadata" if self.metadata else "P2PHANDSHAKE"
+        metadata = (
+            f"http://127.0.0.1:{self.master.metadata_port}/metadata" if self.metadata else "P2PHANDSHAKE"
+        )
         parameters = MooncakeParameters.model_validate(
-            {"master": self.master.address, "segment": self.segment, "metadata": metadata, "heartbeat": "100ms"}
+            {
+                "master": self.master.address,
+                "segment": self.segment,
+                "metadata": metadata,
+                "heartbeat": "100ms",
+            }
         )
         tier = MooncakeTier(spec, pool, "mooncake", on_finished, parameters)
         until(lambda: not tier.stats().problem, "the tier is connected")
@@ -49,7 +56,7 @@ class TestFullSegment(OnMaster):
     """What is read is leased for an hour, so the master may not evict it."""
 
     @pytest.fixture(autouse=True)
-    def with_master(self, tmp_path: Path) -> Iterator[None]:  # type: ignore[override]
+    def with_master(self, tmp_path: Path) -> Iterator[None]:
         self.master = Master(tmp_path, lease_ms=3_600_000)
         try:
             self.master.start()

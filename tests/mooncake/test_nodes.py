@@ -31,7 +31,9 @@ RECOVERY_S = 60.0
 
 def from_readme(master: Master) -> str:
     """The README's example, with this master and a segment for a small machine, and quicker in its checks."""
-    (example,) = re.findall(r'```toml\n(\[\[tiers\]\]\ntype = "mooncake"\n.*?)```', README.read_text(), re.DOTALL)
+    (example,) = re.findall(
+        r'```toml\n(\[\[tiers\]\]\ntype = "mooncake"\n.*?)```', README.read_text(), re.DOTALL
+    )
     config, num_masters = re.subn(r'(?m)^master = "\S+"', f'master = "{master.address}"', example)
     config, num_segments = re.subn(r'(?m)^segment = "\S+"', 'segment = "64MiB"', config)
     assert (num_masters, num_segments) == (1, 1), example
@@ -90,7 +92,7 @@ def test_what_one_node_stored_the_other_loads(
         reader.store(back)
         wait_for_chunks(other, "mooncake", len(keys) + len(back))
         assert load(writer, back, "back") == len(back)
-    assert metric(other, "kvtier_promotion_bytes_total", "mooncake") > 0
+    wait_until(lambda: metric(other, "kvtier_promotion_bytes_total", "mooncake") > 0, "it is counted")
     assert metric(one, "kvtier_backpressure_dropped_total", "mooncake") == 0
 
 
@@ -112,7 +114,7 @@ def test_a_daemon_starts_without_a_master_and_recovers_by_itself(
 ) -> None:
     master.kill()
     daemon = node(start_daemon, master)
-    wait_until(lambda: "is not reached" in tier(daemon, "mooncake").problem, "the status says why")
+    wait_until(lambda: "is not reached" in tier(daemon, "mooncake").health, "the status says why")
     keys = to_keys(range(BATCH))
     with copier(daemon, make_engine) as own:
         own.store(keys)
@@ -178,28 +180,32 @@ def test_a_node_that_is_killed_takes_its_chunks_with_it_and_nothing_else(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("role", ["transfer", "segment"])
-def test_a_helper_that_ends_or_hangs_is_replaced_and_the_daemon_goes_on(
+def test_a_helper_that_ends_or_hangs_leaves_misses_and_the_daemons_go_on(
     role: str, number: signal.Signals, master: Master, start_daemon: StartDaemon, make_engine: MakeEngine
 ) -> None:
-    daemon = node(start_daemon, master)
-    wait_well(daemon)
-    keys = to_keys(range(2 * BATCH))
-    with copier(daemon, make_engine) as own:
-        own.store(keys)
-        wait_for_chunks(daemon, "mooncake", len(keys))
-        before = children(daemon.pid)
-        os.kill(before[role], number)
-        load(own, keys, "at once")
-        if (role, number) != ("segment", signal.SIGSTOP):
-            wait_until(
-                lambda: children(daemon.pid).get(role) not in {None, before[role]}, "it is replaced", RECOVERY_S
-            )
+    one, other = node(start_daemon, master), node(start_daemon, master)
+    wait_well(one, other)
+    keys = to_keys(range(4 * BATCH))
+    with copier(one, make_engine) as writer, copier(other, make_engine) as reader:
+        writer.store(keys)
+        wait_for_chunks(one, "mooncake", len(keys))
+        # The reader's own process that moves chunks, or the memory in which about half of them lie.
+        victim = other if role == "transfer" else one
+        pid = children(victim.pid)[role]
+        os.kill(pid, number)
+        load(reader, keys, "at once")
+        if (role, number) == ("segment", signal.SIGSTOP):
+            os.kill(pid, signal.SIGCONT)  # it is let be: what is in it is others' too
         else:
-            os.kill(before[role], signal.SIGCONT)  # a segment is let be: what is in it is others' too
-        wait_well(daemon)
-        works_again(own, daemon, 5_000)
-        load(own, keys, "after")
-    assert daemon.exit_code() is None
+            wait_until(
+                lambda: children(victim.pid).get(role) not in {None, pid}, "it is replaced", RECOVERY_S
+            )
+        wait_well(one, other)
+        works_again(writer, one, 5_000)
+        works_again(reader, other, 15_000)
+        load(reader, keys, "after")
+    assert one.exit_code() is None
+    assert other.exit_code() is None
 
 
 def test_a_daemon_that_stops_takes_its_helpers_with_it(master: Master, start_daemon: StartDaemon) -> None:

@@ -1,4 +1,4 @@
-"""The processes that run Mooncake's client for a daemon: `python -P -m kvtier_server.secondary.mooncake.helper`.
+"""The processes that run Mooncake's client for a daemon: `python -P -m kvtier_server...helper`.
 
 Two roles, each a process of its own:
 
@@ -171,15 +171,16 @@ class Transfers:
         return [next(removed if each.operation is Operation.REMOVE else found) for each in batch]
 
     def _described(self, batch: list[Request]) -> tuple[list[str], list[list[int]], list[list[int]]]:
-        """Name each object and its two pieces: the header, then the chunk where it lies in the pool."""
-        return (
-            [request.name for request in batch],
-            [
-                [self._headers + request.header * HEADER_BYTES, self._pool + request.offset]
-                for request in batch
-            ],
-            [[HEADER_BYTES, request.num_bytes] for request in batch],
-        )
+        """Name each object and its pieces: the header, then the chunk, if any, where it lies in the pool."""
+        names, pointers, sizes = [], [], []
+        for request in batch:
+            num_pieces = 2 if request.num_bytes else 1
+            names.append(request.name)
+            pointers.append(
+                [self._headers + request.header * HEADER_BYTES, self._pool + request.offset][:num_pieces]
+            )
+            sizes.append([HEADER_BYTES, request.num_bytes][:num_pieces])
+        return names, pointers, sizes
 
 
 if __name__ == "__main__":

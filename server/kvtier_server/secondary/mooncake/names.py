@@ -10,6 +10,7 @@ of the object tells the rest. All chunks of a space begin alike, so that operato
 from __future__ import annotations
 
 import hashlib
+import secrets
 import struct
 
 from kvtier_ops.namespace import SpaceName
@@ -36,6 +37,11 @@ def space_prefix(space: SpaceName) -> str:
 def beat_name() -> str:
     """Name an object that is never stored: asking for it asks the master."""
     return f"{PREFIX}-".ljust(NAME_BYTES, "0")
+
+
+def trial_name() -> str:
+    """Name an object that is stored, read and removed at once, to see whether that works. Never twice."""
+    return f"{PREFIX}-{secrets.token_hex(NAME_BYTES // 2)}"[:NAME_BYTES]
 
 
 def _fields_of(chunk: TierChunk) -> list[bytes]:

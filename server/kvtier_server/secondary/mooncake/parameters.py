@@ -1,9 +1,9 @@
 """What may be written into the `[[tiers]]` table of a mooncake tier.
 
-    [[tiers]]
-    type = "mooncake"
-    master = "10.0.0.1:50051"
-    segment = "64GiB"
+[[tiers]]
+type = "mooncake"
+master = "10.0.0.1:50051"
+segment = "64GiB"
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _check_address(address: str) -> str:
 def _check_metadata(metadata: str) -> str:
     if metadata != P2P and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", metadata):
         raise ValueError(
-            f'{metadata!r} is no metadata server; write "{P2P}", which needs none, or the URL of Mooncake\'s, '
+            f'{metadata!r} is no metadata server; write "{P2P}", which needs none, or the URL of one, '
             'as "http://10.0.0.1:8080/metadata"'
         )
     return metadata
@@ -99,5 +99,7 @@ class MooncakeParameters(TierParameters):
     @model_validator(mode="after")
     def _check_times(self) -> Self:
         if self.timeout > self.deadline:
-            raise ValueError("timeout is longer than deadline; a call that may take so long is always too late")
+            raise ValueError(
+                "timeout is longer than deadline; a call that may take so long is always too late"
+            )
         return self

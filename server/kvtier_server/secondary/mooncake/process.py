@@ -1,6 +1,6 @@
 """One helper process, from the daemon's side: begun, asked, and ended when it does not answer.
 
-Owns the process, its end of the socket, and who waits for which answer. What the helper does is `helper.py`'s.
+Owns the process, its end of the socket, and who waits for which answer; what it does is `helper.py`'s.
 A request that fails does so after the process is gone: until then it might still write into the pool.
 """
 

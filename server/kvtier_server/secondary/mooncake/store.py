@@ -20,7 +20,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def put(self, name: str, header: int, offset: int, num_bytes: int) -> int:
-        """Store a header and the pool's bytes as one object. An object that is there stays."""
+        """Store a header and the pool's bytes, which may be none, as one object. One that is there stays."""
 
     @abstractmethod
     def get(self, name: str, header: int, offset: int, num_bytes: int) -> int:

@@ -1,17 +1,17 @@
 """The mooncake tier: chunks in memory that many nodes lend to one store.
 
-Owns what is stored, loaded and removed, and what is believed of it. An object is a header of 4 KiB, which says
-whose bytes follow (`filesystem/chunk_file.py` has the format), and the chunk's bytes as they lie in the slot;
-the engine gathers the two, so nothing is copied in between. What the store says of itself is a hint: a chunk
-is there when its header and all its bytes have been read and verified, and at no other time.
+Owns what is stored, loaded and removed, and what is believed of it. An object is a header of 4 KiB, which
+says whose bytes follow (`filesystem/chunk_file.py` has the format), and the chunk's bytes as they lie in the
+slot; the engine gathers the two, so nothing is copied in between. What the store says of itself is a hint: a
+chunk is there when its header and all its bytes have been read and verified, and at no other time.
 
     [[tiers]]
     type = "mooncake"
     master = "10.0.0.1:50051"
     segment = "64GiB"
 
-Threads: readers and writers (`TierWorkers`), each with a header of its own, and one keeper, which watches the
-store and removes what is cleared. The engine is in processes of its own (`helper.py`).
+Threads: readers and writers (`TierWorkers`), and one keeper, which watches the store and removes what is
+cleared; each has a header of its own. The engine is in processes of its own (`helper.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -50,7 +51,7 @@ from kvtier_server.secondary.filesystem.chunk_file import (
 from kvtier_server.secondary.mooncake import codes
 from kvtier_server.secondary.mooncake.engine import EngineStore
 from kvtier_server.secondary.mooncake.known import Entry, Known
-from kvtier_server.secondary.mooncake.names import object_name
+from kvtier_server.secondary.mooncake.names import object_name, trial_name
 from kvtier_server.secondary.mooncake.parameters import MooncakeParameters
 from kvtier_server.secondary.mooncake.store import ObjectStore
 from kvtier_server.secondary.mooncake.wire import HEADER_BYTES
@@ -58,6 +59,7 @@ from kvtier_server.secondary.workers import ChunkResult, TierWorkers, WorkedTier
 
 logger = logging.getLogger(__name__)
 
+REFUSALS = frozenset({codes.NO_SPACE, codes.OVER_QUOTA})
 STARTING = "not connected yet"
 _NO_BYTES = memoryview(b"")
 
@@ -84,7 +86,7 @@ class MooncakeTier(WorkedTier):
         self._own = parameters
         if store is None:
             check_installed()
-            store = EngineStore(spec, parameters, parameters.readers + parameters.writers)
+            store = EngineStore(spec, parameters, parameters.readers + parameters.writers + 1)
         self._store = store
         self._headers = count()
         self._local = local()
@@ -187,6 +189,24 @@ class MooncakeTier(WorkedTier):
         if before and not problem:
             logger.info("tier %s: the store is there", self.tier_type)
             self._workers.recovered()
+        elif not problem and self._workers.backpressure.is_tripped and self._passes_trial():
+            self._workers.recovered()
+
+    def _passes_trial(self) -> bool:
+        """Store something, read it and remove it: does the way to the nodes' memory work as well?"""
+        name, pattern = trial_name(), os.urandom(HEADER_BYTES)
+        index, header = self._header()
+        header[:] = pattern
+        try:
+            code = self._store.put(name, index, 0, 0)
+            if code in REFUSALS:
+                return True  # an answer; where there is no room there may be much to read
+            header[:] = bytes(HEADER_BYTES)
+            is_same = not code and self._store.get(name, index, 0, 0) == HEADER_BYTES and header == pattern
+            self._store.remove(name)
+        except OSError:
+            return False
+        return is_same
 
     def _clear(self, space: SpaceName | None) -> None:
         for own_space, key, entry in self._known.entries(space):
@@ -201,7 +221,9 @@ class MooncakeTier(WorkedTier):
             logger.warning("tier %s: an object could not be removed: %s", self.tier_type, error)
             return False
         if code not in {codes.DONE, codes.NOT_FOUND}:
-            logger.warning("tier %s: an object could not be removed: %s", self.tier_type, codes.describe(code))
+            logger.warning(
+                "tier %s: an object could not be removed: %s", self.tier_type, codes.describe(code)
+            )
         return code in {codes.DONE, codes.NOT_FOUND}
 
     # One chunk at a time, on the workers' threads
@@ -222,7 +244,7 @@ class MooncakeTier(WorkedTier):
         write_header(header, chunk, checksums, payload_checksum(self._payload(chunk), _NO_BYTES))
         name = object_name(chunk)
         code = self._store.put(name, index, chunk.offset, chunk.num_bytes)
-        if code in {codes.NO_SPACE, codes.OVER_QUOTA}:
+        if code in REFUSALS:
             with self._lock:
                 self._counts["no_space"] += 1
             return ChunkResult(Outcome.REFUSED)
