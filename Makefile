@@ -6,10 +6,12 @@ BIN := .venv/bin
 READY := .venv/.ready
 VLLM_BIN := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
+MOONCAKE_BIN := .venv-mooncake/bin
+MOONCAKE_READY := .venv-mooncake/.ready
 BENCH_DIR := build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-faults test-object test-vllm demo-vllm lint proto bench bench-vllm replay clean
+.PHONY: help venv demo serve test test-faults test-object test-mooncake test-vllm demo-vllm lint proto bench bench-vllm replay clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +37,7 @@ serve: $(READY) ## Run the daemon in the foreground with its defaults
 	@$(BIN)/kvtier serve
 
 test: $(READY) ## Run the tests, without faults and slow ones (under 5 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not faults and not slow and not object"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not faults and not slow and not object and not mooncake"
 
 # One worker: a test that kills, fills or corrupts something has the machine for itself.
 test-faults: $(READY) ## Run the tests that kill, fill, corrupt or cut something real
@@ -63,6 +65,18 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 # Warnings of vLLM and torch are not ours to mend.
 test-vllm: $(VLLM_READY) ## Run the tests that run real vLLM, in .venv-vllm (under 20 minutes on 2 cores)
 	@$(VLLM_BIN)/python -m pytest -q -W default --disable-warnings -n 2 --dist worksteal tests/vllm
+
+# An environment of its own: 150 MB that nothing else needs.
+$(MOONCAKE_READY): pyproject.toml constraints.txt
+	@echo "venv-mooncake: installing Mooncake into .venv-mooncake (about a minute)"
+	@$(PYTHON) -m venv .venv-mooncake
+	@$(MOONCAKE_BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[server,mooncake]' hypothesis pytest pytest-timeout
+	@touch $@
+	@echo "venv-mooncake: ready"
+
+test-mooncake: $(MOONCAKE_READY) ## Run the mooncake tier on a real mooncake_master, in .venv-mooncake
+	@$(MOONCAKE_BIN)/python -m pytest -q -m mooncake tests/mooncake
 
 demo-vllm: $(VLLM_READY) ## Show what kvtier gives a real vLLM: hit rate and TTFT, cold and warm
 	@PYTHONPATH=. $(VLLM_BIN)/python -m tests.vllm.show

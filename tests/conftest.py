@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from kvtier.v1 import offload_pb2 as pb
 
 TESTS = Path(__file__).parent
-MARK_OF_FOLDER = {"faults": pytest.mark.faults, "gpu": pytest.mark.gpu, "object": pytest.mark.object}
+MARK_OF_FOLDER = {
+    "faults": pytest.mark.faults,
+    "gpu": pytest.mark.gpu,
+    "mooncake": pytest.mark.mooncake,
+    "object": pytest.mark.object,
+}
 
 # No deadline: an example that is slow on a busy machine is no defect. In CI the examples are the same on
 # every run, so that a red run can be repeated; by hand they are new each time.

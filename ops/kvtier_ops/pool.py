@@ -132,6 +132,11 @@ class MappedPool:
         self._areas = None
 
     @property
+    def data_offset(self) -> int:
+        """Where the data area begins in the file, a multiple of a page."""
+        return self._header.data_offset
+
+    @property
     def data(self) -> Bytes:
         """The data area, shape (data_bytes,), uint8."""
         return self._open_areas().data

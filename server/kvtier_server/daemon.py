@@ -184,7 +184,13 @@ class Daemon:
 
     def _make_tiers(self) -> list[tuple[SecondaryTier, TierRules]]:
         """Make the tiers below the pool. Raises StartError, with those that were made ended again."""
-        spec = OffloadingSpec(self._pool.data_bytes, SLOT_UNIT_BYTES, MAX_KEY_BYTES)
+        spec = OffloadingSpec(
+            self._pool.data_bytes,
+            SLOT_UNIT_BYTES,
+            MAX_KEY_BYTES,
+            str(self._pool.path),
+            self._pool.data_offset,
+        )
         made: list[tuple[SecondaryTier, TierRules]] = []
         for common, parameters in self._config.tiers:
             try:

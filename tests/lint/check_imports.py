@@ -161,6 +161,13 @@ ROOMS = (
         deferred=("obstore",),
         why="the store's library is loaded when a tier needs it",
     ),
+    Room(
+        "server/kvtier_server/secondary/mooncake",
+        ours=("kvtier_ops", "kvtier_server.secondary", "kvtier_server.config_values"),
+        libraries=DAEMON_LIBRARIES,
+        deferred=("mooncake",),
+        why="the engine is loaded by the helper process alone, and late",
+    ),
 )
 SOURCE_ROOTS = ("proto", "ops", "server", "client")
 PACKAGES = ("kvtier", "kvtier_ops", "kvtier_server", "kvtier_client")

@@ -95,7 +95,7 @@ def test_a_class_from_elsewhere_is_named_by_its_module(
 @pytest.mark.parametrize(
     ("table", "path", "problem"),
     [
-        ("", "tiers[0].type", "is missing; types are example, filesystem, object"),
+        ("", "tiers[0].type", "is missing; types are example, filesystem, mooncake, object"),
         ('type = "filesytem"', "tiers[0].type", "did you mean 'filesystem'?"),
         ('type = "Nope"\nmodule_path = "json"', "tiers[0].module_path", "'json' has no 'Nope'"),
         ('type = "JSONDecoder"\nmodule_path = "json"', "tiers[0].module_path", "is not a SecondaryTier"),

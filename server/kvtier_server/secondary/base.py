@@ -83,6 +83,10 @@ class OffloadingSpec:
     slot_unit_bytes: int
     """Offsets are multiples of it; no two slots share such a unit."""
     max_key_bytes: int
+    pool_file: str = ""
+    """The file that the pool is a mapping of, for a tier whose I/O is done by a process of its own."""
+    pool_file_offset: int = 0
+    """Where in it the pool begins; a multiple of a page."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ chunks of 12 KiB. Owns no tier and imports no test library.
 from __future__ import annotations
 
 import mmap
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -155,10 +156,17 @@ class TierBench:
     @contextmanager
     def bench(self) -> Iterator[Bench]:
         """Open a bench over a new tier; the tier is shut down after."""
-        pool = mmap.mmap(-1, NUM_SLOTS * SLOT_BYTES)  # aligned to pages, as the daemon's is
+        # A file in memory, aligned to pages, as the daemon's is.
+        fd = os.memfd_create("pool", os.MFD_CLOEXEC)
+        os.ftruncate(fd, NUM_SLOTS * SLOT_BYTES)
+        pool = mmap.mmap(fd, NUM_SLOTS * SLOT_BYTES)
         pool[:] = bytes([FILLER]) * len(pool)
         finished = Event()
-        tier = self.make_tier(OffloadingSpec(len(pool), SLOT_UNIT_BYTES, 128), memoryview(pool), finished.set)
+        spec = OffloadingSpec(len(pool), SLOT_UNIT_BYTES, 128, f"/proc/{os.getpid()}/fd/{fd}")
+        try:
+            tier = self.make_tier(spec, memoryview(pool), finished.set)
+        finally:
+            os.close(fd)
         try:
             yield Bench(tier, pool, finished)
         finally:
