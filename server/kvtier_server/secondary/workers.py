@@ -12,17 +12,32 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread, current_thread
 
 from kvtier_server.secondary.backpressure import Backpressure
-from kvtier_server.secondary.base import JobKind, JobResult, Outcome, SecondaryTier, TierChunk, TierJob
+from kvtier_server.secondary.base import (
+    ClearJob,
+    ClearResult,
+    JobKind,
+    JobResult,
+    OffloadingSpec,
+    Outcome,
+    Removal,
+    SecondaryTier,
+    TierChunk,
+    TierJob,
+)
+from kvtier_server.secondary.parameters import TierParameters
 
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED_READS = 16_384
 """Chunks that wait to be read or looked for."""
+
+MAX_CLEARINGS = 64
+"""Clearings that wait; one more is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +82,76 @@ class WorkedTier(SecondaryTier):
 
     def has_work(self) -> bool:
         return self._workers.has_work
+
+
+class KeptTier(WorkedTier):
+    """A tier with a thread of its own beside its workers, its keeper, which removes what is cleared.
+
+    `_changed` wakes the keeper; `_lock` is for what the core takes.
+    """
+
+    can_clear = True
+
+    def __init__(
+        self,
+        spec: OffloadingSpec,
+        pool: memoryview,
+        tier_type: str,
+        on_finished: Callable[[], None],
+        parameters: TierParameters,
+    ) -> None:
+        super().__init__(spec, pool, tier_type, on_finished, parameters)
+        self._lock = Lock()
+        self._removed: list[Removal] = []
+        self._cleared: list[ClearResult] = []
+        self._changed = Condition()
+        self._clearing: list[ClearJob] = []
+        self._stopped = False
+
+    def get_removed(self) -> Sequence[Removal]:
+        if not self._removed:
+            return ()
+        with self._lock:
+            removed, self._removed = self._removed, []
+        return removed
+
+    def submit_clear(self, job: ClearJob) -> bool:
+        with self._changed:
+            if self._stopped or len(self._clearing) >= MAX_CLEARINGS:
+                return False
+            self._clearing.append(job)
+            self._changed.notify_all()
+        return True
+
+    def get_cleared(self) -> Sequence[ClearResult]:
+        if not self._cleared:
+            return ()
+        with self._lock:
+            cleared, self._cleared = self._cleared, []
+        return cleared
+
+    def _take_clearing(self, wait_s: float) -> list[ClearJob]:
+        """Take what is to be cleared, for the keeper; wait until there is something, or the tier ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or bool(self._clearing), wait_s)
+            clearing, self._clearing = self._clearing, []
+        return clearing
+
+    def _tell_removed(self, removed: Iterable[Removal]) -> None:
+        with self._lock:
+            self._removed += removed
+
+    def _tell_cleared(self, result: ClearResult) -> None:
+        with self._lock:
+            self._cleared.append(result)
+        self.on_finished()
+
+    def _stop(self) -> bool:
+        """Tell the keeper to end; False if it was told before."""
+        with self._changed:
+            was_stopped, self._stopped = self._stopped, True
+            self._changed.notify_all()
+        return not was_stopped
 
 
 class TierWorkers:

@@ -26,7 +26,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Condition, Lock, Thread, local
+from threading import Thread, local
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
@@ -67,7 +67,7 @@ from kvtier_server.secondary.filesystem.places import TEMPORARY, Places
 from kvtier_server.secondary.index import Index, IndexFile, Name
 from kvtier_server.secondary.parameters import TierParameters
 from kvtier_server.secondary.state_directory import lock_state, state_file
-from kvtier_server.secondary.workers import ChunkResult, TierWorkers, WorkedTier
+from kvtier_server.secondary.workers import ChunkResult, KeptTier, TierWorkers
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -84,9 +84,6 @@ STALE_TEMPORARY_S = 3_600.0
 
 FREE_CHECK_S = 0.2
 """How old the figure of free space may be."""
-
-MAX_CLEARINGS = 64
-"""Clearings that wait for their turn."""
 
 MAX_OFFERS = 65_536
 """Chunks whose offers are counted, the oldest forgotten first."""
@@ -129,12 +126,11 @@ class FilesystemParameters(TierParameters):
     """Local directory of the index, one for each daemon; default: kvtier in $XDG_STATE_HOME."""
 
 
-class FilesystemTier(WorkedTier):
+class FilesystemTier(KeptTier):
     """Chunks as files. See the module's first lines."""
 
     medium = Medium.STORAGE
     locality = Locality.LOCAL
-    can_clear = True
     Parameters = FilesystemParameters
 
     def __init__(
@@ -169,17 +165,11 @@ class FilesystemTier(WorkedTier):
         self._file = IndexFile(index_file)
         self._is_direct = parameters.direct != "off"
         self._buffers = local()
-        self._lock = Lock()
-        self._removed: list[Removal] = []
         self._offers: OrderedDict[Name, int] = OrderedDict()
         self._writing_bytes = 0
         self._wear = _Wear(parameters.writes_per_day)
         self._free: tuple[float, int, int] = (-1.0, 0, 0)
         self._counts = {"worn_out": 0, "no_space": 0, "too_few_offers": 0}
-        self._changed = Condition()
-        self._clearing: list[ClearJob] = []
-        self._cleared: list[ClearResult] = []
-        self._stopped = False
         self.is_complete = False
         """Whether all that was on disk at the start is in the index."""
         self.is_shared = True  # until then only the disk knows
@@ -204,30 +194,8 @@ class FilesystemTier(WorkedTier):
     def submit_probe(self, job: TierJob) -> bool:
         return self._workers.submit(job)
 
-    def get_removed(self) -> Sequence[Removal]:
-        if not self._removed:
-            return ()
-        with self._lock:
-            removed, self._removed = self._removed, []
-        return removed
-
     def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         self._index.touch(space, keys, stamps)
-
-    def submit_clear(self, job: ClearJob) -> bool:
-        with self._changed:
-            if self._stopped or len(self._clearing) >= MAX_CLEARINGS:
-                return False
-            self._clearing.append(job)
-            self._changed.notify_all()
-        return True
-
-    def get_cleared(self) -> Sequence[ClearResult]:
-        if not self._cleared:
-            return ()
-        with self._lock:
-            cleared, self._cleared = self._cleared, []
-        return cleared
 
     def stats(self) -> TierStats:
         with self._lock:
@@ -244,11 +212,9 @@ class FilesystemTier(WorkedTier):
     def shutdown(self, timeout_s: float) -> bool:
         give_up_at = time.monotonic() + timeout_s
         all_ended = self._workers.stop(timeout_s)
-        with self._changed:
-            was_stopped, self._stopped = self._stopped, True
-            self._changed.notify_all()
+        is_first = self._stop()
         self._keeper.join(max(0.0, give_up_at - time.monotonic()))
-        if all_ended and not self._keeper.is_alive() and not was_stopped:
+        if all_ended and not self._keeper.is_alive() and is_first:
             self._places.close()
             os.close(self._state_lock)
         return all_ended
@@ -354,8 +320,7 @@ class FilesystemTier(WorkedTier):
                     self._disk.unlink(fd, file_name(key))
                     fault_point("filesystem.after_delete")
         finally:
-            with self._lock:  # told when it is gone
-                self._removed.append(Removal(space, (key,), reason))
+            self._tell_removed([Removal(space, (key,), reason)])  # when it is gone
 
     def _without_direct_if_need_be(self, action: Callable[[], T]) -> T:
         """Do something again, and from now on, through the page cache where O_DIRECT is refused."""
@@ -534,10 +499,8 @@ class FilesystemTier(WorkedTier):
                 "tier %s: its index could not be read; what is on disk is probed", self.tier_type
             )
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or self._clearing, INDEX_EVERY_S)
-                clearing, self._clearing = self._clearing, []
-                stopped = self._stopped
+            clearing = self._take_clearing(INDEX_EVERY_S)
+            stopped = self._stopped
             for job in clearing:
                 self._clear(job)
             self._index.settle()
@@ -630,9 +593,7 @@ class FilesystemTier(WorkedTier):
             self._remove(name, "clear", unlink=False)
             num_removed += 1
             removed_bytes += num_bytes
-        with self._lock:
-            self._cleared.append(ClearResult(job.id, num_removed, removed_bytes, num_kept))
-        self.on_finished()
+        self._tell_cleared(ClearResult(job.id, num_removed, removed_bytes, num_kept))
 
     def _unlink(self, name: Name) -> bool:
         """Remove a chunk's file; False if that cannot be. Not being there is as good."""

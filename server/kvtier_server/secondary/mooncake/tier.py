@@ -23,7 +23,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
-from threading import Condition, Event, Lock, Thread, local
+from threading import Event, Thread, local
 
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.secondary.base import (
@@ -56,25 +56,21 @@ from kvtier_server.secondary.mooncake.names import object_name, trial_name
 from kvtier_server.secondary.mooncake.parameters import MooncakeParameters
 from kvtier_server.secondary.mooncake.store import ObjectStore
 from kvtier_server.secondary.mooncake.wire import HEADER_BYTES
-from kvtier_server.secondary.workers import ChunkResult, TierWorkers, WorkedTier
+from kvtier_server.secondary.workers import ChunkResult, KeptTier, TierWorkers
 
 logger = logging.getLogger(__name__)
 
 REFUSALS = frozenset({codes.NO_SPACE, codes.OVER_QUOTA})
 STARTING = "not connected yet"
 
-MAX_CLEARINGS = 64
-"""Clearings that wait; one more is refused."""
-
 _NO_BYTES = memoryview(b"")
 
 
-class MooncakeTier(WorkedTier):
+class MooncakeTier(KeptTier):
     """Chunks as objects of Mooncake's store. See the module's first lines."""
 
     medium = Medium.CPU
     locality = Locality.REMOTE
-    can_clear = True
     Parameters = MooncakeParameters
     is_shared = True
 
@@ -96,15 +92,9 @@ class MooncakeTier(WorkedTier):
         self._store = store
         self._headers = count()
         self._local = local()
-        self._lock = Lock()
-        self._removed: list[Removal] = []
         self._counts = {"no_space": 0}
         self._known = Known()
         self._problem = STARTING
-        self._changed = Condition()
-        self._clearing: list[ClearJob] = []
-        self._cleared: list[ClearResult] = []
-        self._stopped = False
         self._store_closed = Event()
         self._workers = TierWorkers(
             tier_type,
@@ -135,29 +125,6 @@ class MooncakeTier(WorkedTier):
     def submit_probe(self, job: TierJob) -> bool:
         return not self._problem and self._workers.submit(job)
 
-    def get_removed(self) -> Sequence[Removal]:
-        if not self._removed:
-            return ()
-        with self._lock:
-            removed, self._removed = self._removed, []
-        return removed
-
-    def submit_clear(self, job: ClearJob) -> bool:
-        """Begin to remove what this daemon has stored, and what it has heard of if the job says `others`."""
-        with self._changed:
-            if self._stopped or len(self._clearing) >= MAX_CLEARINGS:
-                return False
-            self._clearing.append(job)
-            self._changed.notify_all()
-        return True
-
-    def get_cleared(self) -> Sequence[ClearResult]:
-        if not self._cleared:
-            return ()
-        with self._lock:
-            cleared, self._cleared = self._cleared, []
-        return cleared
-
     def stats(self) -> TierStats:
         with self._lock:
             counts = tuple(self._counts.items())
@@ -173,9 +140,7 @@ class MooncakeTier(WorkedTier):
     def shutdown(self, timeout_s: float) -> bool:
         give_up_at = time.monotonic() + timeout_s
         self._workers.stop(timeout_s / 2)
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        self._stop()
         # Ends the calls that workers and keeper wait in, if any do.
         all_ended = self._store.close(give_up_at - time.monotonic())
         self._store_closed.set()
@@ -185,19 +150,14 @@ class MooncakeTier(WorkedTier):
     # The keeper
 
     def _keep(self) -> None:
-        while True:
-            with self._changed:
-                stopped, clearing = self._stopped, self._clearing
-                self._clearing = []
-            if stopped:
-                # The processes that it began end with this thread, whatever they are about.
-                self._store_closed.wait()
-                return
+        clearing: list[ClearJob] = []
+        while not self._stopped:
             self._note(self._store.keep())
             for job in clearing:
                 self._clear(job)
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or self._clearing, self._own.heartbeat / 1e9)
+            clearing = self._take_clearing(self._own.heartbeat / 1e9)
+        # The processes that it began end with this thread, whatever they are about.
+        self._store_closed.wait()
 
     def _note(self, problem: str) -> None:
         before, self._problem = self._problem, problem
@@ -235,9 +195,7 @@ class MooncakeTier(WorkedTier):
                 removed_bytes += entry.num_bytes
             else:
                 num_kept += 1
-        with self._lock:
-            self._cleared.append(ClearResult(job.id, num_removed, removed_bytes, num_kept))
-        self.on_finished()
+        self._tell_cleared(ClearResult(job.id, num_removed, removed_bytes, num_kept))
 
     def _remove_object(self, name: str) -> bool:
         try:
@@ -324,8 +282,7 @@ class MooncakeTier(WorkedTier):
 
     def _forget(self, space: SpaceName, key: bytes, reason: str) -> None:
         if self._known.remove(space, key):
-            with self._lock:
-                self._removed.append(Removal(space, (key,), reason))
+            self._tell_removed([Removal(space, (key,), reason)])
 
     def _payload(self, chunk: TierChunk) -> memoryview:
         return self.pool[chunk.offset : chunk.offset + chunk.num_bytes]

@@ -25,7 +25,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from threading import Condition, Lock, Thread
+from threading import Thread
 
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.secondary.base import (
@@ -56,7 +56,7 @@ from kvtier_server.secondary.index import Index, IndexFile, Name
 from kvtier_server.secondary.object_store.bucket import Bucket
 from kvtier_server.secondary.object_store.parameters import ObjectParameters
 from kvtier_server.secondary.state_directory import lock_state, state_file
-from kvtier_server.secondary.workers import ChunkResult, TierWorkers, WorkedTier
+from kvtier_server.secondary.workers import ChunkResult, KeptTier, TierWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,6 @@ FIRST_CHECK_S, LONGEST_CHECK_S = 1.0, 30.0
 
 CLEAR_OBJECTS = 1_000
 """Removed with one request, where the store has such a request."""
-
-MAX_CLEARINGS = 64
-"""Clearings that wait; one more is refused."""
 
 MAX_OTHERS = 1 << 20
 """Chunks of others that are known, the ones used longest ago forgotten first: some 200 MiB."""
@@ -87,12 +84,11 @@ def object_bytes(chunk: TierChunk) -> int:
     return HEADER_BYTES + chunk.num_bytes
 
 
-class ObjectTier(WorkedTier):
+class ObjectTier(KeptTier):
     """Chunks as objects. See the module's first lines."""
 
     medium = Medium.STORAGE
     locality = Locality.REMOTE
-    can_clear = True
     Parameters = ObjectParameters
     is_shared = True
 
@@ -116,13 +112,7 @@ class ObjectTier(WorkedTier):
         )
         self._file = IndexFile(index_file)
         self._index = Index()
-        self._lock = Lock()
-        self._removed: list[Removal] = []
         self._writing_bytes = 0
-        self._changed = Condition()
-        self._clearing: list[ClearJob] = []
-        self._cleared: list[ClearResult] = []
-        self._stopped = False
         self._unreachable = f"{parameters.url} has not answered yet"
         """Why nothing is asked of the store now; "" = it is used."""
         self._workers = TierWorkers(
@@ -158,31 +148,8 @@ class ObjectTier(WorkedTier):
     def _submit(self, job: TierJob) -> bool:
         return not self._unreachable and self._workers.submit(job)
 
-    def get_removed(self) -> Sequence[Removal]:
-        if not self._removed:
-            return ()
-        with self._lock:
-            removed, self._removed = self._removed, []
-        return removed
-
     def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         self._index.touch(space, keys, stamps)
-
-    def submit_clear(self, job: ClearJob) -> bool:
-        """Begin to remove what this daemon has stored, and of others what it knows if the job says so."""
-        with self._changed:
-            if self._stopped or len(self._clearing) >= MAX_CLEARINGS:
-                return False
-            self._clearing.append(job)
-            self._changed.notify_all()
-        return True
-
-    def get_cleared(self) -> Sequence[ClearResult]:
-        if not self._cleared:
-            return ()
-        with self._lock:
-            cleared, self._cleared = self._cleared, []
-        return cleared
 
     def stats(self) -> TierStats:
         return TierStats(
@@ -196,12 +163,10 @@ class ObjectTier(WorkedTier):
     def shutdown(self, timeout_s: float) -> bool:
         give_up_at = time.monotonic() + timeout_s
         all_ended = self._workers.stop(timeout_s)
-        with self._changed:
-            was_stopped, self._stopped = self._stopped, True
-            self._changed.notify_all()
+        is_first = self._stop()
         for thread in self._threads:
             thread.join(max(0.0, give_up_at - time.monotonic()))
-        if all_ended and not was_stopped and not any(thread.is_alive() for thread in self._threads):
+        if all_ended and is_first and not any(thread.is_alive() for thread in self._threads):
             os.close(self._state_lock)
         return all_ended
 
@@ -303,20 +268,16 @@ class ObjectTier(WorkedTier):
     def _forget(self, names: Sequence[Name], reason: str) -> None:
         """Forget chunks, and tell of those that were known."""
         gone = [Removal(name[0], (name[1],), reason) for name in names if self._index.remove(name)]
-        with self._lock:
-            self._removed += gone
+        self._tell_removed(gone)
 
     # The thread that watches the store
 
     def _watch(self) -> None:
         checked_at, pause_s = -LONGEST_CHECK_S, FIRST_CHECK_S
         while True:
-            with self._changed:
-                wait_s = FIRST_CHECK_S if checked_at >= 0 else 0.0
-                self._changed.wait_for(lambda: self._stopped or bool(self._clearing), wait_s)
-                clearing, self._clearing = self._clearing, []
-                if self._stopped:
-                    return
+            clearing = self._take_clearing(FIRST_CHECK_S if checked_at >= 0 else 0.0)
+            if self._stopped:
+                return
             for job in clearing:
                 self._clear(job)
             now = time.monotonic()
@@ -360,9 +321,7 @@ class ObjectTier(WorkedTier):
             self._forget(names, "clear")
             num_removed += len(some)
             removed_bytes += sum(num_bytes for _, num_bytes in some)
-        with self._lock:
-            self._cleared.append(ClearResult(job.id, num_removed, removed_bytes, len(covered) - num_removed))
-        self.on_finished()
+        self._tell_cleared(ClearResult(job.id, num_removed, removed_bytes, len(covered) - num_removed))
 
     # The thread of the index
 
