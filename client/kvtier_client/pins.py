@@ -220,13 +220,13 @@ class Pins:
         Such a request was looked up when it came, with many others. Now it is its turn, and those before it
         are unpinning what they have loaded. It waits for `lookup_deadline_ms`, once.
         """
-        if not _is_short_of_room(state, num_computed_tokens):
+        if state.unleased_until is not None and now >= state.unleased_until:
+            return False
+        if not self._client.ready or not _is_short_of_room(state, num_computed_tokens):
             return False
         if state.unleased_until is None:
             state.unleased_until = now + self._deadline_s
             state.unleased_delay, state.refresh_after = 0.0, now
-        if now >= state.unleased_until:
-            return False
         if state.asked is None and now >= state.refresh_after:
             self.ask(state, num_computed_tokens, now, background=True)
         return True

@@ -43,6 +43,10 @@ def handlers(
     return made
 
 
+_running: set[asyncio.Task[None]] = set()
+"""Pools that are being cleared: the loop itself keeps no task alive."""
+
+
 async def _clear(clearings: Clearings, request: pb.ClearRequest) -> pb.ClearResponse:
     """Clear the pool in slices, between which other calls get in, and wait for the tiers below it."""
     tenant = request.tenant if request.HasField("tenant") else None
@@ -52,8 +56,10 @@ async def _clear(clearings: Clearings, request: pb.ClearRequest) -> pb.ClearResp
         )
     ended = asyncio.Event()
     clearing = clearings.begin(request.namespace, tenant, request.tier, ended.set, others=request.others)
-    for _ in clearing.pool:
-        await asyncio.sleep(0)
+    pool = asyncio.create_task(_clear_pool(clearing))
+    _running.add(pool)  # whatever becomes of this call, it goes on
+    pool.add_done_callback(_running.discard)
+    await asyncio.shield(pool)
     try:
         async with asyncio.timeout(min(request.wait_ms / 1000, MAX_CLEAR_WAIT_S)):
             while not clearing.is_over:
@@ -62,6 +68,11 @@ async def _clear(clearings: Clearings, request: pb.ClearRequest) -> pb.ClearResp
     except TimeoutError:
         pass  # the reply says which tiers go on
     return clear_response(clearing)
+
+
+async def _clear_pool(clearing: Clearing) -> None:
+    for _ in clearing.pool:
+        await asyncio.sleep(0)
 
 
 def clear_response(clearing: Clearing) -> pb.ClearResponse:

@@ -354,14 +354,18 @@ class Daemon:
         if self.core.below.is_behind and not self._pumping:
             self._pumping = True
             asyncio.get_running_loop().call_soon(self._pump)
-        probes_end_ns = self.core.below.promotions.probes_end_ns
-        if not self._awaits_probes and probes_end_ns is not None:
-            self._awaits_probes = True
-            delay_s = max(probes_end_ns - boottime_ns(), 0) / 1e9
-            asyncio.get_running_loop().call_later(delay_s, self._end_probes)
+        if not self._awaits_probes:
+            self._await_probes()
         if not self._settling and self.core.books.should_settle:
             self._settling = True
             asyncio.get_running_loop().call_soon(self._settle)
+
+    def _await_probes(self) -> None:
+        probes_end_ns = self.core.below.promotions.probes_end_ns
+        if probes_end_ns is not None:
+            self._awaits_probes = True
+            delay_s = max(probes_end_ns - boottime_ns(), 0) / 1e9
+            asyncio.get_running_loop().call_later(delay_s, self._end_probes)
 
     def _end_probes(self) -> None:
         self._awaits_probes = False

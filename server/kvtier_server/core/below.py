@@ -92,6 +92,7 @@ class Below:
             for key in removal.keys:
                 if (chunk := space.chunks.get(key)) is not None:
                     chunk.below &= ~below.bit
+                    chunk.offered &= ~below.bit
         below.counts[f"removed:{removal.reason}"] += len(removal.keys)
         self._books.events.record("removed", removal.space, removal.reason, removal.keys, below.rules.name)
 
@@ -148,6 +149,7 @@ class Below:
 
     def may_clear(self, below: LowerTier) -> bool:
         """Tell whether one more clearing may wait for this tier."""
+        below.forget_cleared(below.num_taken)
         return len(self._clears) < MAX_CLEARS and len(below.cleared) < MAX_CLEARS
 
     def _begin_clear(self, clear: _Clear) -> None:

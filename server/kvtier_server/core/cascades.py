@@ -174,7 +174,8 @@ class Cascades:
         if chunk.dropped:
             below.counts["dropped:evicted"] += 1
             return None
-        if below.was_cleared(chunk):
+        if below.was_cleared(chunk) or below.is_being_cleared(chunk.space.name):
+            chunk.offered &= ~below.bit
             below.counts["dropped:cleared"] += 1
             return None
         if below.tier.lookup(chunk.space.name, (chunk.key,))[0] is Presence.YES:
@@ -226,7 +227,8 @@ class Cascades:
             below.counts[f"cascade:{outcome.name.lower()}"] += 1
             if outcome is Outcome.DONE:
                 below.counts["cascade_bytes"] += chunk.size_class.slot_bytes
-                chunk.below |= below.bit
+                if below.holds(chunk.space, chunk.key):  # it may have made room for another by now
+                    chunk.below |= below.bit
                 stored.setdefault(chunk.space, []).append(chunk.key)
             elif outcome is Outcome.FAILED:
                 self._may_offer_again(below, [chunk])

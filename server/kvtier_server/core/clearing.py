@@ -100,17 +100,24 @@ class Clearings:
                 f"{MAX_CLEARS} clearings wait for tier {busy[0]}; see what holds it: kvtier status"
             )
         clearing = Clearing(self._digest(namespace), tenant)
-        if tier in ("", POOL):
-            clearing.tiers.append(Cleared(POOL))
-            clearing.pool = self._clear_pool(clearing, clearing.tiers[0])
+        begin_tiers: list[Callable[[], None]] = []
         for below in lower:
             cleared = Cleared(below.rules.name)
             clearing.tiers.append(cleared)
             if below.tier.can_clear:
-                ended = partial(_note_end, cleared, on_ended)
-                self._below.clear(below, clearing.namespace, tenant, ended, others=others)
+                # From now on: what came up or went down meanwhile would outlive the clearing.
+                below.being_cleared.append(clearing.covers)
+                ended = partial(_note_end, cleared, below, clearing, on_ended)
+                begin = partial(self._below.clear, below, clearing.namespace, tenant, ended, others=others)
+                begin_tiers.append(begin)
             else:
                 cleared.problem, cleared.is_over = "its class has no way to remove chunks", True
+        if tier in ("", POOL):
+            clearing.tiers.insert(0, Cleared(POOL))
+            clearing.pool = self._clear_pool(clearing, clearing.tiers[0], begin_tiers)
+        else:
+            for begin_tier in begin_tiers:
+                begin_tier()
         return clearing
 
     def _tiers(self, tier: str) -> list[LowerTier]:
@@ -140,8 +147,10 @@ class Clearings:
             raise BadRequest("namespace", f"{beginning!r} begins {', '.join(found)}; write more digits")
         return found[0]
 
-    def _clear_pool(self, clearing: Clearing, cleared: Cleared) -> Iterator[None]:
-        """Drop what nobody has pinned, a step at a time."""
+    def _clear_pool(
+        self, clearing: Clearing, cleared: Cleared, begin_tiers: Sequence[Callable[[], None]]
+    ) -> Iterator[None]:
+        """Drop what nobody has pinned, a step at a time; then the tiers begin. To be stepped to its end."""
         primary = self._books.primary
         covered = [space for space in primary.spaces if clearing.covers(space.name)]
         cleared.num_kept += self._below.promotions.num_coming(clearing.covers)
@@ -152,6 +161,8 @@ class Clearings:
                 self._drop(chunks[first : first + STEP_CHUNKS], cleared)
                 yield
         cleared.is_over = True
+        for begin in begin_tiers:
+            begin()
         self._forget_unused()
 
     def _drop(self, chunks: Sequence[Chunk], cleared: Cleared) -> None:
@@ -161,7 +172,14 @@ class Clearings:
         cleared.removed_bytes += sum(chunk.size_class.slot_bytes for chunk in dropped)
 
 
-def _note_end(cleared: Cleared, on_ended: Callable[[], None], result: ClearResult) -> None:
+def _note_end(
+    cleared: Cleared,
+    below: LowerTier,
+    clearing: Clearing,
+    on_ended: Callable[[], None],
+    result: ClearResult,
+) -> None:
+    below.being_cleared.remove(clearing.covers)
     cleared.num_removed, cleared.removed_bytes = result.num_removed, result.removed_bytes
     cleared.num_kept, cleared.is_over = result.num_kept, True
     on_ended()

@@ -90,7 +90,8 @@ class Lookups:
             pending = set()  # nobody waits for them: they are holes like any other
         coming = pending | below.keys() if below else pending
         wanted = list(ranges)
-        if not lease_hits or self._need(instance, keys, found, coming, ranges) > self._room(instance):
+        room = self._room(instance, request, found, wanted)
+        if not lease_hits or self._need(instance, keys, found, coming, ranges) > room:
             wanted = self._wanted_runs(instance, keys, found, coming, ranges, first_chunks, max_tokens)
         # What lies behind a hole is resident but of no use to this request.
         self._books.note_use(instance, request, keys, found, ranges, wanted)
@@ -228,7 +229,9 @@ class Lookups:
                 raise LeaseUnknown(f"lease {lease_id:#x} is a {known.kind} lease")
             self._books.end_lease(known)  # a repeated call: the answer is made anew
         coming = pending | below.keys() if below else pending
-        fitting = self._fitting(instance, keys, found, coming, wanted)
+        fitting = self._fitting(
+            instance, keys, found, coming, wanted, self._room(instance, request, found, wanted)
+        )
         if (
             self._books.leases.is_buried(instance, lease_id)
             or instance.num_leases >= self._books.limits.max_leases
@@ -304,9 +307,9 @@ class Lookups:
         found: Sequence[Chunk | None],
         pending: set[bytes],
         wanted: Sequence[tuple[int, int]],
+        room: int,
     ) -> list[tuple[int, int]]:
         """Shorten the ranges to what the instance may still pin. Several groups fit wholly or not at all."""
-        room = self._room(instance)
         if self._need(instance, keys, found, pending, wanted) <= room:
             return list(wanted)
         if len(wanted) > 1:
@@ -314,9 +317,29 @@ class Lookups:
         first, end = wanted[0]
         return [(first, min(end, first + max(room, 0) // instance.namespace.classes[0].slot_bytes))]
 
-    def _room(self, instance: Instance) -> int:
-        """Bytes that the instance may still pin."""
-        return self._books.max_pinned_bytes(instance) - instance.pinned_bytes
+    def _room(
+        self,
+        instance: Instance,
+        request: Request,
+        found: Sequence[Chunk | None],
+        ranges: Sequence[tuple[int, int]],
+    ) -> int:
+        """Bytes that the instance may still pin for a request, with what it has pinned for it already.
+
+        A request that asks anew holds its former lease until it has the answer: pinning the same chunks once
+        more takes no room.
+        """
+        room = self._books.max_pinned_bytes(instance) - instance.pinned_bytes
+        own: set[Chunk] = set()
+        for lease_id in request.lookup_leases:
+            if (lease := self._books.leases.get(instance, lease_id)) is not None:
+                room += sum(chunk.size_class.slot_bytes for chunk in lease.chunks)
+                own.update(lease.chunks)
+        if own:
+            for first, end in ranges:
+                own.difference_update(found[first:end])
+            room -= sum(chunk.size_class.slot_bytes for chunk in own)
+        return room
 
     @staticmethod
     def _need(

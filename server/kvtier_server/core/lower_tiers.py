@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kvtier_ops.namespace import SpaceName
 from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.secondary.base import ClearJob, Presence, SecondaryTier
 
@@ -82,6 +83,8 @@ class LowerTier:
         """Chunks that have left the queue so far."""
         self.cleared: list[tuple[int, ClearJob]] = []
         """Clearings, each with the number of the last chunk in the queue that it covers."""
+        self.being_cleared: list[Callable[[SpaceName], bool]] = []
+        """What clearings that are not over cover: nothing of it comes up from here or goes down."""
         self.running_bytes = 0
         self.queued_promotion_bytes = 0
         """Chunks it has that wait for a slot to come up into."""
@@ -104,8 +107,16 @@ class LowerTier:
             pace = took_ns / num_bytes
             self.ns_per_byte += (pace - self.ns_per_byte) * (PACE_WEIGHT if self.ns_per_byte else 1.0)
 
+    def is_being_cleared(self, space: SpaceName) -> bool:
+        """Tell whether chunks of this space are about to be removed."""
+        return any(covers(space) for covers in self.being_cleared)
+
     def was_cleared(self, chunk: Chunk) -> bool:
         """Tell whether the chunk that has just left the queue was cleared while it waited."""
-        if self.cleared:
-            self.cleared = [(last, job) for last, job in self.cleared if last >= self.num_taken]
+        self.forget_cleared(self.num_taken - 1)
         return any(job.covers(chunk.space.name) for _, job in self.cleared)
+
+    def forget_cleared(self, num_passed: int) -> None:
+        """Forget clearings that the first `num_passed` chunks of the queue were all to be asked about."""
+        if self.cleared:
+            self.cleared = [(last, job) for last, job in self.cleared if last > num_passed]

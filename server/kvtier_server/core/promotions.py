@@ -131,6 +131,8 @@ class Promotions:
                 break
             if not request.may_load_from(below.tier.medium, below.tier.locality):
                 continue
+            if below.is_being_cleared(space.name):
+                continue
             known = below.tier.lookup(space.name, left)
             for key, presence in zip(left, known, strict=True):
                 if presence is Presence.YES:
@@ -189,9 +191,8 @@ class Promotions:
             ]
             for promotion in unknown:
                 promotion.probing = True
-                if not promotion.probe_until_ns:
-                    promotion.probe_until_ns = promotion.began_ns + below.rules.probe_wait_ns
-                    self._probing[promotion.space, promotion.key] = promotion
+                promotion.probe_until_ns = self._now_ns + below.rules.probe_wait_ns
+                self._probing[promotion.space, promotion.key] = promotion
             for batch in _batches(unknown):
                 self._submit_batch(below, batch, JobKind.PROBE)
 
@@ -228,9 +229,11 @@ class Promotions:
         if by_class:
             self._books.unpin_all()
         for size_class, own in by_class.items():
-            room = max(max_bytes - self._promoting_bytes, 0) // size_class.slot_bytes
+            # What hangs is not counted: other tiers have their turn.
+            moving_bytes = self._promoting_bytes - self._late_bytes
+            room = max(max_bytes - moving_bytes, 0) // size_class.slot_bytes
             # One at a time may be larger than the share: in a small pool no chunk would ever come up.
-            wanted = own[: room if room or self._promoting_bytes else 1]
+            wanted = own[: room if room or moving_bytes else 1]
             self._reserve(size_class, wanted, protected)
             for promotion in own[len(wanted) :]:
                 promotion.is_queued = self._may_wait(promotion)
@@ -257,10 +260,9 @@ class Promotions:
 
     def _may_wait(self, promotion: _Promotion) -> bool:
         """Tell whether it is likely to be its turn while somebody waits."""
-        if self._promoting_bytes <= self._late_bytes:
-            return False  # what holds the share hangs
         below = promotion.below
-        ahead_ns = (below.queued_promotion_bytes + self._promoting_bytes) * below.ns_per_byte
+        ahead_bytes = below.queued_promotion_bytes + self._promoting_bytes - self._late_bytes
+        ahead_ns = ahead_bytes * below.ns_per_byte
         return len(self._queue) < MAX_QUEUED_PROMOTIONS and ahead_ns <= promotion.patience_ns
 
     def go_on(self) -> None:
@@ -272,7 +274,7 @@ class Promotions:
     def _next_in_queue(self) -> list[_Promotion]:
         max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
         ready: list[_Promotion] = []
-        num_bytes = self._promoting_bytes
+        num_bytes = self._promoting_bytes - self._late_bytes
         while self._queue:
             promotion = self._queue[0]
             is_over = self._promotions.get((promotion.space, promotion.key)) is not promotion
@@ -367,7 +369,10 @@ class Promotions:
     def _try_next(self, promotion: _Promotion) -> None:
         """Ask the tiers after this one; where none has it, give the slot back and say so."""
         for below in self._tiers[promotion.below.index + 1 :]:
-            if _may_have(below, below.tier.lookup(promotion.space.name, (promotion.key,))[0]):
+            space = promotion.space.name
+            if not below.is_being_cleared(space) and _may_have(
+                below, below.tier.lookup(space, (promotion.key,))[0]
+            ):
                 promotion.below = below
                 self._submit([promotion])
                 return
@@ -380,6 +385,7 @@ class Promotions:
         self._take_out(promotion)
         if promotion.slot_id is not None:
             self._books.primary.free_reserved(promotion.size_class, [promotion.slot_id])
+            promotion.slot_id = None  # a probe may still be under way, which does not touch it
         self._tell_miss(promotion)
 
     def _give_up(self, promotion: _Promotion) -> None:
@@ -479,7 +485,7 @@ class Promotions:
         ids = set(map(id, queued))
         assert not under_way & ids, "a promotion waits and is under way"
         assert under_way | ids == {id(p) for p in self._promotions.values()}, "a promotion without a job"
-        assert not queued or self._promoting_bytes, "promotions wait for nothing"
+        assert not queued or self._promoting_bytes > self._late_bytes, "promotions wait for nothing"
         for below in self._tiers:
             num_bytes = sum(p.size_class.slot_bytes for p in queued if p.below is below)
             assert below.queued_promotion_bytes == num_bytes, (below.rules.name, num_bytes)

@@ -37,6 +37,9 @@ its order, as used before anything that this one has seen."""
 STALE_PLACES = 1_024
 """Places in the order that nothing is at any more, before they are swept."""
 
+MAX_OTHERS = 1 << 20
+"""Chunks of others that are known, the ones found longest ago forgotten first: some 200 MiB."""
+
 Name = tuple[SpaceName, bytes]
 
 
@@ -158,7 +161,7 @@ class Index:
     def victims(self, num_bytes: int) -> list[Name]:
         """Take own chunks of `num_bytes` together out of the order, the ones used longest ago first.
 
-        Each is named once: whoever asks removes it.
+        Each is named once: whoever asks removes it, or hands it to `keep`.
         """
         found: list[Name] = []
         with self._lock:
@@ -170,6 +173,14 @@ class Index:
                     found.append(name)
                     num_bytes -= entry.num_bytes
         return found
+
+    def keep(self, names: Sequence[Name]) -> None:
+        """Put victims that could not be removed back into the order, where they were."""
+        with self._lock:
+            for name in names:
+                entry = self._entries.get(name)
+                if entry is not None and entry.is_own:
+                    heappush(self._order, (*entry.place, name))
 
     def limit_others(self, most: int) -> None:
         """Forget chunks that others wrote, the ones found longest ago, where there are more than `most`.
@@ -217,7 +228,9 @@ class Index:
             # Written down is surer than what a probe has found meanwhile.
             self._forget(name)
             self._num_restored += 1
-            self._enter(name, num_bytes, is_own, RESTORED_STAMP + self._num_restored)
+            entry = self._enter(name, num_bytes, is_own, RESTORED_STAMP + self._num_restored)
+            if name in self._changed:
+                self._changed[name] = entry
 
 
 class IndexFile:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -136,6 +137,18 @@ class KeptTier(WorkedTier):
             self._changed.wait_for(lambda: self._stopped or bool(self._clearing), wait_s)
             clearing, self._clearing = self._clearing, []
         return clearing
+
+    def _clear_all(self, jobs: Sequence[ClearJob]) -> None:
+        for job in jobs:
+            try:
+                self._clear(job)
+            except Exception:
+                logger.exception("tier %s: clearing failed; this is a bug", self.tier_type)
+                self._tell_cleared(ClearResult(job.id, 0, 0, self.stats().num_chunks))
+
+    @abstractmethod
+    def _clear(self, job: ClearJob) -> None:
+        """Remove what the job covers, on the keeper's thread, and tell its end."""
 
     def _tell_removed(self, removed: Iterable[Removal]) -> None:
         with self._lock:

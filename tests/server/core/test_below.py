@@ -576,7 +576,7 @@ def test_before_eviction_the_coldest_go_down_so_that_a_burst_of_stores_loses_non
     rig.check()
 
 
-def test_before_eviction_a_chunk_is_offered_once_unless_its_io_failed() -> None:
+def test_before_eviction_a_chunk_is_offered_again_when_its_io_failed_or_the_tier_let_it_go() -> None:
     rig = cold_rig()
     engine = rig.engine()
     engine.fill(range(POOL_UNITS))
@@ -590,6 +590,9 @@ def test_before_eviction_a_chunk_is_offered_once_unless_its_io_failed() -> None:
     engine.fill([1_001])
     rig.move()
     assert stored_below(rig) == [key for key in to_keys(range(1, CLEAN + 2)) if key != to_key(5)]
+    engine.fill([1_002])
+    rig.move()
+    assert stored_below(rig) == to_keys(range(1, CLEAN + 3)), "nothing that goes next is without a copy"
 
 
 def test_what_is_below_and_could_not_be_pinned_is_worth_asking_for_again(rig: Rig) -> None:
@@ -599,3 +602,99 @@ def test_what_is_below_and_could_not_be_pinned_is_worth_asking_for_again(rig: Ri
     answer = engine.lookup(to_keys(range(50)), lease=engine.new_lease_id(), wait_s=1)
     assert answer.statuses == [PENDING] * most + [HIT_UNLEASED] * (40 - most) + [MISS] * 10
     assert set(answer.unwanted).isdisjoint(range(most, 40)), "it need not be stored either"
+
+
+def two_tiers_that_have(numbers: range) -> tuple[Rig, Engine]:
+    """A tier of this daemon's own, and one that others store into too; both have the chunks."""
+    rig = Rig(POOL_UNITS, num_tiers=2)
+    rig.tiers[1].is_shared = True
+    engine = rig.engine()
+    store_and_evict(rig, engine, numbers)
+    rig.tiers[1].hidden = {(engine.space, key) for key in to_keys(numbers)}
+    return rig, engine
+
+
+def step_until(rig: Rig, tier: int, how: str = "ok") -> None:
+    rig.tiers[tier].finish_all(how)
+    rig.core.below.collect(rig.clock.now_ns)
+
+
+def test_a_probe_after_a_failed_load_has_its_own_time_and_a_late_one_frees_nothing_of_others() -> None:
+    rig, engine = two_tiers_that_have(range(1))
+    engine.lookup(to_keys(range(1)), "first", lease=engine.new_lease_id(), wait_s=1)
+    rig.tick(0.5)  # longer than a probe may take
+    step_until(rig, 0, "failed")
+    rig.check()
+    assert rig.tiers[1].running, "the other tier is asked, although the load took so long"
+    rig.tick(0.01)
+    assert rig.core.below.promotions.num_coming(lambda space: True) == 1
+    rig.tick(0.1)
+    assert rig.core.below.promotions.num_coming(lambda space: True) == 0
+    rig.check()
+    engine.lookup(to_keys(range(1)), "second", lease=engine.new_lease_id(), wait_s=1)  # takes the slot anew
+    step_until(rig, 1)
+    rig.check()
+    rig.move()
+    assert engine.hits(range(1)) == [0]
+    engine.finish("first")
+    engine.finish("second")
+    rig.tick(2)
+    rig.assert_nothing_is_held()
+
+
+def test_a_second_probe_that_hangs_is_given_up_like_the_first() -> None:
+    rig = Rig(POOL_UNITS, num_tiers=2, shared_tiers=True)
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(1))
+    for tier in rig.tiers:
+        tier.hidden = {(engine.space, to_key(0))}
+    engine.lookup(to_keys(range(1)), lease=engine.new_lease_id(), wait_s=1)
+    step_until(rig, 0)
+    step_until(rig, 0, "missing")
+    assert rig.tiers[1].running
+    rig.tick(0.1)
+    assert rig.core.below.promotions.num_coming(lambda space: True) == 0
+    assert resolved(rig) == {to_key(0): MISS}
+
+
+def test_a_tier_that_hangs_leaves_the_others_their_share_of_the_pool() -> None:
+    rig = Rig(POOL_UNITS, num_tiers=2)
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(2 * SHARE))
+    for number in range(SHARE):
+        rig.tiers[1].lose((engine.space, to_key(number)))
+        rig.tiers[0].lose((engine.space, to_key(SHARE + number)))
+    rig.core.below.collect(rig.clock.now_ns)
+    engine.lookup(to_keys(range(SHARE)), "hangs", lease=engine.new_lease_id(), wait_s=1)
+    rig.tick(60)
+    answer = engine.lookup(to_keys(range(SHARE, 2 * SHARE)), "goes", lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * SHARE
+    step_until(rig, 1)
+    assert engine.hits(range(SHARE, 2 * SHARE)) == list(range(SHARE, 2 * SHARE))
+    rig.move()
+    rig.check()
+
+
+def test_a_chunk_that_the_tier_let_go_before_the_core_looked_counts_as_not_held(rig: Rig) -> None:
+    engine = rig.engine()
+    engine.store(range(1))
+    rig.pump()
+    rig.tiers[0].finish_all()
+    rig.tiers[0].lose((engine.space, to_key(0)))
+    rig.core.below.collect(rig.clock.now_ns)
+    (chunk,) = rig.core.books.primary.by_slot.values()
+    assert chunk.below == 0
+
+
+def test_a_request_that_asks_anew_has_room_for_what_it_has_pinned(rig: Rig) -> None:
+    engine = rig.engine()
+    engine.store(range(POOL_UNITS), "before")
+    engine.finish("before")
+    most = POOL_UNITS // 2
+    keys = to_keys(range(most + 8))
+    for _ in range(3):
+        answer = engine.lookup(keys, "r", lease=engine.new_lease_id())
+        assert answer.statuses == [HIT] * most + [HIT_UNLEASED] * 8
+    other = engine.lookup(keys, "other", lease=engine.new_lease_id())
+    assert other.statuses == [HIT_UNLEASED] * (most + 8), "it is no room for others"
+    rig.check()

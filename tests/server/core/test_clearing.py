@@ -10,7 +10,7 @@ from kvtier_server.core.below import MAX_CLEARS
 from kvtier_server.core.clearing import CannotClear, Clearing
 from kvtier_server.core.refused import BadRequest, Inflight
 
-from .engine import HIT, PENDING, facts, to_keys
+from .engine import HIT, MISS, PENDING, facts, to_keys
 from .rig import Rig
 from .test_below import push_out, resolved, store_and_evict
 
@@ -208,3 +208,44 @@ def test_a_large_pool_is_cleared_in_slices() -> None:
     assert removed == [256, 512, 768, 1_024]
     push_out(rig, engine)
     rig.check()
+
+
+def test_what_is_being_cleared_below_neither_comes_up_nor_goes_down_meanwhile(rig: Rig) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(3))
+    clearing = rig.core.clearings.begin("", None, "", lambda: None)
+    for _ in clearing.pool:
+        pass
+    answer = engine.lookup(to_keys(range(3)), "early", lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [MISS] * 3
+    engine.store(range(10, 12), "late")
+    rig.pump()
+    assert not any(tier.running for tier in rig.tiers)
+    finish(rig)
+    assert clearing.is_over
+    assert engine.hits(range(12)) == [10, 11]
+    engine.store(range(20, 22), "later")
+    rig.move()
+    assert len(rig.tiers[0].stored) == 2, "and then it does again"
+
+
+def test_a_pool_that_is_cleared_is_cleared_before_the_tiers_begin(rig: Rig) -> None:
+    engine = rig.engine()
+    engine.store(range(3))
+    engine.finish()
+    rig.move()
+    clearing = rig.core.clearings.begin("", None, "", lambda: None)
+    assert not any(tier.clearing for tier in rig.tiers)
+    for _ in clearing.pool:
+        pass
+    assert all(tier.clearing for tier in rig.tiers)
+    finish(rig)
+
+
+def test_clearings_whose_chunks_have_all_left_the_queue_keep_nobody_waiting(rig: Rig) -> None:
+    engine = rig.engine()
+    for number in range(MAX_CLEARS + 1):
+        engine.store([number], f"r{number}")
+        engine.finish(f"r{number}")
+        clear(rig)
+        rig.pump()

@@ -41,6 +41,7 @@ from kvtier_server.secondary.conformance import (
 )
 from kvtier_server.secondary.filesystem import tier as filesystem_tier
 from kvtier_server.secondary.filesystem.tier import FilesystemParameters, FilesystemTier
+from kvtier_server.secondary.index import Index
 
 from .faulty_disk import FaultyDisk
 
@@ -377,6 +378,19 @@ class TestBudget(OnDisk):
             bench.store(8)
             known = bench.tier.lookup(SPACE, [key_of(number) for number in range(8)])
             assert known == [Presence.YES] * 6 + [Presence.NO] * 2
+
+    def test_victims_that_could_not_be_removed_go_in_their_turn(self) -> None:
+        index = Index()
+        for number in range(3):
+            index.add((SPACE, key_of(number)), 1, is_own=True, stamp=number)
+        index.keep(index.victims(2))
+        assert [key for _, key in index.victims(3)] == [key_of(number) for number in range(3)]
+
+    def test_a_chunk_that_was_found_while_the_index_was_read_stays_written_down(self) -> None:
+        index = Index()
+        index.add_if_new((SPACE, key_of(1)), 1, is_own=True)
+        index.restore((SPACE, key_of(1)), 1, is_own=True)
+        assert None not in index.take_changes().values()
 
 
 class TestReserve(OnDisk):

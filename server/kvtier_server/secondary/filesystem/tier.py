@@ -64,7 +64,7 @@ from kvtier_server.secondary.chunk_file import (
 from kvtier_server.secondary.chunk_names import SUFFIX, file_name, key_of
 from kvtier_server.secondary.filesystem.disk import Disk
 from kvtier_server.secondary.filesystem.places import TEMPORARY, Places
-from kvtier_server.secondary.index import Index, IndexFile, Name
+from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile, Name
 from kvtier_server.secondary.parameters import TierParameters
 from kvtier_server.secondary.state_directory import lock_state, state_file
 from kvtier_server.secondary.workers import ChunkResult, KeptTier, TierWorkers
@@ -306,8 +306,13 @@ class FilesystemTier(KeptTier):
             self._evict(max(too_much, spare))
 
     def _evict(self, num_bytes: int) -> None:
-        for name in self._index.victims(num_bytes):
-            self._remove(name, "evict")
+        victims = self._index.victims(num_bytes)
+        for position, name in enumerate(victims):
+            try:
+                self._remove(name, "evict")
+            except BaseException:
+                self._index.keep(victims[position + 1 :])
+                raise
 
     def _remove(self, name: Name, reason: str, *, unlink: bool = True) -> None:
         """Forget a chunk and remove its file. Raises OSError if that cannot be; it is forgotten anyway."""
@@ -501,9 +506,9 @@ class FilesystemTier(KeptTier):
         while True:
             clearing = self._take_clearing(INDEX_EVERY_S)
             stopped = self._stopped
-            for job in clearing:
-                self._clear(job)
+            self._clear_all(clearing)
             self._index.settle()
+            self._index.limit_others(MAX_OTHERS)
             written = self._write_index()
             if stopped:
                 self._close_index(written)

@@ -153,8 +153,7 @@ class MooncakeTier(KeptTier):
         clearing: list[ClearJob] = []
         while not self._stopped:
             self._note(self._store.keep())
-            for job in clearing:
-                self._clear(job)
+            self._clear_all(clearing)
             clearing = self._take_clearing(self._own.heartbeat / 1e9)
         # The processes that it began end with this thread, whatever they are about.
         self._store_closed.wait()

@@ -52,7 +52,7 @@ from kvtier_server.secondary.chunk_file import (
     write_header,
 )
 from kvtier_server.secondary.chunk_names import FORMAT_DIRECTORY, file_name, space_directory
-from kvtier_server.secondary.index import Index, IndexFile, Name
+from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile, Name
 from kvtier_server.secondary.object_store.bucket import Bucket
 from kvtier_server.secondary.object_store.parameters import ObjectParameters
 from kvtier_server.secondary.state_directory import lock_state, state_file
@@ -68,9 +68,6 @@ FIRST_CHECK_S, LONGEST_CHECK_S = 1.0, 30.0
 
 CLEAR_OBJECTS = 1_000
 """Removed with one request, where the store has such a request."""
-
-MAX_OTHERS = 1 << 20
-"""Chunks of others that are known, the ones used longest ago forgotten first: some 200 MiB."""
 
 
 def object_path(name: Name) -> str:
@@ -231,7 +228,11 @@ class ObjectTier(KeptTier):
         spare = int(self._own.capacity * (1 - self._own.low_water))
         victims = self._index.victims(max(too_much, spare))
         # Removed first and forgotten then: what cannot be removed still counts.
-        self._bucket.delete([object_path(name) for name in victims])
+        try:
+            self._bucket.delete([object_path(name) for name in victims])
+        except BaseException:
+            self._index.keep(victims)
+            raise
         self._forget(victims, "evict")
 
     def _load(self, chunk: TierChunk) -> ChunkResult:
@@ -278,8 +279,7 @@ class ObjectTier(KeptTier):
             clearing = self._take_clearing(FIRST_CHECK_S if checked_at >= 0 else 0.0)
             if self._stopped:
                 return
-            for job in clearing:
-                self._clear(job)
+            self._clear_all(clearing)
             now = time.monotonic()
             if not self._unreachable and not self._workers.backpressure.is_tripped:
                 if now - checked_at > LONGEST_CHECK_S:
