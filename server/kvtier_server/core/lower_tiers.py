@@ -101,10 +101,9 @@ class LowerTier:
 
     def note_load(self, num_bytes: int, began_ns: int, now_ns: int) -> None:
         """Learn from a load how fast chunks come up, all loads together."""
-        took_ns = now_ns - max(began_ns, self.last_load_ns)
-        self.last_load_ns = now_ns
-        if num_bytes:
-            pace = took_ns / num_bytes
+        if num_bytes:  # what failed, and a probe, says nothing of it
+            pace = (now_ns - max(began_ns, self.last_load_ns)) / num_bytes
+            self.last_load_ns = now_ns
             self.ns_per_byte += (pace - self.ns_per_byte) * (PACE_WEIGHT if self.ns_per_byte else 1.0)
 
     def is_being_cleared(self, space: SpaceName) -> bool:

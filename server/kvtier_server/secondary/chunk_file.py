@@ -92,6 +92,14 @@ def part_checksums(data: memoryview, chunk: TierChunk) -> tuple[int, ...]:
     return tuple([part_checksum(data[start : start + chunk.part_bytes]) for start in starts])
 
 
+def checksums_to_store(data: memoryview, chunk: TierChunk) -> tuple[int, ...] | None:
+    """Hash every part of a chunk that is to be stored; None if one is not what was recorded of it."""
+    found = part_checksums(data, chunk)
+    recorded = chunk.checksums or (0,) * chunk.num_parts
+    is_wrong = any(was not in (0, now) for was, now in zip(recorded, found, strict=True))
+    return None if is_wrong else found
+
+
 def write_header(target: memoryview, chunk: TierChunk, checksums: tuple[int, ...], payload: int) -> None:
     """Fill a header. `payload`: checksum of payload and zeros; `checksums`: of the parts, none of them 0."""
     namespace, tenant = chunk.space.namespace.encode(), chunk.space.tenant.encode()

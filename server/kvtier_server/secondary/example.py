@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
-from kvtier_ops.checksum import part_checksum
-from kvtier_ops.layout import part_offset
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.config_values import Bytes
 from kvtier_server.secondary.base import (
@@ -33,6 +31,7 @@ from kvtier_server.secondary.base import (
     TierChunk,
     TierStats,
 )
+from kvtier_server.secondary.chunk_file import checksums_to_store, part_checksums
 from kvtier_server.secondary.parameters import TierParameters
 from kvtier_server.secondary.workers import ChunkResult, TierWorkers, WorkedTier
 
@@ -145,8 +144,8 @@ class ExampleTier(WorkedTier):
             return ChunkResult(Outcome.REFUSED)
         # Copied first and verified then: nothing that changes meanwhile gets in.
         data = bytes(self.pool[chunk.offset : chunk.offset + chunk.num_bytes])
-        found = _checksums(memoryview(data), chunk)
-        if any(recorded not in (0, now) for recorded, now in zip(chunk.checksums, found, strict=True)):
+        found = checksums_to_store(memoryview(data), chunk)
+        if found is None:
             return ChunkResult(Outcome.CORRUPT)
         name = (chunk.space, chunk.key)
         with self._lock:
@@ -164,7 +163,7 @@ class ExampleTier(WorkedTier):
             stored = self._stored.get(name)
         if stored is None or stored.geometry != chunk.geometry or len(stored.data) != chunk.num_bytes:
             return ChunkResult(Outcome.MISSING)
-        if _checksums(memoryview(stored.data), chunk) != stored.checksums:
+        if part_checksums(memoryview(stored.data), chunk) != stored.checksums:
             with self._lock:
                 if self._stored.get(name) is stored:
                     self._remove(name, "corrupt")
@@ -178,9 +177,3 @@ class ExampleTier(WorkedTier):
         self._used_bytes -= len(self._stored.pop(name).data)
         if tell:
             self._removed.append(Removal(space, (key,), reason))
-
-
-def _checksums(data: memoryview, chunk: TierChunk) -> tuple[int, ...]:
-    """Hash every part of a chunk."""
-    starts = [part_offset(chunk.part_bytes, part) for part in range(chunk.num_parts)]
-    return tuple([part_checksum(data[start : start + chunk.part_bytes]) for start in starts])

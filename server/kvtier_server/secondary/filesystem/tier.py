@@ -54,9 +54,9 @@ from kvtier_server.secondary.chunk_file import (
     HEADER_BYTES,
     BrokenHeader,
     OtherFormat,
+    checksums_to_store,
     file_bytes,
     padded_bytes,
-    part_checksums,
     payload_checksum,
     read_header,
     write_header,
@@ -235,9 +235,8 @@ class FilesystemTier(KeptTier):
             return ChunkResult(Outcome.REFUSED)
         header, last_block = self._blocks()
         whole, rest = self._payload(chunk, last_block)
-        checksums = part_checksums(self.pool[chunk.offset : chunk.offset + chunk.num_bytes], chunk)
-        recorded = chunk.checksums or (0,) * chunk.num_parts
-        if any(was not in (0, now) for was, now in zip(recorded, checksums, strict=True)):
+        checksums = checksums_to_store(self.pool[chunk.offset : chunk.offset + chunk.num_bytes], chunk)
+        if checksums is None:
             return ChunkResult(Outcome.CORRUPT)
         self._fill_last_block(chunk, last_block)
         # One part of whole blocks is the payload, and has been hashed.
@@ -280,11 +279,8 @@ class FilesystemTier(KeptTier):
                 return False
         with self._lock:
             checked_at, free, total = self._free
-            self._free = (
-                checked_at,
-                free - num_bytes,
-                total,
-            )  # or a fast disk would be full before it is old
+            # Counted now, or a fast disk would be full before the figure is old.
+            self._free = (checked_at, free - num_bytes, total)
         return True
 
     def _missing_space(self, num_bytes: int, *, fresh: bool = False) -> int:

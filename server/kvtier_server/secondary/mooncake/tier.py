@@ -44,7 +44,7 @@ from kvtier_server.secondary.base import (
 from kvtier_server.secondary.chunk_file import (
     BrokenHeader,
     OtherFormat,
-    part_checksums,
+    checksums_to_store,
     payload_checksum,
     read_header,
     write_header,
@@ -218,9 +218,8 @@ class MooncakeTier(KeptTier):
     def _put(self, chunk: TierChunk) -> ChunkResult:
         if self._known.knows(chunk.space, [chunk.key])[0]:
             return ChunkResult(Outcome.DONE)
-        checksums = part_checksums(self._payload(chunk), chunk)
-        recorded = chunk.checksums or (0,) * chunk.num_parts
-        if any(was not in (0, now) for was, now in zip(recorded, checksums, strict=True)):
+        checksums = checksums_to_store(self._payload(chunk), chunk)
+        if checksums is None:
             return ChunkResult(Outcome.CORRUPT)
         index, header = self._header()
         write_header(header, chunk, checksums, payload_checksum(self._payload(chunk), _NO_BYTES))

@@ -46,7 +46,7 @@ from kvtier_server.secondary.chunk_file import (
     HEADER_BYTES,
     BrokenHeader,
     OtherFormat,
-    part_checksums,
+    checksums_to_store,
     payload_checksum,
     read_header,
     write_header,
@@ -213,9 +213,8 @@ class ObjectTier(KeptTier):
         data = bytearray(object_bytes(chunk))
         header, payload = memoryview(data)[:HEADER_BYTES], memoryview(data)[HEADER_BYTES:]
         payload[:] = self.pool[chunk.offset : chunk.offset + chunk.num_bytes]
-        checksums = part_checksums(payload, chunk)
-        recorded = chunk.checksums or (0,) * chunk.num_parts
-        if any(was not in (0, now) for was, now in zip(recorded, checksums, strict=True)):
+        checksums = checksums_to_store(payload, chunk)
+        if checksums is None:
             return None
         write_header(header, chunk, checksums, payload_checksum(payload, memoryview(b"")))
         return data
