@@ -234,7 +234,7 @@ class Index:
 
 
 class IndexFile:
-    """The copy in sqlite. One thread at a time uses it; no method raises for a file that is broken."""
+    """The copy in sqlite. One thread at a time uses it. `open` makes a broken file anew; others raise."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
