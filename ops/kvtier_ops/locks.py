@@ -151,6 +151,11 @@ class DaemonLock:
             # The last daemon removed its pool between our open and our lock: this file is nobody's.
             os.close(fd)
 
+    @property
+    def fd(self) -> int:
+        """The locked file; a process that inherits it holds the lock too, until both have let go."""
+        return self._fd
+
     def release(self, *, unlink: bool = False) -> None:
         """Drop the lock; `unlink` also removes the file. A second call does nothing."""
         if self._fd < 0:

@@ -222,6 +222,11 @@ class Pool(MappedPool):
         finally:
             os.close(directory_fd)
 
+    @property
+    def lock_fd(self) -> int:
+        """The daemon lock, for a process of the daemon's own that maps the pool: see DaemonLock.fd."""
+        return self._lock.fd
+
     def back(self, offset: int, length: int) -> None:
         """Give memory to a piece of the data area, so that it can never SIGBUS; keeps what is there.
 

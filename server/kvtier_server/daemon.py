@@ -190,6 +190,7 @@ class Daemon:
             MAX_KEY_BYTES,
             str(self._pool.path),
             self._pool.data_offset,
+            self._pool.lock_fd,
         )
         made: list[tuple[SecondaryTier, TierRules]] = []
         for common, parameters in self._config.tiers:

@@ -66,7 +66,7 @@ class Row:
 class TierSide:
     """A filesystem tier that is given jobs as the core gives them."""
 
-    def __init__(self, directory: Path, pool: mmap.mmap) -> None:
+    def __init__(self, directory: Path, pool: mmap.mmap, pool_file: str) -> None:
         self._finished = Event()
         self.parameters = FilesystemParameters.model_validate(
             {
@@ -79,7 +79,7 @@ class TierSide:
             }
         )
         self.tier = FilesystemTier(
-            OffloadingSpec(POOL_BYTES, SLOT_UNIT_BYTES, 128),
+            OffloadingSpec(POOL_BYTES, SLOT_UNIT_BYTES, 128, pool_file),
             memoryview(pool),
             "filesystem",
             self._finished.set,
@@ -209,10 +209,12 @@ def measure(sides: Sequence[Callable[[int], None]], rounds: int) -> list[list[fl
 def run(directory: Path, rounds: int) -> list[Row]:
     """Measure both directions."""
     direct = has_direct(directory)
-    pool = mmap.mmap(-1, POOL_BYTES)
+    pool_fd = os.memfd_create("pool", os.MFD_CLOEXEC)
+    os.ftruncate(pool_fd, POOL_BYTES)
+    pool = mmap.mmap(pool_fd, POOL_BYTES)
     for offset in _offsets():
         pool[offset : offset + CHUNK_BYTES] = random.Random(offset).randbytes(CHUNK_BYTES)
-    tier, plain = TierSide(directory, pool), PlainSide(directory, pool, direct)
+    tier, plain = TierSide(directory, pool, f"/proc/self/fd/{pool_fd}"), PlainSide(directory, pool, direct)
     writers, readers = tier.parameters.writers, tier.parameters.readers
     rows = []
     try:

@@ -204,7 +204,8 @@ def copy_and_write(directory: str, direct: bool, switch: Switch) -> None:
             # What it is behind it may make up for, but not over a pause.
             due = max(due, time.monotonic() - SETTLE_S) + CHUNK_BYTES / bytes_per_s
             action(worker, number, buffer)
-            time.sleep(max(0.0, due - time.monotonic()))
+            if number % (LOAD_BATCH // READERS) == 0 or num_workers == WRITERS:
+                time.sleep(max(0.0, due - time.monotonic()))
 
     buffer = aligned_buffer()
     for number in range(OLD_CHUNKS):
@@ -231,9 +232,16 @@ def aligned_buffer() -> Bytes:
 
 
 def io_bytes(pid: int) -> tuple[int, int]:
-    """Bytes that a process has written to and read from disks."""
-    fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
-    return int(fields["write_bytes"]), int(fields["read_bytes"])
+    """Bytes that a process and its children have written to and read from disks."""
+    pids = [pid]
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        pids += map(int, (thread / "children").read_text().split())
+    written = read = 0
+    for each in pids:
+        fields = dict(line.split(": ") for line in Path(f"/proc/{each}/io").read_text().splitlines())
+        written += int(fields["write_bytes"])
+        read += int(fields["read_bytes"])
+    return written, read
 
 
 class Side:

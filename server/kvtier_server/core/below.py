@@ -20,7 +20,7 @@ from kvtier_server.core.requests import Request
 from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.secondary.base import ClearJob, ClearResult, Removal, SecondaryTier
 
-SLICE_CHUNKS = 256
+SLICE_CHUNKS = 32
 """Chunks of cascades that are looked at in one go, so that a flood of stores never holds the core."""
 
 MAX_CLEARS = 64
@@ -58,7 +58,7 @@ class Below:
             books, self.tiers, shape_of, self._job_ids, self._cascades.published, self.used
         )
         self._clears: dict[int, _Clear] = {}
-        self._uses: deque[tuple[KeySpace, Request, Sequence[bytes]]] = deque()
+        self._uses: deque[tuple[KeySpace, Request, Sequence[bytes], Sequence[int]]] = deque()
         self._num_uses = 0
 
     def published(self, chunk: Chunk) -> None:
@@ -96,14 +96,19 @@ class Below:
         below.counts[f"removed:{removal.reason}"] += len(removal.keys)
         self._books.events.record("removed", removal.space, removal.reason, removal.keys, below.rules.name)
 
-    def used(self, space: KeySpace, request: Request, keys: Sequence[bytes]) -> None:
-        """Note a request's uses of chunks, also of those that the pool has.
+    def used(
+        self, space: KeySpace, request: Request, keys: Sequence[bytes], first: int = 0, end: int | None = None
+    ) -> None:
+        """Note a request's uses of the chunks `keys[first:end]`, also of those that the pool has.
 
         The tiers hear of them when there is time.
         """
-        if not self.tiers or not keys:
+        if not self.tiers:
             return
-        self._uses.append((space, request, keys))
+        keys, stamps = request.stamped(keys, first, len(keys) if end is None else end)
+        if not keys:
+            return
+        self._uses.append((space, request, keys, stamps))
         self._num_uses += len(keys)
         while self._num_uses > MAX_UNTOLD_USES:
             self._num_uses -= len(self._uses.popleft()[2])
@@ -112,16 +117,15 @@ class Below:
         """Tell the tiers of about `max_keys` uses; how many were told."""
         told = 0
         while self._uses and told < max_keys:
-            space, request, keys = self._uses.popleft()
-            piece, rest = keys[: max_keys - told], keys[max_keys - told :]
-            if rest:
-                self._uses.appendleft((space, request, rest))
-            told += len(piece)
-            self._cascades.count_uses(space, request, piece)
-            stamped = [(key, stamp) for key in piece if (stamp := request.stamp_of(key)) is not None]
-            if stamped:
-                for below in self.tiers:
-                    below.tier.touch(space.name, *zip(*stamped, strict=True))
+            space, request, keys, stamps = self._uses.popleft()
+            left = max_keys - told
+            if len(keys) > left:
+                self._uses.appendleft((space, request, keys[left:], stamps[left:]))
+                keys, stamps = keys[:left], stamps[:left]
+            told += len(keys)
+            self._cascades.count_uses(space, request, keys)
+            for below in self.tiers:
+                below.tier.touch(space.name, keys, stamps)
         self._num_uses -= told
         return told
 

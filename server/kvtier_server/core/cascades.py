@@ -53,6 +53,7 @@ class Cascades:
         self._shape_of = shape_of
         self._job_ids = job_ids
         self._running: dict[int, _Cascade] = {}
+        self._counts_uses = any(below.rules.cascade is CascadeWhen.USED for below in tiers)
         self._cold_tiers = [below for below in tiers if below.rules.cascade is CascadeWhen.COLD]
         self._num_published: Counter[SizeClass] = Counter()
         """Since a look was taken at what would be evicted."""
@@ -79,6 +80,8 @@ class Cascades:
 
     def count_uses(self, space: KeySpace, request: Request, keys: Sequence[bytes]) -> None:
         """Queue chunks that have been used often enough by now."""
+        if not self._counts_uses:
+            return
         for key in keys:
             chunk = space.chunks.get(key)
             if chunk is None or chunk.counted is request:

@@ -97,7 +97,7 @@ class Lookups:
         self._books.note_use(instance, request, keys, found, ranges, wanted)
         if self._below.tiers:
             for first, end in wanted:
-                self._below.used(space, request, keys[first:end])
+                self._below.used(space, request, keys, first, end)
         return self._lease_runs(
             instance,
             request,

@@ -74,6 +74,13 @@ class Request:
                 self._stamps.update(zip(keys, stamps, strict=True))
         return self._stamps.get(key)
 
+    def stamped(self, keys: Sequence[bytes], first: int, end: int) -> tuple[Sequence[bytes], Sequence[int]]:
+        """Return those of `keys[first:end]` that the request has stamps for, and the stamps."""
+        if self.runs and self.runs[-1][0] is keys:
+            return keys[first:end], self.runs[-1][1][first:end]
+        found = [(key, stamp) for key in keys[first:end] if (stamp := self.stamp_of(key)) is not None]
+        return [key for key, _ in found], [stamp for _, stamp in found]
+
     def forget_keys(self) -> None:
         """Drop the remembered keys; later uses count as new ones."""
         self.runs = []

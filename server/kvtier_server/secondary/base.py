@@ -87,6 +87,8 @@ class OffloadingSpec:
     """The file that the pool is a mapping of, for a tier whose I/O is done by a process of its own."""
     pool_file_offset: int = 0
     """Where in it the pool begins; a multiple of a page."""
+    pool_lock_fd: int = -1
+    """What such a process has to inherit: nobody else takes the pool over before its end."""
 
 
 @dataclass(frozen=True, slots=True)

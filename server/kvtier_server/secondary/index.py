@@ -19,6 +19,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from pathlib import Path
 from threading import Lock
+from time import monotonic, sleep
 
 from kvtier_ops.namespace import SpaceName
 
@@ -27,18 +28,22 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 BATCH_ROWS = 10_000
 
-MAX_TOUCHES = 65_536
-"""Noted uses that the order does not show yet; the index's thread takes them every second."""
+MAX_TOUCHES = 8_192
+"""Batches of uses that the order does not show yet, the oldest forgotten first: only the order suffers."""
+
+SETTLE_S, PAUSE_S = 3e-4, 3e-4
+"""Work on uses goes on for so long, then rests: who wants the interpreter's lock from a thread that does not
+rest waits 5 ms for it."""
 
 FOUND_STAMP, RESTORED_STAMP = -(1 << 62), -(1 << 61)
 """What was only found on disk counts as used before everything else; what an earlier daemon wrote down, in
 its order, as used before anything that this one has seen."""
 
 STALE_PLACES = 1_024
-"""Places in the order that nothing is at any more, before they are swept."""
+"""Places in the order whose chunk is gone, before they are swept."""
 
 MAX_OTHERS = 1 << 20
-"""Chunks of others that are known, the ones found longest ago forgotten first: some 200 MiB."""
+"""Chunks of others that are known: some 200 MiB."""
 
 Name = tuple[SpaceName, bytes]
 
@@ -46,15 +51,16 @@ Name = tuple[SpaceName, bytes]
 class Entry:
     """One chunk: `is_own` if this daemon wrote it: it counts against the budget and may be evicted.
 
-    `place` is where it is in the order of eviction: (stamp of its last use, a number of its own).
+    `stamp`: of its last use. `number`: unique; by it the chunk's place in the order knows its chunk.
     """
 
-    __slots__ = ("is_own", "num_bytes", "place")
+    __slots__ = ("is_own", "num_bytes", "number", "stamp")
 
-    def __init__(self, num_bytes: int, is_own: bool, place: tuple[int, int]) -> None:
+    def __init__(self, num_bytes: int, is_own: bool, stamp: int, number: int) -> None:
         self.num_bytes = num_bytes
         self.is_own = is_own
-        self.place = place
+        self.stamp = stamp
+        self.number = number
 
 
 class Index:
@@ -65,25 +71,26 @@ class Index:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._entries: dict[Name, Entry] = {}
+        self._spaces: dict[SpaceName, dict[bytes, Entry]] = {}
+        """By space first: one look at a space's name costs as much as many keys."""
         self._order: list[tuple[int, int, Name]] = []
-        """A heap of the own chunks' places. One that is not its chunk's place any more is stale."""
+        """A heap of the own chunks' places (stamp, number), one each. A use leaves the place where it is:
+        it is put right when it comes to the front."""
         self._num_places = 0
         self._num_restored = 0
-        self._keys: dict[SpaceName, set[bytes]] = {}
-        """The same by space: one look at a space's name, which costs as much as many keys."""
+        self._num_chunks = 0
         self._touched: deque[tuple[SpaceName, Sequence[bytes], Sequence[int]]] = deque(maxlen=MAX_TOUCHES)
-        """Uses that the order does not show yet."""
+        """Uses that the stamps do not show yet."""
         self._changed: dict[Name, Entry | None] = {}
         self.own_bytes = 0
         self.num_others = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._num_chunks
 
     def knows(self, space: SpaceName, keys: Sequence[bytes]) -> list[bool]:
         """Tell which keys are known."""
-        known = self._keys.get(space)
+        known = self._spaces.get(space)
         return [key in known for key in keys] if known else [False] * len(keys)
 
     def add(self, name: Name, num_bytes: int, *, is_own: bool, stamp: int) -> None:
@@ -95,7 +102,7 @@ class Index:
     def add_if_new(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
         """Note a chunk that was found, as one used longest ago."""
         with self._lock:
-            if name not in self._entries:
+            if self._get(name) is None:
                 self._changed[name] = self._enter(name, num_bytes, is_own, FOUND_STAMP)
 
     def remove(self, name: Name) -> bool:
@@ -103,37 +110,44 @@ class Index:
         with self._lock:
             return self._forget(name)
 
-    def _enter(self, name: Name, num_bytes: int, is_own: bool, stamp: int) -> Entry:
-        entry = self._entries[name] = Entry(num_bytes, is_own, (stamp, 0))
+    def _get(self, name: Name) -> Entry | None:
         space, key = name
-        self._keys.setdefault(space, set()).add(key)
+        entries = self._spaces.get(space)
+        return entries.get(key) if entries else None
+
+    def _enter(self, name: Name, num_bytes: int, is_own: bool, stamp: int) -> Entry:
+        space, key = name
+        self._num_places += 1
+        entry = Entry(num_bytes, is_own, stamp, self._num_places)
+        self._spaces.setdefault(space, {})[key] = entry
+        self._num_chunks += 1
         if is_own:
             self.own_bytes += num_bytes
+            if len(self._order) >= 2 * self._num_chunks + STALE_PLACES:
+                self._order = [
+                    (other.stamp, other.number, own) for own, other in self._entries() if other.is_own
+                ]
+                heapify(self._order)
+            else:
+                heappush(self._order, (stamp, entry.number, name))
         else:
             self.num_others += 1
-        self._move(name, entry, stamp)
         return entry
 
-    def _move(self, name: Name, entry: Entry, stamp: int) -> None:
-        """Give a chunk its place in the order."""
-        self._num_places += 1
-        entry.place = (stamp, self._num_places)
-        if not entry.is_own:
-            return  # nobody evicts it
-        if len(self._order) >= 2 * len(self._entries) + STALE_PLACES:
-            self._order = [(*other.place, own) for own, other in self._entries.items() if other.is_own]
-            heapify(self._order)
-        else:
-            heappush(self._order, (*entry.place, name))
+    def _entries(self) -> Iterator[tuple[Name, Entry]]:
+        for space, entries in self._spaces.items():
+            for key, entry in entries.items():
+                yield (space, key), entry
 
     def _forget(self, name: Name) -> bool:
-        entry = self._entries.pop(name, None)
+        space, key = name
+        entries = self._spaces.get(space)
+        entry = entries.pop(key, None) if entries else None
         if entry is None:
             return False
-        space, key = name
-        self._keys[space].discard(key)
-        if not self._keys[space]:
-            del self._keys[space]
+        if not entries:
+            del self._spaces[space]
+        self._num_chunks -= 1
         if entry.is_own:
             self.own_bytes -= entry.num_bytes
         else:
@@ -146,44 +160,56 @@ class Index:
         self._touched.append((space, keys, stamps))
 
     def settle(self) -> None:
-        """Bring the order up to date with the uses that were noted."""
-        with self._lock:
-            self._settle()
+        """Bring the stamps up to date with the uses that were noted until now. Takes its time."""
+        rest_at = monotonic() + SETTLE_S
+        for _ in range(len(self._touched)):
+            with self._lock:
+                if not self._touched:
+                    return
+                self._settle(*self._touched.popleft())
+            if monotonic() >= rest_at:
+                sleep(PAUSE_S)
+                rest_at = monotonic() + SETTLE_S
 
-    def _settle(self) -> None:
-        while self._touched:
-            space, keys, stamps = self._touched.popleft()
-            for key, stamp in zip(keys, stamps, strict=True):
-                entry = self._entries.get((space, key))
-                if entry is not None and stamp > entry.place[0]:
-                    self._move((space, key), entry, stamp)
+    def _settle(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
+        entries = self._spaces.get(space)
+        if not entries:
+            return
+        for key, stamp in zip(keys, stamps, strict=True):
+            entry = entries.get(key)
+            if entry is not None and stamp > entry.stamp:
+                entry.stamp = stamp
 
     def victims(self, num_bytes: int) -> list[Name]:
         """Take own chunks of `num_bytes` together out of the order, the ones used longest ago first.
 
         Each is named once: whoever asks removes it, or hands it to `keep`.
         """
+        self.settle()
         found: list[Name] = []
         with self._lock:
-            self._settle()
             while self._order and num_bytes > 0:
-                *place, name = heappop(self._order)
-                entry = self._entries.get(name)
-                if entry is not None and entry.place == tuple(place):
-                    found.append(name)
-                    num_bytes -= entry.num_bytes
+                stamp, number, name = heappop(self._order)
+                entry = self._get(name)
+                if entry is None or entry.number != number:
+                    continue
+                if entry.stamp > stamp:
+                    heappush(self._order, (entry.stamp, number, name))
+                    continue
+                found.append(name)
+                num_bytes -= entry.num_bytes
         return found
 
     def keep(self, names: Sequence[Name]) -> None:
         """Put victims that could not be removed back into the order, where they were."""
         with self._lock:
             for name in names:
-                entry = self._entries.get(name)
+                entry = self._get(name)
                 if entry is not None and entry.is_own:
-                    heappush(self._order, (*entry.place, name))
+                    heappush(self._order, (entry.stamp, entry.number, name))
 
     def limit_others(self, most: int) -> None:
-        """Forget chunks that others wrote, the ones found longest ago, where there are more than `most`.
+        """Forget chunks that others wrote where there are more than `most`, the first in the first space.
 
         They are where they were, and a probe finds them.
         """
@@ -191,24 +217,25 @@ class Index:
             too_many = self.num_others - most
             if too_many <= 0:
                 return
-            others = (name for name, entry in self._entries.items() if not entry.is_own)
+            others = (name for name, entry in self._entries() if not entry.is_own)
             for name in list(islice(others, too_many)):
                 self._forget(name)
 
     def names(self) -> list[Name]:
         """Name all chunks, the ones used longest ago first."""
+        self.settle()
         with self._lock:
-            self._settle()
-            return sorted(self._entries, key=lambda name: self._entries[name].place)
+            ordered = sorted((entry.stamp, entry.number, name) for name, entry in self._entries())
+            return [name for _, _, name in ordered]
 
     def covered_by(self, covers: Callable[[SpaceName], bool]) -> list[tuple[Name, int, bool]]:
         """Name the chunks of some spaces, each with its bytes and whether this daemon wrote it."""
         with self._lock:
-            spaces = {space for space in self._keys if covers(space)}
+            spaces = [space for space in self._spaces if covers(space)]
             return [
-                (name, entry.num_bytes, entry.is_own)
-                for name, entry in self._entries.items()
-                if name[0] in spaces
+                ((space, key), entry.num_bytes, entry.is_own)
+                for space in spaces
+                for key, entry in self._spaces[space].items()
             ]
 
     def take_changes(self) -> dict[Name, Entry | None]:

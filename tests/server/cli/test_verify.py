@@ -229,7 +229,7 @@ def test_chunks_larger_than_one_read_are_hashed_to_their_end(tmp_path: Path) -> 
     padded = memoryview(payload + bytes(padded_bytes(len(payload)) - len(payload)))
     header = bytearray(HEADER_BYTES)
     write_header(memoryview(header), chunk, sums, payload_checksum(padded, memoryview(b"")))
-    places = Places(Disk(), str(tmp_path / "root"))
+    places = Places.below(Disk(), str(tmp_path / "root"))
     with places.directory(SPACE, key_of(1), create=True) as fd:
         opened = os.open(file_name(key_of(1)), os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=fd)
         os.write(opened, bytes(header) + bytes(padded))

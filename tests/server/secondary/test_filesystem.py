@@ -75,11 +75,13 @@ class OnDisk(TierBench):
                 "capacity": 64 << 20,
                 "reserve_free": 0,
                 "state_directory": str(self.tmp_path / "state"),
+                "io": "threads",
                 **self.settings,
                 **self.more,
             }
         )
-        return FilesystemTier(spec, pool, "filesystem", on_finished, parameters, self.disk)
+        disk = self.disk if parameters.io == "threads" else None
+        return FilesystemTier(spec, pool, "filesystem", on_finished, parameters, disk)
 
     @contextmanager
     def complete(self) -> Iterator[Bench]:
@@ -98,6 +100,12 @@ class OnDisk(TierBench):
 
 class TestContract(OnDisk, TierConformance):
     """On this machine's disk, as it is."""
+
+    settings: dict[str, Any] = {"io": "process"}  # noqa: RUF012
+
+
+class TestContractOfThreads(OnDisk, TierConformance):
+    """The same by threads of the daemon."""
 
 
 class TestContractThroughThePageCacheAndDurable(OnDisk, TierConformance):

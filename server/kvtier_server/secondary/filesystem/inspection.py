@@ -104,7 +104,7 @@ class Inspection:
     def __init__(self, root: str, disk: Disk | None = None) -> None:
         """Open the root. Raises OSError: it is not there, no directory, or may not be read."""
         self._disk = disk or Disk()
-        self._places = Places(self._disk, root, create=False)
+        self._places = Places.below(self._disk, root, create=False)
         self._buffer = mmap.mmap(-1, PIECE_BYTES)  # aligned to pages, as O_DIRECT wants it
         self._is_direct = True
 

@@ -35,12 +35,17 @@ def spread_directory(key: bytes) -> str:
 class Places:
     """Opens directories below one root."""
 
-    def __init__(self, disk: Disk, root: str, *, create: bool = True) -> None:
-        """Open the root, made if need be and allowed. Raises OSError."""
+    def __init__(self, disk: Disk, fd: int) -> None:
+        """Work below `fd`, which is to be that of other Places, perhaps of another process."""
         self._disk = disk
+        self.fd = fd
+
+    @classmethod
+    def below(cls, disk: Disk, root: str, *, create: bool = True) -> Places:
+        """Open a root, made if need be and allowed. Raises OSError."""
         root_fd = disk.open_root(root, create=create)
         try:
-            self.fd = disk.open_directory(root_fd, FORMAT_DIRECTORY, create=create)
+            return cls(disk, disk.open_directory(root_fd, FORMAT_DIRECTORY, create=create))
         finally:
             disk.close(root_fd)
 

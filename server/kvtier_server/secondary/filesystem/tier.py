@@ -1,33 +1,31 @@
 """The filesystem tier: chunks as files, below one root, which other daemons may share.
 
 Owns what is written, read and evicted, and when. The file's format is `chunk_file.py`, its place
-`places.py`, what is known of the disk `index.py`. A chunk is there when its file has its name, and a file
-gets its name when it is whole: written under another one first, then renamed. Nobody writes into a file that
-has its name.
+`places.py`, the way of its bytes `chunk_files.py`, what is known of the disk `index.py`. A chunk is there
+when its file has its name, and a file gets its name when it is whole: written under another one first, then
+renamed. Nobody writes into a file that has its name.
 
     [[tiers]]
     type = "filesystem"
     root = "/var/lib/kvtier/chunks"
     capacity = "200GiB"
 
-Threads: readers and writers (`TierWorkers`), and one that keeps the index's copy, reads directories after a
-crash, and removes what is cleared.
+Threads: readers and writers (`TierWorkers`), which have a process of its own do the I/O, and one that keeps
+the index's copy, reads directories after a crash, and removes what is cleared.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import mmap
 import os
 import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Thread, local
-from typing import Annotated, Literal, TypeVar
+from threading import Thread
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -50,19 +48,16 @@ from kvtier_server.secondary.base import (
     TierStats,
 )
 from kvtier_server.secondary.chunk_file import (
-    BLOCK_BYTES,
     HEADER_BYTES,
     BrokenHeader,
     OtherFormat,
-    checksums_to_store,
     file_bytes,
-    padded_bytes,
-    payload_checksum,
     read_header,
-    write_header,
 )
 from kvtier_server.secondary.chunk_names import SUFFIX, file_name, key_of
+from kvtier_server.secondary.filesystem.chunk_files import ChunkFiles, ChunkIo
 from kvtier_server.secondary.filesystem.disk import Disk
+from kvtier_server.secondary.filesystem.io_process import ChunkProcess
 from kvtier_server.secondary.filesystem.places import TEMPORARY, Places
 from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile, Name
 from kvtier_server.secondary.parameters import TierParameters
@@ -70,7 +65,6 @@ from kvtier_server.secondary.state_directory import lock_state, state_file
 from kvtier_server.secondary.workers import ChunkResult, KeptTier, TierWorkers
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 DAY_S = 86_400.0
 BURST_S = 3_600.0
@@ -84,6 +78,9 @@ STALE_TEMPORARY_S = 3_600.0
 
 FREE_CHECK_S = 0.2
 """How old the figure of free space may be."""
+
+END_S = 1.0
+"""What the I/O process may take to end."""
 
 MAX_OFFERS = 65_536
 """Chunks whose offers are counted, the oldest forgotten first."""
@@ -110,6 +107,9 @@ class FilesystemParameters(TierParameters):
     """What a stored chunk survives: the daemon's death, or with fsync also the machine's."""
     direct: Literal["auto", "on", "off"] = "auto"
     """O_DIRECT, so that chunks do not fill the page cache; auto = where the file system can."""
+    io: Literal["process", "threads"] = "process"
+    """Who reads, writes and hashes: a process of its own, or threads of the daemon. The threads save some
+    40 MiB, and answers to engines wait for them."""
     shared: bool = False
     """Other daemons store here too: what is not known is looked for, and a prompt waits for that."""
     readers: Annotated[Count, Field(le=64)] = 4
@@ -142,12 +142,15 @@ class FilesystemTier(KeptTier):
         parameters: FilesystemParameters,
         disk: Disk | None = None,
     ) -> None:
-        """Open the root and begin. Raises TierError if the root cannot be used."""
+        """Open the root and begin. Raises TierError if the root cannot be used.
+
+        `disk`: another one than the real; only threads of this process can use it.
+        """
         super().__init__(spec, pool, tier_type, on_finished, parameters)
         self._own = parameters
         self._disk = disk or Disk()
         try:
-            self._places = Places(self._disk, parameters.root)
+            self._places = Places.below(self._disk, parameters.root)
         except OSError as error:
             raise TierError(
                 f"root {parameters.root} cannot be used ({error.strerror}); make it a directory that this "
@@ -162,9 +165,14 @@ class FilesystemTier(KeptTier):
         except TierError:
             self._places.close()
             raise
+        try:
+            self._io = self._make_io(pool)
+        except TierError:
+            self._places.close()
+            os.close(self._state_lock)
+            raise
         self._file = IndexFile(index_file)
         self._is_direct = parameters.direct != "off"
-        self._buffers = local()
         self._offers: OrderedDict[Name, int] = OrderedDict()
         self._writing_bytes = 0
         self._wear = _Wear(parameters.writes_per_day)
@@ -184,6 +192,21 @@ class FilesystemTier(KeptTier):
         )
         self._keeper = Thread(target=self._keep_index, name=f"kvtier-{tier_type}-index", daemon=True)
         self._keeper.start()
+
+    def _make_io(self, pool: memoryview) -> ChunkIo:
+        own = self._own
+        if own.io == "threads":
+            return ChunkFiles(self._disk, self._places, pool, durability=own.durability, direct=own.direct)
+        if type(self._disk) is not Disk:
+            raise TierError('another disk than the real one is used by threads only; set io = "threads"')
+        return ChunkProcess(
+            self.tier_type,
+            self.spec,
+            self._places.fd,
+            durability=own.durability,
+            direct=own.direct,
+            num_threads=own.readers + own.writers,
+        )
 
     # The core's side
 
@@ -213,7 +236,9 @@ class FilesystemTier(KeptTier):
         give_up_at = time.monotonic() + timeout_s
         all_ended = self._workers.stop(timeout_s)
         is_first = self._stop()
-        self._keeper.join(max(0.0, give_up_at - time.monotonic()))
+        # The end of its process is the end of an I/O that hangs, but for those that nothing ends.
+        all_ended = self._io.close(END_S) and (all_ended or self._workers.stop(END_S))
+        self._keeper.join(max(END_S, give_up_at - time.monotonic()))
         if all_ended and not self._keeper.is_alive() and is_first:
             self._places.close()
             os.close(self._state_lock)
@@ -233,25 +258,23 @@ class FilesystemTier(KeptTier):
             return ChunkResult(Outcome.DONE)
         if not self._is_worth_it(name, num_bytes):
             return ChunkResult(Outcome.REFUSED)
-        header, last_block = self._blocks()
-        whole, rest = self._payload(chunk, last_block)
-        checksums = checksums_to_store(self.pool[chunk.offset : chunk.offset + chunk.num_bytes], chunk)
-        if checksums is None:
-            return ChunkResult(Outcome.CORRUPT)
-        self._fill_last_block(chunk, last_block)
-        # One part of whole blocks is the payload, and has been hashed.
-        is_one_part = chunk.num_parts == 1 and not rest
-        write_header(header, chunk, checksums, checksums[0] if is_one_part else payload_checksum(whole, rest))
         with self._lock:
             self._writing_bytes += num_bytes
         try:
             self._make_room()
-            self._without_direct_if_need_be(lambda: self._write(chunk, [header, whole, rest]))
-            self._index.add(name, num_bytes, is_own=True, stamp=chunk.stamp)
+            found = self._io.run(JobKind.STORE, chunk)
+            if found.outcome is Outcome.DONE:
+                self._index.add(name, num_bytes, is_own=True, stamp=chunk.stamp)
         finally:
             with self._lock:
                 self._writing_bytes -= num_bytes
-        return ChunkResult(Outcome.DONE)
+        self._note_direct(found.is_direct)
+        return ChunkResult(found.outcome)
+
+    def _note_direct(self, is_direct: bool) -> None:
+        if self._is_direct and not is_direct:
+            self._is_direct = False
+            logger.info("O_DIRECT does not work in %s; the page cache is used", self._own.root)
 
     def _is_worth_it(self, name: Name, num_bytes: int) -> bool:
         if num_bytes > self._own.capacity:
@@ -323,172 +346,24 @@ class FilesystemTier(KeptTier):
         finally:
             self._tell_removed([Removal(space, (key,), reason)])  # when it is gone
 
-    def _without_direct_if_need_be(self, action: Callable[[], T]) -> T:
-        """Do something again, and from now on, through the page cache where O_DIRECT is refused."""
-        was_direct = self._is_direct  # another thread may have found out meanwhile
-        try:
-            return action()
-        except OSError as error:
-            if error.errno != errno.EINVAL or self._own.direct != "auto" or not was_direct:
-                raise
-        self._is_direct = False
-        logger.info("O_DIRECT does not work in %s; the page cache is used", self._own.root)
-        return action()
-
-    def _write(self, chunk: TierChunk, buffers: Sequence[memoryview]) -> None:
-        """Write a file under a temporary name, and give it its name when it is whole."""
-        temporary = f"{TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
-        with self._places.directory(chunk.space, chunk.key, create=True) as fd:
-            try:
-                self._write_whole(fd, temporary, buffers)
-                self._disk.rename(fd, temporary, file_name(chunk.key))
-                fault_point("filesystem.after_rename")
-            except BaseException:
-                # The first error is what matters; what is left over goes when it is an hour old.
-                with contextlib.suppress(OSError):
-                    self._disk.unlink(fd, temporary)
-                raise
-            if self._own.durability == "os":
-                self._disk.sync(fd)
-
-    def _write_whole(self, parent: int, name: str, buffers: Sequence[memoryview]) -> None:
-        fd = self._disk.create(parent, name, direct=self._is_direct)
-        try:
-            fault_point("filesystem.after_open")
-            left = [buffer for buffer in buffers if len(buffer)]
-            offset = 0
-            while left:
-                written = self._disk.write(fd, left, offset)
-                if written <= 0:
-                    raise OSError(errno.EIO, "nothing was written")
-                offset += written
-                left = _behind(left, written)
-            if self._own.durability == "os":
-                self._disk.sync(fd)
-        finally:
-            self._disk.close(fd)
-        fault_point("filesystem.after_write")
-
     def _load(self, chunk: TierChunk) -> ChunkResult:
-        fault_point("filesystem.before_load")
         name = (chunk.space, chunk.key)
-        header, last_block = self._blocks()
-        whole, rest = self._payload(chunk, last_block)
-        found = self._without_direct_if_need_be(lambda: self._read(chunk, [header, whole, rest]))
-        if found is not None and not found:
+        found = self._io.run(JobKind.LOAD, chunk)
+        if found.outcome is Outcome.MISSING:
             # Gone, or another chunk's. Who wrote it may want it: it stays, and is not this chunk.
             self._remove(name, "missing", unlink=False)
-            return ChunkResult(Outcome.MISSING)
-        checksums = self._verified(chunk, header, whole, rest) if found else None
-        if checksums is None:
+        elif found.outcome is Outcome.CORRUPT:
             # Known or not: it is to be told, and its file removed.
             self._index.add_if_new(name, 0, is_own=False)
             self._remove(name, "corrupt")
-            return ChunkResult(Outcome.CORRUPT)
-        if not checksums:
-            self._remove(name, "missing", unlink=False)
-            return ChunkResult(Outcome.MISSING)
-        self.pool[chunk.offset + len(whole) : chunk.offset + chunk.num_bytes] = rest[
-            : chunk.num_bytes - len(whole)
-        ]
-        return ChunkResult(Outcome.DONE, checksums)
-
-    def _read(self, chunk: TierChunk, buffers: Sequence[memoryview]) -> bool | None:
-        """Read a whole file; False if there is none, None if it has another length."""
-        try:
-            with self._places.directory(chunk.space, chunk.key) as parent:
-                fd = self._open_for_reading(parent, file_name(chunk.key))
-        except FileNotFoundError:
-            return False
-        try:
-            if self._disk.size(fd) != file_bytes(chunk.num_bytes):
-                return None if self._reads_as(fd, chunk) else False
-            left = [buffer for buffer in buffers if len(buffer)]
-            offset = 0
-            while left:
-                count = self._disk.read(fd, left, offset)
-                if count <= 0:
-                    return None
-                offset += count
-                left = _behind(left, count)
-        finally:
-            self._disk.close(fd)
-        return True
-
-    def _reads_as(self, fd: int, chunk: TierChunk) -> bool:
-        """Tell whether a file of a wrong length says that it is this chunk, or nothing that can be read."""
-        header, _ = self._blocks()
-        if self._disk.read(fd, [header], 0) != HEADER_BYTES:
-            return True
-        try:
-            return read_header(header).describes(chunk)
-        except BrokenHeader:
-            return True
-        except OtherFormat:
-            return False
-
-    def _open_for_reading(self, parent: int, name: str) -> int:
-        return self._disk.open(parent, name, direct=self._is_direct)
-
-    def _verified(
-        self, chunk: TierChunk, header: memoryview, whole: memoryview, rest: memoryview
-    ) -> tuple[int, ...] | None:
-        """Return the part checksums of what was read; () if it is another chunk, None if it is corrupt."""
-        try:
-            found = read_header(header)
-        except BrokenHeader:
-            return None
-        except OtherFormat:
-            return ()
-        if not found.describes(chunk):
-            return ()
-        if found.payload_checksum != payload_checksum(whole, rest):
-            return None
-        return found.checksums
+        return ChunkResult(found.outcome, found.checksums)
 
     def _probe(self, chunk: TierChunk) -> ChunkResult:
-        """Look whether a chunk is there. Its payload is not read: the load does that."""
-        header, _ = self._blocks()
-        try:
-            with self._places.directory(chunk.space, chunk.key) as parent:
-                fd = self._disk.open(parent, file_name(chunk.key), direct=False)
-        except FileNotFoundError:
-            return ChunkResult(Outcome.MISSING)
-        try:
-            num_bytes = self._disk.size(fd)
-            length = self._disk.read(fd, [header], 0)
-        finally:
-            self._disk.close(fd)
-        try:
-            is_it = length == HEADER_BYTES and read_header(header).describes(chunk)
-        except (BrokenHeader, OtherFormat):
-            is_it = False
-        if not is_it:
-            return ChunkResult(Outcome.MISSING)
-        self._index.add_if_new((chunk.space, chunk.key), num_bytes, is_own=not self._own.shared)
-        return ChunkResult(Outcome.DONE)
-
-    # Buffers that O_DIRECT can use
-
-    def _blocks(self) -> tuple[memoryview, memoryview]:
-        """Return this thread's header and last block, aligned to a page."""
-        memory: mmap.mmap | None = getattr(self._buffers, "memory", None)
-        if memory is None:
-            memory = self._buffers.memory = mmap.mmap(-1, HEADER_BYTES + BLOCK_BYTES)
-        view = memoryview(memory)
-        return view[:HEADER_BYTES], view[HEADER_BYTES:]
-
-    def _payload(self, chunk: TierChunk, last_block: memoryview) -> tuple[memoryview, memoryview]:
-        """Cut a chunk into its whole blocks, in the pool, and the block that ends it, if it is not whole."""
-        num_whole = chunk.num_bytes // BLOCK_BYTES * BLOCK_BYTES
-        rest_bytes = padded_bytes(chunk.num_bytes) - num_whole
-        return self.pool[chunk.offset : chunk.offset + num_whole], last_block[:rest_bytes]
-
-    def _fill_last_block(self, chunk: TierChunk, last_block: memoryview) -> None:
-        tail_bytes = chunk.num_bytes % BLOCK_BYTES
-        end = chunk.offset + chunk.num_bytes
-        last_block[:tail_bytes] = self.pool[end - tail_bytes : end]
-        last_block[tail_bytes:] = bytes(BLOCK_BYTES - tail_bytes)
+        found = self._io.run(JobKind.PROBE, chunk)
+        if found.outcome is Outcome.DONE:
+            name = (chunk.space, chunk.key)
+            self._index.add_if_new(name, found.file_bytes, is_own=not self._own.shared)
+        return ChunkResult(found.outcome)
 
     # The index's thread
 
@@ -568,7 +443,7 @@ class FilesystemTier(KeptTier):
 
     def _key_in(self, parent: int, name: str) -> bytes | None:
         """Read a key that is too long for a file's name from the header."""
-        header, _ = self._blocks()
+        header = memoryview(bytearray(HEADER_BYTES))
         fd = self._disk.open(parent, name, direct=False)
         try:
             if self._disk.read(fd, [header], 0) != HEADER_BYTES:
@@ -650,13 +525,3 @@ class _Wear:
             return False
         self._left -= num_bytes
         return True
-
-
-def _behind(buffers: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
-    """Return what is left of buffers behind their first `num_bytes`."""
-    left = list(buffers)
-    while left and num_bytes >= len(left[0]):
-        num_bytes -= len(left.pop(0))
-    if left and num_bytes:
-        left[0] = left[0][num_bytes:]
-    return left

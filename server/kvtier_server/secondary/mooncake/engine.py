@@ -51,6 +51,7 @@ class EngineStore(ObjectStore):
             self._pool_fd = os.open(spec.pool_file, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise TierError(f"the pool's file {spec.pool_file} cannot be opened: {error.strerror}") from error
+        self._pool_lock_fd = spec.pool_lock_fd
         self._headers_fd = os.memfd_create("kvtier-mooncake-headers", os.MFD_CLOEXEC)
         os.ftruncate(self._headers_fd, num_headers * HEADER_BYTES)
         self._headers = mmap.mmap(self._headers_fd, num_headers * HEADER_BYTES)
@@ -134,7 +135,9 @@ class EngineStore(ObjectStore):
             raise OSError(errno.EAGAIN, self._last_failure)
         own_address = self._own.local_hostname or address
         settings = {**self._settings, "local_hostname": own_address, "address": address}
-        fds = [self._pool_fd, self._headers_fd] if role == "transfer" else []
+        # Who maps the pool also holds the lock on it, so that it is not taken over before that ends.
+        fds = [fd for fd in (self._pool_fd, self._headers_fd, self._pool_lock_fd) if fd >= 0]
+        fds = fds if role == "transfer" else []
         with self._lock:
             if self._closed:
                 raise OSError(errno.ESHUTDOWN, "the tier has been shut down")

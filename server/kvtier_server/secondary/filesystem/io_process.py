@@ -1,0 +1,174 @@
+"""The I/O of a filesystem tier in a process of its own, from the daemon's side.
+
+Owns the process: begun with the tier, begun again when it has died, ended with the tier. What it does is
+`io_helper.py`'s. Its death is an error of the chunks that it had, and of nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from threading import Lock
+
+from kvtier_server.secondary.base import JobKind, OffloadingSpec, TierChunk, TierError
+from kvtier_server.secondary.filesystem.chunk_files import ChunkIo, IoResult
+from kvtier_server.secondary.filesystem.io_wire import MAX_BYTES, pack_request, unpack_answer
+
+logger = logging.getLogger(__name__)
+
+_MODULE = "kvtier_server.secondary.filesystem.io_helper"
+
+
+class ChunkProcess(ChunkIo):
+    """Has another process do it: at most `num_threads` chunks at once, and as many callers."""
+
+    def __init__(
+        self, name: str, spec: OffloadingSpec, root_fd: int, *, durability: str, direct: str, num_threads: int
+    ) -> None:
+        """Open the pool's file and begin the process, without waiting for it. Raises TierError.
+
+        `root_fd`: of `Places`; it and the spec's files stay the caller's, and open until `close`.
+        """
+        if not spec.pool_file:
+            raise TierError(
+                'its I/O process has to map the pool, and this pool has no file; set io = "threads"'
+            )
+        self._name = name
+        self._num_threads = num_threads
+        self._lock = Lock()
+        self._closed = False
+        try:
+            self._pool_fd = os.open(spec.pool_file, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise TierError(f"the pool's file {spec.pool_file} cannot be opened: {error.strerror}") from error
+        self._fds = [fd for fd in (self._pool_fd, root_fd, spec.pool_lock_fd) if fd >= 0]
+        self._settings = {
+            "root": root_fd,
+            "durability": durability,
+            "direct": direct,
+            "pool": self._pool_fd,
+            "pool_bytes": spec.pool_bytes,
+            "pool_offset": spec.pool_file_offset,
+        }
+        try:
+            self._process = _Process(self._settings, self._fds, num_threads)
+        except OSError as error:
+            os.close(self._pool_fd)
+            raise TierError(f"its I/O process cannot be begun: {error.strerror}") from error
+
+    @property
+    def pid(self) -> int:
+        """Process id of the process of now."""
+        return self._process.pid
+
+    def run(self, kind: JobKind, chunk: TierChunk) -> IoResult:
+        return self._running().run(pack_request(kind, chunk))
+
+    def _running(self) -> _Process:
+        """Return the process, a new one if it has died."""
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.ESHUTDOWN, "the tier has been shut down")
+            if self._process.has_ended:
+                logger.warning(
+                    "tier %s: its I/O process %d has ended (status %s); another is begun",
+                    self._name, self._process.pid, self._process.status,
+                )  # fmt: skip
+                self._process.discard()
+                self._process = _Process(self._settings, self._fds, self._num_threads)
+            return self._process
+
+    def close(self, timeout_s: float) -> bool:
+        with self._lock:
+            if not self._closed:
+                os.close(self._pool_fd)
+            self._closed = True
+        return self._process.close(timeout_s)
+
+
+class _Process:
+    """One life of the process."""
+
+    def __init__(self, settings: Mapping[str, object], fds: list[int], num_threads: int) -> None:
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(1 + num_threads)]
+        ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        self._life, *channels_of_ours = ours
+        life, *channels = [end.fileno() for end in theirs]
+        try:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable, "-P", "-m", _MODULE,
+                    json.dumps({**settings, "life": life, "channels": channels}),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[life, *channels, *fds],
+            )  # fmt: skip
+        except OSError:
+            for end in ours:
+                end.close()
+            raise
+        finally:
+            for end in theirs:
+                end.close()
+        self._lock = Lock()
+        self._free = channels_of_ours
+        self.has_ended = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """What it ended with; negative: the signal. None while it runs."""
+        return self._process.returncode
+
+    def run(self, request: bytes) -> IoResult:
+        with self._lock:
+            if not self._free:
+                raise OSError(errno.EIO, "the I/O process has ended")
+            channel = self._free.pop()
+        try:
+            channel.send(request)
+            answer = channel.recv(MAX_BYTES)
+        except OSError:
+            answer = b""
+        if not answer:
+            channel.close()
+            # Not before it is gone: then the chunk's slot is nobody's.
+            self._process.kill()
+            self._process.wait()
+            self.has_ended = True
+            raise OSError(errno.EIO, "the I/O process has ended")
+        with self._lock:
+            self._free.append(channel)
+        return unpack_answer(answer)
+
+    def discard(self) -> None:
+        """Close the sockets that nobody waits at. The process has ended."""
+        with self._lock:
+            for channel in (self._life, *self._free):
+                channel.close()
+            self._free.clear()
+
+    def close(self, timeout_s: float) -> bool:
+        """End it; False if it is in an I/O that nothing ends."""
+        with contextlib.suppress(OSError):
+            self._life.shutdown(socket.SHUT_RDWR)
+        for _ in range(2):
+            try:
+                self._process.wait(timeout_s / 2)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+            else:
+                self.discard()
+                return True
+        return False
