@@ -23,6 +23,9 @@ from kvtier_server.secondary.base import ClearJob, ClearResult, Removal, Seconda
 SLICE_CHUNKS = 32
 """Chunks of cascades that are looked at in one go, so that a flood of stores never holds the core."""
 
+SLICE_USES = 4_096
+"""Uses that the tiers are told of in one go."""
+
 MAX_CLEARS = 64
 """Clearings under way, and those of one tier that chunks in its queue have still to pass."""
 
@@ -67,10 +70,10 @@ class Below:
 
     def pump(self) -> bool:
         """Hand the tiers what they may take now, a slice of it; True if more could go at once."""
-        left = SLICE_CHUNKS - self._tell_uses(SLICE_CHUNKS)
+        self._tell_uses(SLICE_USES)
         self._cascades.offer_cold()
-        left -= self._cascades.submit(left)
-        return left <= 0 and self.is_behind
+        num_looked_at = self._cascades.submit(SLICE_CHUNKS)
+        return bool(self._uses) or (num_looked_at == SLICE_CHUNKS and self._cascades.is_behind)
 
     def collect(self, now_ns: int) -> None:
         """Take the ends of jobs, and what the tiers have let go of."""
@@ -113,8 +116,8 @@ class Below:
         while self._num_uses > MAX_UNTOLD_USES:
             self._num_uses -= len(self._uses.popleft()[2])
 
-    def _tell_uses(self, max_keys: int) -> int:
-        """Tell the tiers of about `max_keys` uses; how many were told."""
+    def _tell_uses(self, max_keys: int) -> None:
+        """Tell the tiers of `max_keys` uses."""
         told = 0
         while self._uses and told < max_keys:
             space, request, keys, stamps = self._uses.popleft()
@@ -127,7 +130,6 @@ class Below:
             for below in self.tiers:
                 below.tier.touch(space.name, keys, stamps)
         self._num_uses -= told
-        return told
 
     # Clearing
 
