@@ -4,7 +4,8 @@ Owns the table of armed points. A point that no test armed costs one look at an 
 exist is decided where `fault_point` is called.
 
 A test in the same process arms a point with `arm`. A test that starts a process sets `KVTIER_FAULTS`, which
-is read once at import: `name=action`, several joined by commas. Actions: `kill` (SIGKILL), `stop` (SIGSTOP),
+is read once at import: `name=action`, several joined by commas. Actions: `kill` (SIGKILL), `kill-parent` (the
+same for the process that began this one, which runs on until it notices), `stop` (SIGSTOP),
 `sleep:SECONDS`, `error` (raises FaultInjected), `wait:PATH` (while there is a FIFO, until somebody has opened
 it for writing and closed it again); with `@N` behind it only when the point is passed for the Nth time.
 """
@@ -52,6 +53,10 @@ def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _kill_parent() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
 def _stop() -> None:
     # To this thread: sent to the process, it may reach another one first, and this one runs on meanwhile.
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
@@ -92,6 +97,8 @@ def _parse_action(name: str, action: str, entry: str) -> Callable[[], None]:
     kind, _, argument = action.partition(":")
     if name and action == "kill":
         return _kill
+    if name and action == "kill-parent":
+        return _kill_parent
     if name and action == "stop":
         return _stop
     if name and action == "error":
@@ -111,8 +118,8 @@ def _parse_action(name: str, action: str, entry: str) -> Callable[[], None]:
             return lambda: time.sleep(seconds)
     raise ValueError(
         f"{ENVIRONMENT_VARIABLE}: {entry!r} is not a fault; "
-        "write name=kill, name=stop, name=error, name=sleep:SECONDS or name=wait:PATH, each with @N for the "
-        "Nth pass only"
+        "write name=kill, name=kill-parent, name=stop, name=error, name=sleep:SECONDS or name=wait:PATH, "
+        "each with @N for the Nth pass only"
     )
 
 

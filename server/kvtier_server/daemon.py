@@ -28,7 +28,6 @@ from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.checksum import part_checksum
 from kvtier_ops.layout import SLOT_UNIT_BYTES, part_offset
 from kvtier_ops.locks import owner_lock_is_free
-from kvtier_ops.pool import Pool, PoolBusy, PoolError, check_capacity
 from kvtier_server import __version__, admin, logs, service
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.config import Config
@@ -43,8 +42,9 @@ from kvtier_server.core.tiering import Core
 from kvtier_server.grpc_server import build_server
 from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
-from kvtier_server.policies.loader import PolicyLoadError, load_policy_class
+from kvtier_server.policies.loader import load_policy_class
 from kvtier_server.pool_slots import Backing, PoolSlots
+from kvtier_server.pool_start import open_pool
 from kvtier_server.primary.tier import SLICE_ITEMS
 from kvtier_server.rpc import CallScope
 from kvtier_server.secondary.base import OffloadingSpec, SecondaryTier, TierError
@@ -123,7 +123,7 @@ class Daemon:
         self._start_time_s = time.time()
         self.boot_id = secrets.token_hex(8)
         self._socket_lock = SocketLock.of(config.server.address)
-        self._pool = _open_pool(config)
+        self._pool = open_pool(config)
         limits = _core_limits(config)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tiers = self._make_tiers()
@@ -581,23 +581,3 @@ def _core_limits(config: Config) -> Limits:
         credit_share=limits.credit_share,
         min_credit_slots=limits.min_credit_slots,
     )
-
-
-def _open_pool(config: Config) -> Pool:
-    """Check that the pool can be had, then take it. Raises StartError with what to do."""
-    try:
-        load_policy_class(config.pool.policy)
-    except PolicyLoadError as error:
-        raise StartError(str(error), 2) from error
-    directory = config.pool_directory
-    try:
-        check_capacity(directory, config.pool.bytes)
-        return Pool.create(directory, config.pool.bytes, fresh=config.pool.fresh)
-    except PoolBusy as error:
-        raise StartError(
-            f"{error}; stop it (kill {error.pid}) or start this one under another --name", 1
-        ) from error
-    except PoolError as error:
-        raise StartError(str(error), 2) from error
-    except OSError as error:
-        raise StartError(f"cannot make the pool in {directory}: {error.strerror}", 2) from error

@@ -187,7 +187,9 @@ def test_a_daemon_that_is_killed_while_it_writes_serves_no_wrong_byte_after(
     # With room for 16 chunks chunks are deleted too.
     config = filesystem(tmp_path).replace('"64MiB"', f'"{16 * FILE_BYTES}"')
     nth = 1 if point == "after_index" else 12
-    env = {"KVTIER_FAULTS": f"filesystem.{point}=kill@{nth}"}
+    # The first three are passed by the I/O process, which runs on until it notices.
+    action = "kill-parent" if point in ("after_open", "after_write", "after_rename") else "kill"
+    env = {"KVTIER_FAULTS": f"filesystem.{point}={action}@{nth}"}
     daemon = start_daemon(pool_bytes=POOL_BYTES, config=config, env=env)
     keys = to_keys(range(4 * BATCH))
     with copier(daemon, make_engine) as own:

@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> None:
     for fd in settings["channels"]:
         channel = socket.socket(fileno=fd)
         threading.Thread(target=_serve, args=(channel, files), name=f"io-{fd}", daemon=True).start()
+    life.send(b"r")
     life.recv(1)
     os._exit(0)  # whatever the threads are in: the daemon waits for the end of the process, or is gone
 

@@ -23,6 +23,9 @@ from kvtier_server.secondary.filesystem.io_wire import MAX_BYTES, pack_request, 
 
 logger = logging.getLogger(__name__)
 
+START_S = 30.0
+"""What its start may take: 0.3 s, unless the machine is busy with something else."""
+
 _MODULE = "kvtier_server.secondary.filesystem.io_helper"
 
 
@@ -32,7 +35,7 @@ class ChunkProcess(ChunkIo):
     def __init__(
         self, name: str, spec: OffloadingSpec, root_fd: int, *, durability: str, direct: str, num_threads: int
     ) -> None:
-        """Open the pool's file and begin the process, without waiting for it. Raises TierError.
+        """Open the pool's file and begin the process. Raises TierError.
 
         `root_fd`: of `Places`; it and the spec's files stay the caller's, and open until `close`.
         """
@@ -59,6 +62,7 @@ class ChunkProcess(ChunkIo):
         }
         try:
             self._process = _Process(self._settings, self._fds, num_threads)
+            self._process.wait_ready(START_S)
         except OSError as error:
             os.close(self._pool_fd)
             raise TierError(f"its I/O process cannot be begun: {error.strerror}") from error
@@ -130,6 +134,20 @@ class _Process:
     def status(self) -> int | None:
         """What it ended with; negative: the signal. None while it runs."""
         return self._process.returncode
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until it works. Raises OSError, with the process gone, if it takes too long or ends."""
+        self._life.settimeout(timeout_s)
+        try:
+            is_ready = bool(self._life.recv(1))
+        except OSError:
+            is_ready = False
+        self._life.settimeout(None)
+        if not is_ready:
+            self._process.kill()
+            self._process.wait()
+            self.discard()
+            raise OSError(errno.EIO, f"it has ended with status {self.status}, see its last words above")
 
     def run(self, request: bytes) -> IoResult:
         with self._lock:
