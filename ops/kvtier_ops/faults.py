@@ -53,8 +53,12 @@ def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+_parent = os.getppid()
+
+
 def _kill_parent() -> None:
-    os.kill(os.getppid(), signal.SIGKILL)
+    if os.getppid() == _parent:  # or it is gone, and another has adopted this process
+        os.kill(_parent, signal.SIGKILL)
 
 
 def _stop() -> None:

@@ -2,9 +2,11 @@
 
 A `flock` belongs to the open file, not to a pid: the kernel drops it when the last process that shares it is
 gone, however it went, and it works across containers, where pids do not. A fork shares the open file, as it
-shares the mapping; an exec loses both (descriptors are O_CLOEXEC).
+shares the mapping; an exec loses both (descriptors are O_CLOEXEC), but for `copies.lock`, which the daemon
+hands to the processes that read and write the pool for it.
 
-Owns the files `daemon.lock` and `owners/*` of a pool directory. What a free lock allows, the daemon decides.
+Owns the files `daemon.lock`, `copies.lock` and `owners/*` of a pool directory. What a free lock allows, the
+daemon decides.
 """
 
 from __future__ import annotations
@@ -21,6 +23,12 @@ from kvtier_ops.directory import PoolDirectoryError, PoolError, open_directory
 
 OWNERS_DIRECTORY = "owners"
 DAEMON_LOCK_FILE = "daemon.lock"
+COPIES_LOCK_FILE = "copies.lock"
+
+LEFTOVERS_S = 5.0
+"""How long to wait for the processes of a dead daemon: they end in milliseconds, unless an I/O hangs."""
+
+_LEFTOVERS_POLL_S = 0.02
 
 _OWNER_NAME = re.compile(r"[0-9a-f]{1,64}")
 _PID_WAIT_S = 0.5
@@ -36,6 +44,16 @@ class PoolBusy(PoolError):
             f"the pool {directory} is already served by {holder}; stop that daemon or choose another name"
         )
         self.pid = pid
+
+
+class PoolStillWritten(PoolError):
+    """The daemon of this pool is gone, and processes of its own that may write into it are not."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            f"processes of the last daemon still use the pool {directory}: an I/O hangs; it is free when "
+            f"that ends (who: fuser -v {directory / COPIES_LOCK_FILE})"
+        )
 
 
 class OwnerLock:
@@ -122,22 +140,25 @@ def held_owner_locks(directory: Path) -> list[str]:
 
 
 class DaemonLock:
-    """The right to be the one daemon of a pool directory."""
+    """The right to be the one daemon of a pool directory, and that nobody else writes into its pool."""
 
-    def __init__(self, path: Path, fd: int) -> None:
+    def __init__(self, path: Path, fd: int, copies_fd: int) -> None:
         self._path = path
         self._fd = fd
+        self.copies_fd = copies_fd
+        """For processes of the daemon's own that map the pool: they hold this lock until they end."""
 
     @classmethod
     def acquire(cls, directory: Path) -> DaemonLock:
         """Lock `<directory>/daemon.lock` and write this pid into it. Never waits for the holder.
 
-        Raises PoolBusy naming the holder, PoolDirectoryError, OSError.
+        Then waits for what a dead daemon has left behind, LEFTOVERS_S at most. Raises PoolBusy naming the
+        holder, PoolStillWritten, PoolDirectoryError, OSError.
         """
         os.close(open_directory(directory))
         path = directory / DAEMON_LOCK_FILE
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = _open_lock(path)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -145,26 +166,49 @@ class DaemonLock:
                 os.close(fd)
                 raise PoolBusy(directory, pid) from None
             if os.fstat(fd).st_nlink:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-                return cls(path, fd)
+                break
             # The last daemon removed its pool between our open and our lock: this file is nobody's.
             os.close(fd)
-
-    @property
-    def fd(self) -> int:
-        """The locked file; a process that inherits it holds the lock too, until both have let go."""
-        return self._fd
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            return cls(path, fd, _lock_copies(directory))
+        except BaseException:
+            os.ftruncate(fd, 0)
+            os.close(fd)
+            raise
 
     def release(self, *, unlink: bool = False) -> None:
-        """Drop the lock; `unlink` also removes the file. A second call does nothing."""
+        """Drop the lock; `unlink` also removes the files. A second call does nothing."""
         if self._fd < 0:
             return
         os.ftruncate(self._fd, 0)
         if unlink:
+            (self._path.parent / COPIES_LOCK_FILE).unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)
+        os.close(self.copies_fd)
         os.close(self._fd)
-        self._fd = -1
+        self._fd = self.copies_fd = -1
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _lock_copies(directory: Path) -> int:
+    """Lock `copies.lock`, which nobody else takes while the daemon's lock is held; wait for leftovers."""
+    fd = _open_lock(directory / COPIES_LOCK_FILE)
+    give_up_at = time.monotonic() + LEFTOVERS_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up_at:
+                os.close(fd)
+                raise PoolStillWritten(directory) from None
+            time.sleep(_LEFTOVERS_POLL_S)
+        else:
+            return fd
 
 
 def _read_pid(fd: int) -> int:

@@ -200,7 +200,8 @@ class Pool(MappedPool):
 
         A file of the same format and size is kept unless `fresh`; anything else is replaced by a new file
         renamed over it. `data_bytes` is rounded down to a multiple of 4 KiB. No data memory is backed yet.
-        Raises PoolBusy, PoolDirectoryError, OSError (ENOSPC); the present file is then unchanged.
+        Raises PoolBusy, PoolStillWritten, PoolDirectoryError, OSError (ENOSPC); the present file is then
+        unchanged.
         """
         data_bytes -= data_bytes % SLOT_UNIT_BYTES
         if data_bytes <= 0:
@@ -224,8 +225,8 @@ class Pool(MappedPool):
 
     @property
     def lock_fd(self) -> int:
-        """The daemon lock, for a process of the daemon's own that maps the pool: see DaemonLock.fd."""
-        return self._lock.fd
+        """A lock for processes of the daemon's own that map the pool: see DaemonLock.copies_fd."""
+        return self._lock.copies_fd
 
     def back(self, offset: int, length: int) -> None:
         """Give memory to a piece of the data area, so that it can never SIGBUS; keeps what is there.

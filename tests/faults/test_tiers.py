@@ -288,6 +288,29 @@ def test_the_death_of_an_io_process_costs_what_it_was_doing_and_nothing_else(
         wait_until(lambda: tier(daemon, "primary").reserved_slots == 0, "no slot is reserved")
     assert loaded > 8 * BATCH
     assert daemon.exit_code() is None
+    # Nothing is on disk that the tier does not count.
+    known = tier(daemon, "disk").chunks
+    files = [path for path in (tmp_path / "root").rglob("*") if path.is_file() and path.name != "space.json"]
+    assert len(files) == known
+
+
+def test_an_io_process_that_dies_while_it_has_nothing_to_do_costs_nothing(
+    start_daemon: StartDaemon, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES, config=filesystem(tmp_path))
+    keys = to_keys(range(BATCH))
+    with copier(daemon, make_engine) as own:
+        own.store(keys)
+        wait_for_chunks(daemon, "disk", BATCH)
+        push_out(own)
+        wait_until(lambda: not tier(daemon, "primary").pinned_chunks, "all that goes down is down")
+        for number in range(4):
+            helper = io_process(daemon)
+            os.kill(helper, signal.SIGKILL)
+            wait_until(lambda helper=helper: state_of(helper) in ("Z", ""), "it is dead")  # type: ignore[misc]
+            assert own.load(keys, f"load-{number}") == BATCH
+            push_out(own, 60_000 + 1_000 * number)
+            wait_until(lambda: not tier(daemon, "primary").pinned_chunks, "all that goes down is down")
 
 
 @pytest.mark.parametrize("point", ["filesystem.after_open", "filesystem.before_load"])
@@ -308,11 +331,11 @@ def test_the_pool_of_a_killed_daemon_is_not_taken_over_before_its_io_is_over(
         else:
             own.store(keys)
         helper = io_process(daemon)
-        wait_until(lambda: is_stopped(helper), "the I/O process stands still")
+        wait_until(lambda: state_of(helper) == "T", "the I/O process stands still")
         daemon.kill()
     daemon.launch()
     assert daemon.wait() == 1
-    assert "an I/O of its tiers that hangs" in daemon.log_text()
+    assert "processes of the last daemon still use the pool" in daemon.log_text()
     os.kill(helper, signal.SIGKILL)
     daemon.start()
 
@@ -324,9 +347,12 @@ def io_process(daemon: DaemonProcess) -> int:
     return child
 
 
-def is_stopped(pid: int) -> bool:
-    """Whether a process has got SIGSTOP."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+def state_of(pid: int) -> str:
+    """State of a process as the kernel names it, T = it has got SIGSTOP, Z = dead; "" where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
 
 
 def test_a_daemon_that_is_killed_while_it_reads_its_directories_loses_nothing(

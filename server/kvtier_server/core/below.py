@@ -20,7 +20,7 @@ from kvtier_server.core.requests import Request
 from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.secondary.base import ClearJob, ClearResult, Removal, SecondaryTier
 
-SLICE_CHUNKS = 32
+SLICE_CHUNKS = 16
 """Chunks of cascades that are looked at in one go, so that a flood of stores never holds the core."""
 
 SLICE_USES = 4_096

@@ -15,7 +15,7 @@ import logging
 import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -28,11 +28,12 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 BATCH_ROWS = 10_000
 
-MAX_TOUCHES = 8_192
-"""Batches of uses that the order does not show yet, the oldest forgotten first: only the order suffers."""
+MAX_TOUCHED_KEYS = 1 << 19
+"""Keys with uses that the order does not show yet, 44 MiB; the oldest are forgotten first: only the order
+suffers."""
 
-SETTLE_S, PAUSE_S = 3e-4, 3e-4
-"""Work on uses goes on for so long, then rests: who wants the interpreter's lock from a thread that does not
+WORK_S, REST_S = 3e-4, 3e-4
+"""Long work goes on for so long, then rests: who wants the interpreter's lock from a thread that does not
 rest waits 5 ms for it."""
 
 FOUND_STAMP, RESTORED_STAMP = -(1 << 62), -(1 << 61)
@@ -42,16 +43,30 @@ its order, as used before anything that this one has seen."""
 STALE_PLACES = 1_024
 """Places in the order whose chunk is gone, before they are swept."""
 
+SWEPT_AT_ONCE = 512
+
 MAX_OTHERS = 1 << 20
 """Chunks of others that are known: some 200 MiB."""
 
 Name = tuple[SpaceName, bytes]
 
 
+class _Rest:
+    """Makes long work rest now and then."""
+
+    def __init__(self) -> None:
+        self._at = monotonic() + WORK_S
+
+    def now_and_then(self) -> None:
+        if monotonic() >= self._at:
+            sleep(REST_S)
+            self._at = monotonic() + WORK_S
+
+
 class Entry:
     """One chunk: `is_own` if this daemon wrote it: it counts against the budget and may be evicted.
 
-    `stamp`: of its last use. `number`: unique; by it the chunk's place in the order knows its chunk.
+    `stamp`: of its last use. `number`: of its place in the order, unique; 0 while it is a victim.
     """
 
     __slots__ = ("is_own", "num_bytes", "number", "stamp")
@@ -74,13 +89,15 @@ class Index:
         self._spaces: dict[SpaceName, dict[bytes, Entry]] = {}
         """By space first: one look at a space's name costs as much as many keys."""
         self._order: list[tuple[int, int, Name]] = []
-        """A heap of the own chunks' places (stamp, number), one each. A use leaves the place where it is:
-        it is put right when it comes to the front."""
+        """A heap of the own chunks' places (stamp, number), one each but for victims. A use leaves the place
+        where it is: it is put right when it comes to the front."""
         self._num_places = 0
         self._num_restored = 0
         self._num_chunks = 0
-        self._touched: deque[tuple[SpaceName, Sequence[bytes], Sequence[int]]] = deque(maxlen=MAX_TOUCHES)
+        self._touched: deque[tuple[SpaceName, Sequence[bytes], Sequence[int]]] = deque()
         """Uses that the stamps do not show yet."""
+        self._keys_noted = self._keys_settled = 0
+        """Keys of all uses that came, which only the core counts, and of those that are settled."""
         self._changed: dict[Name, Entry | None] = {}
         self.own_bytes = 0
         self.num_others = 0
@@ -123,13 +140,7 @@ class Index:
         self._num_chunks += 1
         if is_own:
             self.own_bytes += num_bytes
-            if len(self._order) >= 2 * self._num_chunks + STALE_PLACES:
-                self._order = [
-                    (other.stamp, other.number, own) for own, other in self._entries() if other.is_own
-                ]
-                heapify(self._order)
-            else:
-                heappush(self._order, (stamp, entry.number, name))
+            heappush(self._order, (stamp, entry.number, name))
         else:
             self.num_others += 1
         return entry
@@ -158,20 +169,23 @@ class Index:
     def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         """Note uses."""
         self._touched.append((space, keys, stamps))
+        self._keys_noted += len(keys)
+        while self._keys_noted - self._keys_settled > MAX_TOUCHED_KEYS:
+            with contextlib.suppress(IndexError):  # they are being settled
+                self._keys_noted -= len(self._touched.popleft()[1])
 
     def settle(self) -> None:
         """Bring the stamps up to date with the uses that were noted until now. Takes its time."""
-        rest_at = monotonic() + SETTLE_S
+        rest = _Rest()
         for _ in range(len(self._touched)):
             with self._lock:
                 if not self._touched:
                     return
                 self._settle(*self._touched.popleft())
-            if monotonic() >= rest_at:
-                sleep(PAUSE_S)
-                rest_at = monotonic() + SETTLE_S
+            rest.now_and_then()
 
     def _settle(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
+        self._keys_settled += len(keys)
         entries = self._spaces.get(space)
         if not entries:
             return
@@ -180,24 +194,54 @@ class Index:
             if entry is not None and stamp > entry.stamp:
                 entry.stamp = stamp
 
+    def sweep(self) -> None:
+        """Drop the places whose chunk is gone, where they are most of all. Takes its time.
+
+        Meanwhile victims may be others than the ones used longest ago. For one thread at a time.
+        """
+        with self._lock:
+            if len(self._order) < 2 * self._num_chunks + STALE_PLACES:
+                return
+            places, self._order = self._order, []
+        rest = _Rest()
+        while places:
+            some = places[-SWEPT_AT_ONCE:]
+            del places[-SWEPT_AT_ONCE:]
+            with self._lock:
+                for place in some:
+                    if self._of_place(place) is not None:
+                        heappush(self._order, place)
+            rest.now_and_then()
+
+    def _of_place(self, place: tuple[int, int, Name]) -> Entry | None:
+        """Return the chunk of a place; None if it is gone."""
+        _, number, name = place
+        entry = self._get(name)
+        return entry if entry is not None and entry.number == number else None
+
     def victims(self, num_bytes: int) -> list[Name]:
         """Take own chunks of `num_bytes` together out of the order, the ones used longest ago first.
 
-        Each is named once: whoever asks removes it, or hands it to `keep`.
+        Each is named once: whoever asks removes it, or hands it to `keep`. Takes its time.
         """
         self.settle()
         found: list[Name] = []
-        with self._lock:
-            while self._order and num_bytes > 0:
-                stamp, number, name = heappop(self._order)
-                entry = self._get(name)
-                if entry is None or entry.number != number:
-                    continue
-                if entry.stamp > stamp:
-                    heappush(self._order, (entry.stamp, number, name))
-                    continue
-                found.append(name)
-                num_bytes -= entry.num_bytes
+        rest = _Rest()
+        while num_bytes > 0:
+            with self._lock:
+                if not self._order:
+                    break
+                place = self._order[0]
+                entry = self._of_place(place)
+                if entry is not None and entry.stamp > place[0]:
+                    heapreplace(self._order, (entry.stamp, entry.number, place[2]))
+                else:
+                    heappop(self._order)
+                    if entry is not None:
+                        entry.number = 0
+                        found.append(place[2])
+                        num_bytes -= entry.num_bytes
+            rest.now_and_then()
         return found
 
     def keep(self, names: Sequence[Name]) -> None:
@@ -205,7 +249,9 @@ class Index:
         with self._lock:
             for name in names:
                 entry = self._get(name)
-                if entry is not None and entry.is_own:
+                if entry is not None and not entry.number:
+                    self._num_places += 1
+                    entry.number = self._num_places
                     heappush(self._order, (entry.stamp, entry.number, name))
 
     def limit_others(self, most: int) -> None:
@@ -250,9 +296,12 @@ class Index:
             self._changed = changed | self._changed
 
     def restore(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
-        """Note a chunk as it was written down, as the one used last so far."""
+        """Note a chunk as it was written down: used after those restored before it, and before all others."""
         with self._lock:
-            # Written down is surer than what a probe has found meanwhile.
+            known = self._get(name)
+            if known is not None and known.stamp >= 0:
+                return  # stored or used meanwhile
+            # Written down is surer than what a probe has found.
             self._forget(name)
             self._num_restored += 1
             entry = self._enter(name, num_bytes, is_own, RESTORED_STAMP + self._num_restored)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
-import os
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from threading import local
@@ -36,7 +36,7 @@ from kvtier_server.secondary.chunk_file import (
 )
 from kvtier_server.secondary.chunk_names import file_name
 from kvtier_server.secondary.filesystem.disk import Disk
-from kvtier_server.secondary.filesystem.places import TEMPORARY, Places
+from kvtier_server.secondary.filesystem.places import Places, temporary_name
 
 T = TypeVar("T")
 
@@ -72,14 +72,24 @@ class ChunkIo(ABC):
 class ChunkFiles(ChunkIo):
     """Does it on the thread that asks. `places` stays the caller's."""
 
-    def __init__(self, disk: Disk, places: Places, pool: memoryview, *, durability: str, direct: str) -> None:
-        """Begin. `durability` and `direct` as in the tier's parameters."""
+    def __init__(
+        self,
+        disk: Disk,
+        places: Places,
+        pool: memoryview,
+        *,
+        durability: str,
+        direct: str,
+        token: str = "",
+    ) -> None:
+        """Begin. `durability` and `direct` as in the tier's parameters; `token`: see `temporary_name`."""
         self._disk = disk
         self._places = places
         self._pool = pool
         self._is_durable = durability == "os"
         self._may_change = direct == "auto"
         self.is_direct = direct != "off"
+        self._token = token or secrets.token_hex(6)
         self._buffers = local()
 
     def run(self, kind: JobKind, chunk: TierChunk) -> IoResult:
@@ -121,7 +131,7 @@ class ChunkFiles(ChunkIo):
 
     def _write(self, chunk: TierChunk, buffers: Sequence[memoryview]) -> None:
         """Write a file under a temporary name, and give it its name when it is whole."""
-        temporary = f"{TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
+        temporary = temporary_name(self._token)
         with self._places.directory(chunk.space, chunk.key, create=True) as fd:
             try:
                 self._write_whole(fd, temporary, buffers)

@@ -1,7 +1,7 @@
 """The I/O of a filesystem tier in a process of its own, from the daemon's side.
 
-Owns the process: begun with the tier, begun again when it has died, ended with the tier. What it does is
-`io_helper.py`'s. Its death is an error of the chunks that it had, and of nothing else.
+Owns the process: begun with the tier, begun again when it has died or hangs, ended with the tier. What it
+does is `io_helper.py`'s. Its death is an error of the chunks that it had, and of nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from threading import Lock
 
 from kvtier_server.secondary.base import JobKind, OffloadingSpec, TierChunk, TierError
 from kvtier_server.secondary.filesystem.chunk_files import ChunkIo, IoResult
-from kvtier_server.secondary.filesystem.io_wire import MAX_BYTES, pack_request, unpack_answer
+from kvtier_server.secondary.filesystem.io_wire import LAYOUT, MAX_BYTES, pack_request, unpack_answer
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,20 @@ class ChunkProcess(ChunkIo):
     """Has another process do it: at most `num_threads` chunks at once, and as many callers."""
 
     def __init__(
-        self, name: str, spec: OffloadingSpec, root_fd: int, *, durability: str, direct: str, num_threads: int
+        self,
+        name: str,
+        spec: OffloadingSpec,
+        root_fd: int,
+        *,
+        durability: str,
+        direct: str,
+        num_threads: int,
+        patience_s: float,
     ) -> None:
         """Open the pool's file and begin the process. Raises TierError.
 
         `root_fd`: of `Places`; it and the spec's files stay the caller's, and open until `close`.
+        `patience_s`: an I/O that takes longer is ended with its process, and so lets go of the pool.
         """
         if not spec.pool_file:
             raise TierError(
@@ -45,6 +55,7 @@ class ChunkProcess(ChunkIo):
             )
         self._name = name
         self._num_threads = num_threads
+        self._patience_s = patience_s
         self._lock = Lock()
         self._closed = False
         try:
@@ -59,6 +70,7 @@ class ChunkProcess(ChunkIo):
             "pool": self._pool_fd,
             "pool_bytes": spec.pool_bytes,
             "pool_offset": spec.pool_file_offset,
+            "layout": LAYOUT,
         }
         try:
             self._process = _Process(self._settings, self._fds, num_threads)
@@ -73,7 +85,11 @@ class ChunkProcess(ChunkIo):
         return self._process.pid
 
     def run(self, kind: JobKind, chunk: TierChunk) -> IoResult:
-        return self._running().run(pack_request(kind, chunk))
+        request = pack_request(kind, chunk)
+        try:
+            return self._running().run(request, self._patience_s)
+        except _NotSent:
+            return self._running().run(request, self._patience_s)
 
     def _running(self) -> _Process:
         """Return the process, a new one if it has died."""
@@ -97,19 +113,32 @@ class ChunkProcess(ChunkIo):
         return self._process.close(timeout_s)
 
 
+class ProcessLost(OSError):
+    """The process has died over a chunk: what it did of it, nobody has said. `token`: of its files."""
+
+    def __init__(self, token: str, why: str) -> None:
+        super().__init__(errno.EIO, f"the I/O process has ended: {why}")
+        self.token = token
+
+
+class _NotSent(OSError):
+    """The process had died before it was asked anything."""
+
+
 class _Process:
-    """One life of the process."""
+    """One life of the process. `token`: what the names of files begin with that it has not finished."""
 
     def __init__(self, settings: Mapping[str, object], fds: list[int], num_threads: int) -> None:
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(1 + num_threads)]
         ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         self._life, *channels_of_ours = ours
         life, *channels = [end.fileno() for end in theirs]
+        self.token = secrets.token_hex(6)
         try:
             self._process = subprocess.Popen(
                 [
                     sys.executable, "-P", "-m", _MODULE,
-                    json.dumps({**settings, "life": life, "channels": channels}),
+                    json.dumps({**settings, "life": life, "channels": channels, "token": self.token}),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -124,11 +153,14 @@ class _Process:
                 end.close()
         self._lock = Lock()
         self._free = channels_of_ours
-        self.has_ended = False
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     @property
     def status(self) -> int | None:
@@ -149,26 +181,37 @@ class _Process:
             self.discard()
             raise OSError(errno.EIO, f"it has ended with status {self.status}, see its last words above")
 
-    def run(self, request: bytes) -> IoResult:
+    def run(self, request: bytes, patience_s: float) -> IoResult:
+        """Ask, and wait. Raises what the answer says, _NotSent, ProcessLost with the process gone."""
         with self._lock:
             if not self._free:
-                raise OSError(errno.EIO, "the I/O process has ended")
+                raise _NotSent
             channel = self._free.pop()
         try:
+            channel.settimeout(patience_s)
             channel.send(request)
+        except OSError:
+            self._end(channel)
+            raise _NotSent from None
+        why = "it died"
+        try:
             answer = channel.recv(MAX_BYTES)
+        except TimeoutError:
+            answer, why = b"", f"an I/O took more than {patience_s:.0f} s"
         except OSError:
             answer = b""
         if not answer:
-            channel.close()
-            # Not before it is gone: then the chunk's slot is nobody's.
-            self._process.kill()
-            self._process.wait()
-            self.has_ended = True
-            raise OSError(errno.EIO, "the I/O process has ended")
+            self._end(channel)
+            raise ProcessLost(self.token, why)
         with self._lock:
             self._free.append(channel)
         return unpack_answer(answer)
+
+    def _end(self, channel: socket.socket) -> None:
+        """End the process, and wait for that, however long: then a chunk's slot is nobody's."""
+        channel.close()
+        self._process.kill()
+        self._process.wait()
 
     def discard(self) -> None:
         """Close the sockets that nobody waits at. The process has ended."""

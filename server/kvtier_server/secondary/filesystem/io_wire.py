@@ -1,7 +1,7 @@
 """What the daemon and its I/O process say to each other, over sockets that keep messages apart.
 
-Owns the messages and nothing else. Both ends are one version of one program, parent and child, so a message
-is a tuple in the interpreter's own format, which cannot run code.
+Owns the messages and nothing else. Parent and child are one program, so a message is a tuple in the
+interpreter's own format, which cannot run code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from kvtier_server.secondary.base import JobKind, Outcome, TierChunk
 from kvtier_server.secondary.filesystem.chunk_files import IoResult
 
 MAX_BYTES = 64 << 10
+
+LAYOUT = 1
+"""Counted up with each change of a message: a process may be begun after an upgrade, by an older daemon."""
 
 
 def pack_request(kind: JobKind, chunk: TierChunk) -> bytes:

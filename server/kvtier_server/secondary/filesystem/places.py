@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +25,11 @@ from kvtier_server.secondary.filesystem.disk import Disk
 SPACE_FILE = "space.json"
 TEMPORARY = "tmp-"
 MAX_SPACE_FILE_BYTES = 65_536
+
+
+def temporary_name(token: str) -> str:
+    """Name a file that is being written. `token`: of whoever writes, so that what it leaves can be told."""
+    return f"{TEMPORARY}{token}-{secrets.token_hex(6)}"
 
 
 def spread_directory(key: bytes) -> str:
@@ -90,7 +95,7 @@ class Places:
         if self.read_space(space_fd) == space:
             return
         told = {"namespace": space.namespace, "tenant": space.tenant, "epoch": space.epoch}
-        temporary = f"{TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
+        temporary = temporary_name("space")
         fd = self._disk.create(space_fd, temporary, direct=False)
         try:
             self._disk.write(fd, [json.dumps(told).encode()], 0)

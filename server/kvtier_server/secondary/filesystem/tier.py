@@ -55,9 +55,9 @@ from kvtier_server.secondary.chunk_file import (
     read_header,
 )
 from kvtier_server.secondary.chunk_names import SUFFIX, file_name, key_of
-from kvtier_server.secondary.filesystem.chunk_files import ChunkFiles, ChunkIo
+from kvtier_server.secondary.filesystem.chunk_files import ChunkFiles, ChunkIo, IoResult
 from kvtier_server.secondary.filesystem.disk import Disk
-from kvtier_server.secondary.filesystem.io_process import ChunkProcess
+from kvtier_server.secondary.filesystem.io_process import ChunkProcess, ProcessLost
 from kvtier_server.secondary.filesystem.places import TEMPORARY, Places
 from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile, Name
 from kvtier_server.secondary.parameters import TierParameters
@@ -79,8 +79,8 @@ STALE_TEMPORARY_S = 3_600.0
 FREE_CHECK_S = 0.2
 """How old the figure of free space may be."""
 
-END_S = 1.0
-"""What the I/O process may take to end."""
+PATIENCE_DEADLINES, LEAST_PATIENCE_S = 3, 30.0
+"""An I/O that takes so many of its deadlines, or so long if that is more, is ended with its process."""
 
 MAX_OFFERS = 65_536
 """Chunks whose offers are counted, the oldest forgotten first."""
@@ -206,6 +206,7 @@ class FilesystemTier(KeptTier):
             durability=own.durability,
             direct=own.direct,
             num_threads=own.readers + own.writers,
+            patience_s=max(PATIENCE_DEADLINES * own.deadline / 1e9, LEAST_PATIENCE_S),
         )
 
     # The core's side
@@ -233,12 +234,12 @@ class FilesystemTier(KeptTier):
         )
 
     def shutdown(self, timeout_s: float) -> bool:
-        give_up_at = time.monotonic() + timeout_s
-        all_ended = self._workers.stop(timeout_s)
+        began = time.monotonic()
+        all_ended = self._workers.stop(timeout_s / 2)
         is_first = self._stop()
         # The end of its process is the end of an I/O that hangs, but for those that nothing ends.
-        all_ended = self._io.close(END_S) and (all_ended or self._workers.stop(END_S))
-        self._keeper.join(max(END_S, give_up_at - time.monotonic()))
+        all_ended = self._io.close(timeout_s / 4) and (all_ended or self._workers.stop(timeout_s / 8))
+        self._keeper.join(max(began + timeout_s - time.monotonic(), timeout_s / 8))
         if all_ended and not self._keeper.is_alive() and is_first:
             self._places.close()
             os.close(self._state_lock)
@@ -262,7 +263,7 @@ class FilesystemTier(KeptTier):
             self._writing_bytes += num_bytes
         try:
             self._make_room()
-            found = self._io.run(JobKind.STORE, chunk)
+            found = self._written(chunk)
             if found.outcome is Outcome.DONE:
                 self._index.add(name, num_bytes, is_own=True, stamp=chunk.stamp)
         finally:
@@ -270,6 +271,19 @@ class FilesystemTier(KeptTier):
                 self._writing_bytes -= num_bytes
         self._note_direct(found.is_direct)
         return ChunkResult(found.outcome)
+
+    def _written(self, chunk: TierChunk) -> IoResult:
+        """Have a chunk written; if the process dies over it, nothing of it stays that nobody counts."""
+        try:
+            return self._io.run(JobKind.STORE, chunk)
+        except ProcessLost as lost:
+            with contextlib.suppress(OSError), self._places.directory(chunk.space, chunk.key) as fd:
+                self._disk.unlink(fd, file_name(chunk.key))
+            with contextlib.suppress(OSError), self._places.directory(chunk.space, chunk.key) as fd:
+                for info in list(self._disk.files(fd)):
+                    if info.name.startswith(f"{TEMPORARY}{lost.token}-"):
+                        self._disk.unlink(fd, info.name)
+            raise
 
     def _note_direct(self, is_direct: bool) -> None:
         if self._is_direct and not is_direct:
@@ -379,6 +393,7 @@ class FilesystemTier(KeptTier):
             stopped = self._stopped
             self._clear_all(clearing)
             self._index.settle()
+            self._index.sweep()
             self._index.limit_others(MAX_OTHERS)
             written = self._write_index()
             if stopped:

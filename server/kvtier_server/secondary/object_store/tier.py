@@ -334,6 +334,7 @@ class ObjectTier(KeptTier):
                 self._changed.wait_for(lambda: self._stopped, INDEX_EVERY_S)
                 stopped = self._stopped
             self._index.settle()
+            self._index.sweep()
             self._index.limit_others(MAX_OTHERS)
             self._write_index()
             if stopped:
