@@ -1,0 +1,124 @@
+"""What the daemon and a helper process say to each other, over a socket pair.
+
+Owns the messages and nothing else. A message is its length, 4 bytes little-endian, and a tuple in the
+interpreter's own format, which cannot run code; both ends are one version of one program, parent and child.
+
+    daemon  Register, Unregister, Job
+    helper  Ready once, then Registered for each Register and Done for each Job, in any order
+"""
+
+from __future__ import annotations
+
+import marshal
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+LENGTH_BYTES = 4
+MAX_MESSAGE_BYTES = 64 << 20
+"""Of one job: blocks and slots of a request of a million tokens fit ten times."""
+
+
+class Failure(IntEnum):
+    """Why a slot was not copied; the numbers are the wire's TransferFailure."""
+
+    NOT_HELD = 1
+    TORN = 2
+    MISMATCH = 3
+    INCOMPLETE = 4
+    ERROR = 5
+
+
+class Handle(NamedTuple):
+    """Memory of one tensor, as `kvtier_ops.ipc.MemoryHandle` has it."""
+
+    kind: int
+    device_uuid: bytes
+    handle: bytes
+    allocation_bytes: int
+    offset_bytes: int
+    size_bytes: int
+    block_stride_bytes: int
+    num_blocks: int
+
+
+class Register(NamedTuple):
+    """Open memory: per group, its tensors and their page bytes, in the order of their bytes in a part."""
+
+    memory_id: int
+    blocks_per_chunk: int
+    part: int
+    groups: tuple[tuple[Handle, ...], ...]
+    page_bytes: tuple[tuple[int, ...], ...]
+    event_handle: bytes
+
+
+class Unregister(NamedTuple):
+    """Close memory; its jobs have ended."""
+
+    memory_id: int
+
+
+class Job(NamedTuple):
+    """Copy. Columns as in TransferRequest; `group_slots` None: as the blocks fill."""
+
+    job_id: int
+    memory_id: int
+    is_store: bool
+    verify: bool
+    slot_ids: tuple[int, ...]
+    generations: tuple[int, ...]
+    block_ids: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    block_indices: tuple[int, ...]
+    group_slots: tuple[int, ...] | None
+    wait_value: int
+
+
+class Ready(NamedTuple):
+    """The helper works. `lock_file`: among the pool's owners, held as long as the pool is mapped."""
+
+    lock_file: str
+
+
+class Registered(NamedTuple):
+    """The end of a Register; `error` "" where the memory is open."""
+
+    memory_id: int
+    error: str
+
+
+class Done(NamedTuple):
+    """The end of a job; columns as in TransferResponse."""
+
+    job_id: int
+    failed: tuple[int, ...]
+    failures: tuple[int, ...]
+    checksums: tuple[int, ...]
+    message: str
+    num_bytes: int
+    seconds: float
+
+
+Message = Register | Unregister | Job | Ready | Registered | Done
+_TYPES: tuple[type[Message], ...] = (Register, Unregister, Job, Ready, Registered, Done)
+
+
+def pack(message: Message) -> bytes:
+    """Return a message with its length in front."""
+    body: bytes = marshal.dumps([_TYPES.index(type(message)), _plain(message)])
+    return len(body).to_bytes(LENGTH_BYTES, "little") + body
+
+
+def _plain(value: Any) -> Any:
+    """Make plain tuples of named ones, which the format does not know."""
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
+
+
+def unpack(body: bytes) -> Message:
+    """Read a message without its length."""
+    number, fields = marshal.loads(body)  # noqa: S302 - from parent or child, over their own socket
+    message: Message = _TYPES[number](*fields)
+    if isinstance(message, Register):
+        groups = tuple(tuple(Handle(*handle) for handle in group) for group in message.groups)
+        return message._replace(groups=groups)
+    return message
