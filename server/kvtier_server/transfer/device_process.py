@@ -20,6 +20,7 @@ from typing import Any
 import structlog
 
 from kvtier_server.transfer.wire import (
+    LAYOUT,
     LENGTH_BYTES,
     Done,
     Failure,
@@ -140,9 +141,15 @@ class _Life:
     async def begin(cls, device: str, pool_path: str, pool_id: int, pool_lock_fd: int) -> _Life:
         """Start a process and wait until it works. Raises HelperLost."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        settings = {"device": device, "channel": theirs.fileno(), "pool": pool_path, "pool_id": pool_id}
+        settings = {
+            "device": device,
+            "channel": theirs.fileno(),
+            "pool": pool_path,
+            "pool_id": pool_id,
+            "layout": LAYOUT,
+        }
         try:
-            # Blocks for the two milliseconds of a fork; asyncio's own would have its watcher wait for the end.
+            # Blocks for the two milliseconds of a fork.
             process = subprocess.Popen(  # noqa: ASYNC220
                 [sys.executable, "-P", "-m", _MODULE, json.dumps(settings)],
                 stdin=subprocess.DEVNULL,

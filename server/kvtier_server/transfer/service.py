@@ -17,16 +17,16 @@ from itertools import count
 
 import grpc
 import structlog
-from kvtier_ops.ipc import HandleError, MemoryHandle, MemoryKind, check_apart
 
 from kvtier.v1 import transfer_pb2 as pb
+from kvtier_ops.ipc import HandleError, MemoryHandle, MemoryKind, check_registration
 from kvtier_server.core.instances import Session
 from kvtier_server.core.namespaces import GeometryMismatch
 from kvtier_server.core.refused import BadRequest, Refused
 from kvtier_server.core.tiering import Core
 from kvtier_server.rpc import CallScope, ServicerContext
 from kvtier_server.transfer.device_process import DeviceProcess, HelperLost, ImportFailed, failed
-from kvtier_server.transfer.wire import Done, Failure, Handle, Job, Register
+from kvtier_server.transfer.wire import Done, Failure, Job, Register
 
 SERVICE = "kvtier.v1.TransferService"
 
@@ -245,30 +245,26 @@ def _register_of(request: pb.RegisterMemoryRequest, session: Session, memory_id:
     geometry = namespace.geometries[part]
     if len(request.groups) != len(geometry):
         raise GeometryMismatch("groups: number of groups", len(geometry), len(request.groups))
-    groups: list[tuple[Handle, ...]] = []
-    handles: list[tuple[MemoryHandle, int]] = []
+    paired: list[list[tuple[MemoryHandle, int]]] = []
     for index, (group, tensors) in enumerate(zip(request.groups, geometry, strict=True)):
         if len(group.tensors) != len(tensors):
             raise GeometryMismatch(f"groups[{index}]: number of tensors", len(tensors), len(group.tensors))
-        for position, (message, tensor) in enumerate(zip(group.tensors, tensors, strict=True)):
-            try:
-                handle = _handle_of(message)
-                handle.check(tensor.page_bytes)
-            except HandleError as error:
-                raise BadRequest(f"groups[{index}].tensors[{position}].{error.field}", str(error)) from error
-            handles.append((handle, tensor.page_bytes))
-        groups.append(tuple(Handle(m.kind, m.device_uuid, m.handle, m.allocation_bytes, m.offset_bytes,
-                                   m.size_bytes, m.block_stride_bytes, m.num_blocks)
-                            for m in group.tensors))  # fmt: skip
+        paired.append(
+            [
+                (_handle_of(message), tensor.page_bytes)
+                for message, tensor in zip(group.tensors, tensors, strict=True)
+            ]
+        )
     try:
-        check_apart(handles)
+        check_registration(paired)
     except HandleError as error:
         raise BadRequest("groups", str(error)) from error
     return Register(
         memory_id,
         namespace.facts.blocks_per_chunk,
         part,
-        tuple(groups),
+        namespace.facts.num_parts,
+        tuple(tuple(handle for handle, _ in group) for group in paired),
         tuple(tuple(tensor.page_bytes for tensor in tensors) for tensors in geometry),
         request.event_handle,
     )
@@ -278,7 +274,7 @@ def _handle_of(message: pb.MemoryHandle) -> MemoryHandle:
     try:
         kind = MemoryKind(message.kind)
     except ValueError:
-        raise HandleError("kind", f"{message.kind} is no kind of memory that is known here") from None
+        raise BadRequest("groups", f"kind: {message.kind} is no kind of memory that is known here") from None
     return MemoryHandle(
         kind,
         message.device_uuid,

@@ -10,12 +10,17 @@ interpreter's own format, which cannot run code; both ends are one version of on
 from __future__ import annotations
 
 import marshal
+from collections.abc import Callable
+from dataclasses import fields
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from kvtier_ops.ipc import MemoryHandle, MemoryKind
+
+LAYOUT = 1
+"""Counted up with each change of a message: a helper may be begun after an upgrade, by an older daemon."""
+
 LENGTH_BYTES = 4
-MAX_MESSAGE_BYTES = 64 << 20
-"""Of one job: blocks and slots of a request of a million tokens fit ten times."""
 
 
 class Failure(IntEnum):
@@ -28,26 +33,14 @@ class Failure(IntEnum):
     ERROR = 5
 
 
-class Handle(NamedTuple):
-    """Memory of one tensor, as `kvtier_ops.ipc.MemoryHandle` has it."""
-
-    kind: int
-    device_uuid: bytes
-    handle: bytes
-    allocation_bytes: int
-    offset_bytes: int
-    size_bytes: int
-    block_stride_bytes: int
-    num_blocks: int
-
-
 class Register(NamedTuple):
     """Open memory: per group, its tensors and their page bytes, in the order of their bytes in a part."""
 
     memory_id: int
     blocks_per_chunk: int
     part: int
-    groups: tuple[tuple[Handle, ...], ...]
+    num_parts: int
+    groups: tuple[tuple[MemoryHandle, ...], ...]
     page_bytes: tuple[tuple[int, ...], ...]
     event_handle: bytes
 
@@ -103,6 +96,9 @@ Message = Register | Unregister | Job | Ready | Registered | Done
 _TYPES: tuple[type[Message], ...] = (Register, Unregister, Job, Ready, Registered, Done)
 
 
+_AFTER_KIND = [field.name for field in fields(MemoryHandle)][1:]
+
+
 def pack(message: Message) -> bytes:
     """Return a message with its length in front."""
     body: bytes = marshal.dumps([_TYPES.index(type(message)), _plain(message)])
@@ -110,15 +106,24 @@ def pack(message: Message) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Make plain tuples of named ones, which the format does not know."""
-    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
+    """Make plain values of what the format does not know."""
+    if isinstance(value, MemoryHandle):
+        return (int(value.kind), *[getattr(value, name) for name in _AFTER_KIND])
+    if isinstance(value, tuple):
+        return tuple([_plain(each) for each in value])
+    return value
 
 
 def unpack(body: bytes) -> Message:
     """Read a message without its length."""
-    number, fields = marshal.loads(body)  # noqa: S302 - from parent or child, over their own socket
-    message: Message = _TYPES[number](*fields)
+    number, values = marshal.loads(body)  # noqa: S302 - from parent or child, over their own socket
+    make: Callable[..., Message] = _TYPES[number]
+    message = make(*values)
     if isinstance(message, Register):
-        groups = tuple(tuple(Handle(*handle) for handle in group) for group in message.groups)
-        return message._replace(groups=groups)
+        plain: Any = message.groups
+        return message._replace(groups=tuple(tuple(_handle(*handle) for handle in group) for group in plain))
     return message
+
+
+def _handle(kind: int, *rest: Any) -> MemoryHandle:
+    return MemoryHandle(MemoryKind(kind), *rest)
