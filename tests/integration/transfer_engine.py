@@ -110,9 +110,10 @@ class TransferEngine:
         return next(self._answers)
 
     def wait_begun(self) -> None:
-        """Wait until the daemon has taken all that was sent: one it refuses at once is answered."""
-        refused = self.send(STORE, [0], [0], [0])
-        assert self.answer().job_id == refused
+        """Wait until the daemon has taken all that was sent: the next stream it answers comes behind it."""
+        opened = tpb.TransferRequest(session_id=self.session_id)
+        self._requests.put(opened)
+        assert self.answer().job_id == 0
 
     def copy(self, *args: Any, **changes: Any) -> tpb.TransferResponse:
         """Ask for a copy as `send` does, and wait for its end."""

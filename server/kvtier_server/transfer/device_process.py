@@ -114,10 +114,10 @@ class ImportFailed(Exception):
     """The helper could not open memory; the message says why and what to do."""
 
 
-def failed(job: Job, message: str, indexes: tuple[int, ...] | None = None, why: int = Failure.ERROR) -> Done:
-    """Return the end of a job of which these slots were not copied, all if not given."""
-    indexes = tuple(range(len(job.slot_ids))) if indexes is None else indexes
-    return Done(job.job_id, indexes, (int(why),) * len(indexes), (0,) * len(job.slot_ids), message, 0, 0.0)
+def failed(job: Job, message: str) -> Done:
+    """Return the end of a job of which nothing was copied."""
+    every = tuple(range(len(job.slot_ids)))
+    return Done(job.job_id, every, (int(Failure.ERROR),) * len(every), (0,) * len(every), message, 0, 0.0)
 
 
 class _Life:

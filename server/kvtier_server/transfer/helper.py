@@ -150,8 +150,10 @@ class Helper:
         fault_point("helper.before_job")
         running = _Running(job, copies, [None] * len(copies), [0] * len(copies), [0] * len(copies))
         placed = []
+        for index in job.not_held:
+            running.failures[index] = Failure.NOT_HELD
         for index, copy in enumerate(copies):
-            running.failures[index] = self._why_not(running, index, copy, memory)
+            running.failures[index] = running.failures[index] or self._why_not(running, index, copy, memory)
             if running.failures[index] is None:
                 start = part_offset(memory.layouts[copy.group].part_bytes, memory.part)
                 placed.append(PlacedCopy(copy, slot_offset(job.slot_ids[index]) + start))

@@ -26,7 +26,7 @@ from kvtier_server.core.refused import BadRequest, Refused
 from kvtier_server.core.tiering import Core
 from kvtier_server.rpc import CallScope, ServicerContext
 from kvtier_server.transfer.device_process import DeviceProcess, HelperLost, ImportFailed, failed
-from kvtier_server.transfer.wire import Done, Failure, Job, Register
+from kvtier_server.transfer.wire import Done, Job, Register
 
 SERVICE = "kvtier.v1.TransferService"
 
@@ -226,16 +226,7 @@ class TransferService:
     async def _copied(self, session: Session, memory: _Memory, job: Job) -> Done:
         look_up = self._core.transfers.not_writable if job.is_store else self._core.transfers.not_readable
         not_held = look_up(session, job.slot_ids, job.generations)
-        if not_held:
-            # All of it: the blocks of a plan follow one another.
-            return failed(
-                job,
-                f"{len(not_held)} of {len(job.slot_ids)} slots are not this session's to "
-                f"{'write' if job.is_store else 'read'}",
-                tuple(range(len(job.slot_ids))),
-                Failure.NOT_HELD,
-            )
-        return await memory.device.run(job)
+        return await memory.device.run(job._replace(not_held=tuple(not_held)))
 
 
 def _register_of(request: pb.RegisterMemoryRequest, session: Session, memory_id: int) -> Register:
@@ -309,6 +300,7 @@ def _job_of(request: pb.TransferRequest, max_keys: int) -> Job:
         tuple(request.block_indices),
         tuple(request.group_slots) or None,
         request.wait_value,
+        (),
     )
 
 

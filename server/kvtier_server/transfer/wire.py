@@ -52,7 +52,10 @@ class Unregister(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Copy. Columns as in TransferRequest; `group_slots` None: as the blocks fill."""
+    """Copy. Columns as in TransferRequest; `group_slots` None: as the blocks fill.
+
+    `not_held`: indexes of slots that the session may not have copied.
+    """
 
     job_id: int
     memory_id: int
@@ -65,6 +68,7 @@ class Job(NamedTuple):
     block_indices: tuple[int, ...]
     group_slots: tuple[int, ...] | None
     wait_value: int
+    not_held: tuple[int, ...]
 
 
 class Ready(NamedTuple):
