@@ -18,9 +18,11 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from kvtier_ops.checksum import part_checksum
 from kvtier_ops.copy_engine import CopyEngine, CopyEngineBroken, CopyJob, CopyResult, HostCopyEngine
@@ -101,10 +103,13 @@ class Helper:
             self._begin(message)
 
     def send(self, message: Message) -> None:
-        """Say something; nobody may be listening any more."""
+        """Say something; if nobody listens any more, the daemon is gone, and so is this process."""
         data = pack(message)
-        with self._sending:
-            self._channel.sendall(data)
+        try:
+            with self._sending:
+                self._channel.sendall(data)
+        except OSError:
+            os._exit(0)
 
     def _register(self, register: Register) -> None:
         layouts = tuple(
@@ -193,21 +198,21 @@ class Helper:
         return None
 
     def _wait(self) -> None:
-        while True:
-            for result in self._engine.wait(WAIT_S):
-                running = self._running.pop(result.job_id)
-                memory = self._memories.get(running.job.memory_id)
-                self._finishers.submit(self._finish, running, result, memory)
+        try:
+            while True:
+                for result in self._engine.wait(WAIT_S):
+                    running = self._running.pop(result.job_id)
+                    memory = self._memories.get(running.job.memory_id)
+                    self._finishers.submit(self._finish, running, result, memory)
+        except BaseException:  # noqa: BLE001 - as in `_finish`
+            _end_badly()
 
     def _finish(self, running: _Running, result: CopyResult, memory: _Memory | None) -> None:
         try:
             self._conclude(running, result, memory)
-        except OSError:
-            return  # the daemon is gone
         except BaseException:  # noqa: BLE001
             # A job that is never answered would hold its slots for ever; the end of this process answers it.
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
+            _end_badly()
 
     def _conclude(self, running: _Running, result: CopyResult, memory: _Memory | None) -> None:
         job, message = running.job, result.message
@@ -266,9 +271,18 @@ def main(arguments: list[str]) -> None:
     helper = Helper(channel, pool, _engine(settings["device"], pool))
     helper.send(Ready(lock.name))
     stream = channel.makefile("rb")
-    while header := stream.read(LENGTH_BYTES):
-        helper.take(unpack(stream.read(int.from_bytes(header, "little"))))
+    try:
+        while header := stream.read(LENGTH_BYTES):
+            helper.take(unpack(stream.read(int.from_bytes(header, "little"))))
+    except Exception:  # noqa: BLE001 - as in `_finish`
+        _end_badly()
     os._exit(0)  # whatever the threads are in: the daemon waits for the end of the process, or is gone
+
+
+def _end_badly() -> NoReturn:
+    """End the process over a bug, with its trace on the daemon's stderr."""
+    traceback.print_exc()
+    os._exit(1)
 
 
 def _engine(device: str, pool: MappedPool) -> CopyEngine:

@@ -36,8 +36,14 @@ HOST_DEVICE = "host"
 MAX_MEMORIES = 8
 """Registrations of one session; an engine has one, or one more while it replaces it."""
 
-MAX_JOBS = 4_096
+MAX_JOBS = 512
 """Copies under way for one session."""
+
+MAX_DEVICES = 16
+"""Devices with a process; nodes have 8 or 16."""
+
+MAX_ANSWERS = 512
+"""Answers that a client has not read; nothing more is taken from it meanwhile."""
 
 DRAIN_S = 5.0
 """What copies of an earlier session may take to end before its process is refused a new one."""
@@ -72,6 +78,8 @@ class _Stream:
     answers: asyncio.Queue[pb.TransferResponse | None] = field(default_factory=asyncio.Queue)
     jobs: int = 0
     is_read: bool = False
+    written: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set after each answer."""
 
 
 class TransferService:
@@ -159,6 +167,8 @@ class TransferService:
             raise BadRequest("groups", f"memory of {len(uuids)} devices; a worker has one")
         name = uuids.pop().hex() or HOST_DEVICE
         if name not in self._devices:
+            if len(self._devices) >= MAX_DEVICES:
+                raise BadRequest("groups", f"device {name}; {MAX_DEVICES} others are in use, the limit")
             self._devices[name] = DeviceProcess(name, self._pool_path, self._pool_id, self._pool_lock_fd)
         return self._devices[name]
 
@@ -170,6 +180,7 @@ class TransferService:
         try:
             while (answer := await stream.answers.get()) is not None:
                 await context.write(answer.SerializeToString())
+                stream.written.set()
             await reading
         except Exception as error:  # noqa: BLE001 every error becomes a status
             await self._scope.abort(context, self._scope.as_refused("TransferService/Transfer", error))
@@ -179,6 +190,9 @@ class TransferService:
     async def _read(self, requests: AsyncIterator[bytes], stream: _Stream) -> None:
         try:
             async for raw in requests:
+                while stream.answers.qsize() > MAX_ANSWERS:
+                    stream.written.clear()
+                    await stream.written.wait()
                 request = pb.TransferRequest.FromString(raw)
                 session = self._core.books.instances.session(request.session_id)
                 self._core.transfers.check_worker(session)
