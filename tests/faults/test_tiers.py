@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.conftest import MakeEngine, StartDaemon
-from tests.daemon_process import WAIT_S, DaemonProcess, wait_until
+from tests.daemon_process import WAIT_S, DaemonProcess, state_of, wait_until
 from tests.faults.conftest import repeats
 from tests.faults.engine_process import open_pool
 from tests.integration.test_tiers import (
@@ -345,14 +345,6 @@ def io_process(daemon: DaemonProcess) -> int:
     tasks = Path(f"/proc/{daemon.pid}/task").iterdir()
     (child,) = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
     return child
-
-
-def state_of(pid: int) -> str:
-    """State of a process as the kernel names it, T = it has got SIGSTOP, Z = dead; "" where there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return ""
 
 
 def test_a_daemon_that_is_killed_while_it_reads_its_directories_loses_nothing(

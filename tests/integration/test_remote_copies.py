@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tests.benchmarks.block_client import BlockClient, chunk_key
 from tests.conftest import StartDaemon
-from tests.daemon_process import DaemonProcess, wait_until
+from tests.daemon_process import DaemonProcess, state_of, wait_until
 from tests.integration.test_transfer import helper_pid
 
 from kvtier_client.context import ReqContext
@@ -26,6 +26,9 @@ from kvtier_ops.layout import GroupLayout, TensorLayout
 PAGE_BYTES = 4096
 NUM_BLOCKS = 32
 POOL_BYTES = 256 * PAGE_BYTES
+
+STOPS_AT_SECOND_JOB = {"KVTIER_FAULTS": "helper.before_job=stop@2"}
+"""The first one stores."""
 
 
 class RemoteRank(BlockClient):
@@ -129,12 +132,12 @@ def test_a_worker_stores_and_loads_without_touching_the_pool_itself(start_daemon
 def test_a_load_that_the_daemon_dies_over_fails_when_nothing_can_arrive_any_more(
     start_daemon: StartDaemon,
 ) -> None:
-    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    daemon = start_daemon(pool_bytes=POOL_BYTES, env=STOPS_AT_SECOND_JOB)
     with remote_rank(daemon) as rank:
         rank.store_all(range(4), [0, 1, 2, 3])
         helper = helper_pid(daemon)
-        os.kill(helper, signal.SIGSTOP)
         job_id = rank.load(range(4), [8, 9, 10, 11])
+        wait_until(lambda: state_of(helper) == "T", "it stands still in the middle of the job")
         daemon.kill()
         wait_until(lambda: not rank.worker.attached, "the session has ended")
         # The helper stands still with the engine's memory open: the job must not end.
@@ -150,12 +153,12 @@ def test_a_load_that_the_daemon_dies_over_fails_when_nothing_can_arrive_any_more
 
 
 def test_a_helper_that_dies_fails_its_loads_and_the_next_ones_succeed(start_daemon: StartDaemon) -> None:
-    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    daemon = start_daemon(pool_bytes=POOL_BYTES, env=STOPS_AT_SECOND_JOB)
     with remote_rank(daemon) as rank:
         rank.store_all(range(4), [0, 1, 2, 3])
         helper = helper_pid(daemon)
-        os.kill(helper, signal.SIGSTOP)
         job_id = rank.load(range(4), [8, 9, 10, 11])
+        wait_until(lambda: state_of(helper) == "T", "it stands still in the middle of the job")
         os.kill(helper, signal.SIGKILL)
         assert not rank.result(job_id).ok
         assert rank.result(rank.load(range(4), [8, 9, 10, 11])).ok
