@@ -38,6 +38,9 @@ log = structlog.get_logger("kvtier.transfer")
 START_S = 30.0
 """What a helper's start may take: 0.4 s, and seconds where a device has to wake up."""
 
+JOB_S = 30.0
+"""A job that takes longer has a helper that hangs: it is ended, and its jobs fail."""
+
 _MODULE = "kvtier_server.transfer.helper"
 
 
@@ -190,7 +193,12 @@ class _Life:
         future = self._jobs[own_id] = asyncio.get_running_loop().create_future()
         self._send(pack(job._replace(job_id=own_id)))
         # Shielded: a stream that ends must not take away what tells that the copy is over.
-        done: Done = await asyncio.shield(future)
+        try:
+            done: Done = await asyncio.wait_for(asyncio.shield(future), JOB_S)
+        except TimeoutError:
+            log.warning("copy_process_hangs", device=self._device, pid=self.pid, seconds=JOB_S)
+            self._process.kill()
+            done = await asyncio.shield(future)
         return done._replace(job_id=job.job_id)
 
     def _send(self, data: bytes) -> None:
