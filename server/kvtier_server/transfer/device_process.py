@@ -38,8 +38,8 @@ log = structlog.get_logger("kvtier.transfer")
 START_S = 30.0
 """What a helper's start may take: 0.4 s, and seconds where a device has to wake up."""
 
-JOB_S = 30.0
-"""A job that takes longer has a helper that hangs: it is ended, and its jobs fail."""
+HANG_S = 30.0
+"""A helper that has jobs and ends none for so long hangs: it is ended, and its jobs fail."""
 
 _MODULE = "kvtier_server.transfer.helper"
 
@@ -135,6 +135,8 @@ class _Life:
         self._registering: dict[int, asyncio.Future[None]] = {}
         self._jobs: dict[int, asyncio.Future[Done]] = {}
         self._next_job_id = 1
+        self._heard = False
+        """Whether anything came since somebody last looked."""
         self.has_ended = False
         self.lock_file = ""
         self._reading = asyncio.create_task(self._read_to_the_end())
@@ -188,17 +190,17 @@ class _Life:
         await future
 
     async def run(self, job: Job) -> Done:
-        """Number jobs anew: those of several streams may have the same ids."""
+        """Run a job under a number of its own: ids of several streams may be equal. Raises HelperLost."""
         own_id, self._next_job_id = self._next_job_id, self._next_job_id + 1
         future = self._jobs[own_id] = asyncio.get_running_loop().create_future()
         self._send(pack(job._replace(job_id=own_id)))
-        # Shielded: a stream that ends must not take away what tells that the copy is over.
-        try:
-            done: Done = await asyncio.wait_for(asyncio.shield(future), JOB_S)
-        except TimeoutError:
-            log.warning("copy_process_hangs", device=self._device, pid=self.pid, seconds=JOB_S)
-            self._process.kill()
-            done = await asyncio.shield(future)
+        while not future.done():
+            self._heard = False
+            await asyncio.wait([future], timeout=HANG_S)
+            if not future.done() and not self._heard:
+                log.warning("copy_process_hangs", device=self._device, pid=self.pid, seconds=HANG_S)
+                self._process.kill()
+        done: Done = future.result()
         return done._replace(job_id=job.job_id)
 
     def _send(self, data: bytes) -> None:
@@ -226,6 +228,7 @@ class _Life:
         log.warning("copy_process_ended", device=self._device, pid=self.pid, status=self._process.returncode)
 
     def _take(self, message: object) -> None:
+        self._heard = True
         if isinstance(message, Done):
             _settle(self._jobs.pop(message.job_id), lambda future: future.set_result(message))
         elif isinstance(message, Registered):
