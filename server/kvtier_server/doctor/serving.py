@@ -1,0 +1,87 @@
+"""Whether a daemon serves at the address, how it is, and what stands there when it does not."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvtier_ops.locks import daemon_pid
+from kvtier_server import __version__
+from kvtier_server.address import socket_path
+from kvtier_server.doctor.finding import Finding, failed, passed, warned
+from kvtier_server.doctor.subject import Subject
+from kvtier_server.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from kvtier.v1.admin_pb2 import GetStatusResponse
+
+NAME = "daemon"
+
+
+def check_no_answer(subject: Subject, problem: str) -> Finding:
+    """Say why nobody answers, as far as the socket's file tells. `problem`: what a call there has met."""
+    path = socket_path(subject.address)
+    owner = _socket_owner(path) if path is not None else None
+    if path is None or owner is None:
+        return warned(NAME, problem.partition("; start one")[0], subject.serve())
+    if owner != os.geteuid() and not os.access(path, os.W_OK):
+        fix = f"sudo -u '#{owner}' kvtier doctor --address {shlex.quote(subject.address)}"
+        return failed(NAME, problem, fix)
+    pid = _listener(path)
+    if pid is None:
+        text = f"{path} is left of a daemon that is gone; the next one takes its place"
+        return warned(NAME, text, subject.serve())
+    return failed(NAME, f"{problem}; it is process {pid}", f"kill {pid} && {subject.serve()}")
+
+
+def check_answer(subject: Subject, status: GetStatusResponse, *, is_configured: bool) -> Iterator[Finding]:
+    """Judge a daemon that answers. `is_configured`: the subject was asked for, not assumed."""
+    told = f"{status.state} at {subject.address}, up {format_seconds(status.uptime_seconds)}"
+    fix = shlex.join(["kvtier", "status", "--address", subject.address])
+    if status.state == "serving":
+        yield passed(NAME, told)
+    else:
+        unwell = [f"{tier.name}: {tier.health}" for tier in status.tiers if tier.health not in ("", "ok")]
+        yield warned(NAME, "; ".join([told, *unwell]), fix)
+    restart = f"{_stop(status)}{subject.serve()}"
+    if status.version != __version__:
+        text = f"the daemon is kvtier {status.version}, this installation {__version__}"
+        yield warned("daemon.version", text, restart)
+    served = subject.as_served(status)
+    is_other = (served.pool_directory, served.pool_bytes) != (subject.pool_directory, subject.pool_bytes)
+    if is_configured and is_other and subject.pool_bytes:
+        text = (
+            f"it serves {served.pool_directory} of {format_bytes(served.pool_bytes)}, the configuration asks "
+            f"for {subject.pool_directory} of {format_bytes(subject.pool_bytes)}"
+        )
+        yield warned("daemon.pool", text, restart)
+
+
+def _stop(status: GetStatusResponse) -> str:
+    try:
+        pid = daemon_pid(Path(status.pool.path).parent)
+    except OSError:
+        pid = None
+    return f"kill {pid} && " if pid else ""
+
+
+def _socket_owner(path: Path) -> int | None:
+    """Return whose socket it is, None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_uid if stat.S_ISSOCK(status.st_mode) else None
+
+
+def _listener(path: Path) -> int | None:
+    """Return the process that wrote itself into the lock beside a socket, if it is alive."""
+    try:
+        pid = int(Path(f"{path}.lock").read_text())
+    except (OSError, ValueError):
+        return None
+    return pid if Path(f"/proc/{pid}").exists() else None

@@ -1,0 +1,64 @@
+"""Which daemon is meant: its address, its pool and its tiers, as `kvtier serve` or a running one has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvtier_ops.directory import default_pool_directory
+
+if TYPE_CHECKING:
+    from kvtier.v1.admin_pb2 import GetStatusResponse
+    from kvtier_server.config import Config
+    from kvtier_server.config_tiers import TierSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What the checks are about. A pool of 0 bytes: nobody has said how large."""
+
+    address: str
+    name: str
+    pool_directory: Path
+    pool_bytes: int
+    sessions: int
+    """What limits.sessions allows."""
+    tiers: tuple[TierSettings, ...]
+    options: tuple[str, ...] = ()
+    """Of `kvtier serve`, to mean the same daemon."""
+
+    @classmethod
+    def of_config(cls, config: Config, options: tuple[str, ...]) -> Subject:
+        """Take the daemon that this configuration would start."""
+        return cls(
+            address=config.server.address,
+            name=config.server.name,
+            pool_directory=config.pool_directory,
+            pool_bytes=config.pool.bytes,
+            sessions=config.limits.sessions,
+            tiers=config.tiers,
+            options=options,
+        )
+
+    @classmethod
+    def unconfigured(cls, address: str) -> Subject:
+        """Take what can be said of a daemon whose configuration cannot be read here."""
+        return cls(address, "default", default_pool_directory("default"), 0, 0, ())
+
+    def as_served(self, status: GetStatusResponse) -> Subject:
+        """Take the pool from the daemon that runs."""
+        if not status.pool.path:
+            return self
+        return dataclasses.replace(
+            self,
+            name=status.pool.name,
+            pool_directory=Path(status.pool.path).parent,
+            pool_bytes=status.pool.data_bytes,
+        )
+
+    def serve(self, *more: str) -> str:
+        """Return the command that starts this daemon, with `more` options that outdo the others."""
+        return shlex.join(["kvtier", "serve", *self.options, *more])
