@@ -56,7 +56,7 @@ def examine(request: Request, ask: Ask) -> Iterator[Finding]:
     yield from about_configuration
     answer = ask(subject.address)
     if isinstance(answer, str):
-        yield check_no_answer(subject, answer)
+        yield check_no_answer(request.machine, subject, answer)
     else:
         is_configured = bool(request.options)
         asked_for = subject

@@ -77,7 +77,7 @@ class Machine:
         return [mount for mount in around if len(mount.path.parts) == deepest][-1]
 
     def limit(self, name: str, pid: int | None = None) -> tuple[int, int] | None:
-        """Return the soft and the hard limit that /proc/PID/limits calls `name`, by default of this process."""
+        """Return the soft and the hard limit called `name` of a process, by default of this one."""
         text = self.read(self.proc / (str(pid) if pid else "self") / "limits") or ""
         for line in text.splitlines():
             if line.startswith(name + " "):
@@ -102,6 +102,19 @@ class Machine:
         text = self.read(self.proc / (str(pid) if pid else "self") / "numa_maps") or ""
         words = text.partition("\n")[0].split()
         return words[1] if len(words) > 1 else "default"
+
+    def lock_holder(self, path: Path) -> int | None:
+        """Return the process that holds a flock on a file, without trying the lock; None if none is seen."""
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        for line in (self.read(self.proc / "locks") or "").splitlines():
+            words = line.split()
+            if len(words) > 5 and words[1] == "FLOCK" and words[5] == file and words[4].isdigit():
+                return int(words[4])
+        return None
 
     def numa_nodes(self) -> list[int]:
         """Return the nodes that have memory; [0] where the kernel knows no NUMA."""

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtier_ops.locks import daemon_pid
 from kvtier_server import __version__
 from kvtier_server.address import socket_path
 from kvtier_server.doctor.finding import Finding, failed, passed, warned
+from kvtier_server.doctor.machine import Machine
+from kvtier_server.doctor.pool import holder
 from kvtier_server.doctor.subject import Subject
 from kvtier_server.units import format_bytes, format_seconds
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 NAME = "daemon"
 
 
-def check_no_answer(subject: Subject, problem: str) -> Finding:
+def check_no_answer(machine: Machine, subject: Subject, problem: str) -> Finding:
     """Say why nobody answers, as far as the socket's file tells. `problem`: what a call there has met."""
     path = socket_path(subject.address)
     owner = _socket_owner(path) if path is not None else None
@@ -31,11 +32,11 @@ def check_no_answer(subject: Subject, problem: str) -> Finding:
     if owner != os.geteuid() and not os.access(path, os.W_OK):
         fix = f"sudo -u '#{owner}' kvtier doctor --address {shlex.quote(subject.address)}"
         return failed(NAME, problem, fix)
-    pid = _listener(path)
+    pid = machine.lock_holder(Path(f"{path}.lock"))
     if pid is None:
         text = f"{path} is left of a daemon that is gone; the next one takes its place"
         return warned(NAME, text, subject.serve())
-    return failed(NAME, f"{problem}; it is process {pid}", f"kill {pid} && {subject.serve()}")
+    return failed(NAME, f"{problem}; it is process {pid}", restart(subject, pid))
 
 
 def check_answer(subject: Subject, status: GetStatusResponse, *, is_configured: bool) -> Iterator[Finding]:
@@ -47,26 +48,25 @@ def check_answer(subject: Subject, status: GetStatusResponse, *, is_configured: 
     else:
         unwell = [f"{tier.name}: {tier.health}" for tier in status.tiers if tier.health not in ("", "ok")]
         yield warned(NAME, "; ".join([told, *unwell]), fix)
-    restart = f"{_stop(status)}{subject.serve()}"
+    served = subject.as_served(status)
+    again = restart(subject, holder(served))
     if status.version != __version__:
         text = f"the daemon is kvtier {status.version}, this installation {__version__}"
-        yield warned("daemon.version", text, restart)
-    served = subject.as_served(status)
+        yield warned("daemon.version", text, again)
     is_other = (served.pool_directory, served.pool_bytes) != (subject.pool_directory, subject.pool_bytes)
     if is_configured and is_other and subject.pool_bytes:
         text = (
             f"it serves {served.pool_directory} of {format_bytes(served.pool_bytes)}, the configuration asks "
             f"for {subject.pool_directory} of {format_bytes(subject.pool_bytes)}"
         )
-        yield warned("daemon.pool", text, restart)
+        yield warned("daemon.pool", text, again)
 
 
-def _stop(status: GetStatusResponse) -> str:
-    try:
-        pid = daemon_pid(Path(status.pool.path).parent)
-    except OSError:
-        pid = None
-    return f"kill {pid} && " if pid else ""
+def restart(subject: Subject, pid: int | None) -> str:
+    """Return what ends a daemon, waits for its end, and starts the one that is meant."""
+    if pid is None:
+        return subject.serve()
+    return f"kill {pid} && tail --pid={pid} -f /dev/null && {subject.serve()}"
 
 
 def _socket_owner(path: Path) -> int | None:
@@ -76,12 +76,3 @@ def _socket_owner(path: Path) -> int | None:
     except OSError:
         return None
     return status.st_uid if stat.S_ISSOCK(status.st_mode) else None
-
-
-def _listener(path: Path) -> int | None:
-    """Return the process that wrote itself into the lock beside a socket, if it is alive."""
-    try:
-        pid = int(Path(f"{path}.lock").read_text())
-    except (OSError, ValueError):
-        return None
-    return pid if Path(f"/proc/{pid}").exists() else None
