@@ -1,6 +1,7 @@
 """The NVIDIA driver, its devices, and the libraries that the daemon's copies need.
 
-Everything that calls the driver runs in a child process with a deadline (`child.py`, `cuda_probe.py`).
+Everything that calls the driver runs in a child process with a deadline (`child.py`, `cuda_probe.py`). As
+with every CUDA program, the first call may make the driver load its kernel module or make its device files.
 """
 
 from __future__ import annotations

@@ -17,10 +17,8 @@ from kvtier_server.doctor.finding import Finding, failed, passed, skipped, warne
 
 DISTRIBUTION = "kvtier"
 
-_REQUIREMENT = re.compile(
-    r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(?P<extras>\[[^\]]*\])?\s*\(?(?P<versions>[^;)]*)\)?"
-    r"(?:;.*\bextra\s*==\s*[\"'](?P<extra>[^\"']+)[\"'])?.*"
-)
+_REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[[^\]]*\])?\s*\(?(?P<versions>[^;)]*)")
+_EXTRA = re.compile(r";.*\bextra\s*==\s*[\"']([^\"']+)[\"']")
 _VERSION = re.compile(r"\d+(?:\.\d+)*", re.ASCII)
 _BOUND = re.compile(r"\s*(>=|<=|==|<|>)\s*(\d+(?:\.\d+)*)", re.ASCII)
 
@@ -68,10 +66,10 @@ def requirements() -> list[Requirement]:
 
 def parse_requirement(line: str) -> Requirement | None:
     """Read one line of a distribution's metadata; None for one that is an extra of kvtier itself."""
-    match = _REQUIREMENT.fullmatch(line.strip())
+    match, extra = _REQUIREMENT.match(line.strip()), _EXTRA.search(line)
     if match is None or match["name"] == DISTRIBUTION:
         return None
-    return Requirement(match["name"], match["versions"].strip(), match["extra"] or "")
+    return Requirement(match["name"], match["versions"].strip(), extra[1] if extra else "")
 
 
 def installed_version(name: str) -> str | None:
