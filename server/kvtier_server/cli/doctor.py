@@ -120,8 +120,10 @@ def to_dict(findings: Sequence[Finding]) -> dict[str, object]:
 
 def told(findings: Sequence[Finding]) -> str:
     """Sum up in one line."""
+    from kvtier_server.doctor.finding import Verdict
+
     counts = Counter(finding.verdict for finding in findings)
-    return ", ".join(f"{counts[verdict]} {verdict.value.upper()}" for verdict in type(findings[0].verdict))
+    return ", ".join(f"{counts[verdict]} {verdict.value.upper()}" for verdict in Verdict)
 
 
 def lines(finding: Finding, colour: Callable[[str, str], str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ def read_configuration(
     """Read what `kvtier serve` would read. Where it has mistakes, the subject has the defaults.
 
     `flags` are by dotted path, `options` are the same as they are typed; `address` is where a client would
-    look, for an installation without the daemon.
+    look, for when no configuration says it.
     """
     try:
         from kvtier_server.config import ConfigErrors, load_config
@@ -38,7 +39,8 @@ def read_configuration(
         subject = Subject.of_config(load_config(flags, file, env), options)
     except ConfigErrors as errors:
         findings = [_mistake(error, file) for error in errors.errors]
-        subject = Subject.of_config(load_config({}, None, {}), ())
+        defaults = Subject.of_config(load_config({}, None, {}), ())
+        subject = dataclasses.replace(defaults, address=address)
         return subject, [*findings, skipped(NAME, f"what follows is about {_told(subject, None)} instead")]
     return subject, [passed(NAME, _told(subject, file))]
 

@@ -15,7 +15,7 @@ from kvtier_server.doctor.installation import check_installation
 from kvtier_server.doctor.limits import check_limits
 from kvtier_server.doctor.machine import Machine
 from kvtier_server.doctor.numa import check_numa
-from kvtier_server.doctor.pool import check_pool, holder
+from kvtier_server.doctor.pool import check_pool
 from kvtier_server.doctor.serving import check_answer, check_no_answer
 from kvtier_server.doctor.subject import Subject
 from kvtier_server.doctor.tiers import check_tiers
@@ -51,8 +51,7 @@ def examine(request: Request, ask: Ask) -> Iterator[Finding]:
     subject, about_configuration = read_configuration(
         request.flags, request.options, request.config, request.env, request.address
     )
-    used_types = [common.type for common, _ in subject.tiers]
-    yield from _guarded("installation", lambda: check_installation(used_types))
+    yield from _guarded("installation", check_installation)
     yield from about_configuration
     answer = ask(subject.address)
     if isinstance(answer, str):
@@ -60,10 +59,12 @@ def examine(request: Request, ask: Ask) -> Iterator[Finding]:
     else:
         is_configured = bool(request.options)
         asked_for = subject
-        yield from _guarded("daemon", lambda: check_answer(asked_for, answer, is_configured=is_configured))
+        yield from _guarded(
+            "daemon", lambda: check_answer(request.machine, asked_for, answer, is_configured=is_configured)
+        )
         subject = subject.as_served(answer)
     yield from _guarded("pool", lambda: check_pool(request.machine, subject))
-    pid = holder(subject)
+    pid = subject.served_by(request.machine)
     yield from _guarded("limits", lambda: check_limits(request.machine, subject, pid))
     yield from _examine_gpus(request, subject, pid)
     yield from _guarded("tier", lambda: check_tiers(subject.tiers, request.config))

@@ -107,6 +107,8 @@ def probe_devices(command: Sequence[str] = PROBE, deadline_s: float = DEADLINE_S
     """Ask the driver what there is."""
     try:
         return parse_devices(run_child([*command, "devices"], deadline_s))
+    except ValueError as error:
+        return Gpus(failure=CudaFailure("", f"the driver was asked for its devices: no JSON ({error})"))
     except ChildFailed as error:
         return Gpus(failure=CudaFailure("", f"the driver was asked for its devices: {error}"))
 

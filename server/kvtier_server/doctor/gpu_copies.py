@@ -18,9 +18,7 @@ REGISTER = "gpu.register"
 EXCHANGE = "gpu.ipc"
 
 WITHOUT_IPC = """engines can copy through shared memory: "transfer": "shm" in kv_connector_extra_config"""
-WITHOUT_PINNING = (
-    "kvtier serve --pool-bytes SIZE with a smaller SIZE, or more locked memory: ulimit -l unlimited"
-)
+WITHOUT_PINNING = "ulimit -l unlimited && kvtier doctor"
 
 GIB = 1 << 30
 

@@ -31,8 +31,8 @@ class Requirement(NamedTuple):
     extra: str
 
 
-def check_installation(used_types: Sequence[str] = ()) -> Iterator[Finding]:
-    """Look at everything but the GPU's libraries. `used_types` of tiers are in the configuration."""
+def check_installation() -> Iterator[Finding]:
+    """Look at everything but the GPU's libraries, which are checked beside the devices."""
     yield passed(
         "kvtier",
         f"kvtier {__version__}, Python {platform.python_version()} ({sys.executable}), "
@@ -51,7 +51,7 @@ def check_installation(used_types: Sequence[str] = ()) -> Iterator[Finding]:
             f"installation.{extra}",
             extra,
             needed,
-            missing="" if extra in used_types else f"only tiers of the type {extra} need it",
+            missing=f"only tiers of the type {extra} need it",
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvtier_server.doctor.finding import Finding, passed, skipped, warned
 from kvtier_server.doctor.machine import Machine, format_ranges, parse_ranges
-from kvtier_server.doctor.subject import Subject
+from kvtier_server.doctor.subject import Subject, stop_first
 
 NAME = "numa"
 
@@ -40,7 +40,9 @@ def check_numa(
     if set(pool_nodes) <= set(near):
         return passed(NAME, text)
     # --fresh: the pages of a pool that is kept stay where they are.
-    return warned(NAME, text, f"numactl --membind={format_ranges(near)} {subject.serve('--fresh')}")
+    return warned(
+        NAME, text, f"{stop_first(pid)}numactl --membind={format_ranges(near)} {subject.serve('--fresh')}"
+    )
 
 
 def _nodes_of(machine: Machine, pid: int | None, nodes: Sequence[int]) -> list[int]:

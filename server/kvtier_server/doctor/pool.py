@@ -37,20 +37,13 @@ def check_pool(machine: Machine, subject: Subject, root: Path = SHARED_MEMORY_RO
     yield from check_orphans(subject, root)
 
 
-def holder(subject: Subject) -> int | None:
-    """Return the process that serves the subject's pool, None where there is none or nobody can say."""
-    try:
-        return daemon_pid(subject.pool_directory) or None
-    except OSError:
-        return None
-
-
 def check_directory(subject: Subject) -> Finding:
     """Check that the directory is ours alone, and say what is in it."""
     name, directory = "pool.directory", subject.pool_directory
     try:
         os.close(open_directory(directory))
         held = format_bytes(held_pool_bytes(directory))
+        pid = daemon_pid(directory)
     except FileNotFoundError:
         return _check_parent(name, directory)
     except PoolDirectoryError as error:
@@ -62,9 +55,8 @@ def check_directory(subject: Subject) -> Finding:
     except OSError as error:
         fix = f"ls -ld {shlex.quote(str(directory))}"
         return failed(name, f"{directory} cannot be opened: {error.strerror}", fix)
-    pid = holder(subject)
     if pid is not None:
-        state = f"{held} held by the daemon with pid {pid}"
+        state = f"{held} held by the daemon with pid {pid or 'unknown'}"
     else:
         state = f"{held} kept for a warm start (kvtier pool remove frees it)" if held != "0B" else "empty"
     return passed(name, f"{directory}, mode 0700, of this user; {state}")
@@ -115,7 +107,10 @@ def _check_limit(machine: Machine, subject: Subject, limit: PoolLimit, available
     text = f"{limit.name} has {format_bytes(max(0, limit.free_bytes))} for a pool of {wanted}"
     if limit.free_bytes >= subject.pool_bytes:
         return passed(name, text)
-    smaller = subject.serve("--pool-bytes", f"{available_bytes // MIB}MiB")
+    if available_bytes >= MIB:
+        smaller = subject.serve("--pool-bytes", f"{available_bytes // MIB}MiB")
+    else:
+        smaller = "ps aux --sort=-rss | head"
     mount = machine.mount_of(subject.pool_directory)
     if limit.kind != "filesystem" or mount is None or "size" not in mount.options:
         return failed(name, text, smaller)
@@ -123,7 +118,7 @@ def _check_limit(machine: Machine, subject: Subject, limit: PoolLimit, available
     missing_bytes = subject.pool_bytes - limit.free_bytes
     size_mib = -(-(file_system.f_blocks * file_system.f_frsize + missing_bytes) // MIB)
     larger = f"sudo mount -o remount,size={size_mib}m {shlex.quote(str(mount.path))}"
-    return failed(name, text, f"{larger}   or: {smaller}" if available_bytes >= MIB else larger)
+    return failed(name, text, f"{larger}   or: {smaller}")
 
 
 def check_huge_pages(machine: Machine, subject: Subject) -> Finding:

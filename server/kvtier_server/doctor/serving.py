@@ -13,8 +13,7 @@ from kvtier_server import __version__
 from kvtier_server.address import socket_path
 from kvtier_server.doctor.finding import Finding, failed, passed, warned
 from kvtier_server.doctor.machine import Machine
-from kvtier_server.doctor.pool import holder
-from kvtier_server.doctor.subject import Subject
+from kvtier_server.doctor.subject import Subject, stop_first
 from kvtier_server.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -36,10 +35,12 @@ def check_no_answer(machine: Machine, subject: Subject, problem: str) -> Finding
     if pid is None:
         text = f"{path} is left of a daemon that is gone; the next one takes its place"
         return warned(NAME, text, subject.serve())
-    return failed(NAME, f"{problem}; it is process {pid}", restart(subject, pid))
+    return failed(NAME, f"{problem}; it is process {pid}", stop_first(pid) + subject.serve())
 
 
-def check_answer(subject: Subject, status: GetStatusResponse, *, is_configured: bool) -> Iterator[Finding]:
+def check_answer(
+    machine: Machine, subject: Subject, status: GetStatusResponse, *, is_configured: bool
+) -> Iterator[Finding]:
     """Judge a daemon that answers. `is_configured`: the subject was asked for, not assumed."""
     told = f"{status.state} at {subject.address}, up {format_seconds(status.uptime_seconds)}"
     fix = shlex.join(["kvtier", "status", "--address", subject.address])
@@ -49,7 +50,7 @@ def check_answer(subject: Subject, status: GetStatusResponse, *, is_configured: 
         unwell = [f"{tier.name}: {tier.health}" for tier in status.tiers if tier.health not in ("", "ok")]
         yield warned(NAME, "; ".join([told, *unwell]), fix)
     served = subject.as_served(status)
-    again = restart(subject, holder(served))
+    again = stop_first(served.served_by(machine)) + subject.serve()
     if status.version != __version__:
         text = f"the daemon is kvtier {status.version}, this installation {__version__}"
         yield warned("daemon.version", text, again)
@@ -60,13 +61,6 @@ def check_answer(subject: Subject, status: GetStatusResponse, *, is_configured: 
             f"for {subject.pool_directory} of {format_bytes(subject.pool_bytes)}"
         )
         yield warned("daemon.pool", text, again)
-
-
-def restart(subject: Subject, pid: int | None) -> str:
-    """Return what ends a daemon, waits for its end, and starts the one that is meant."""
-    if pid is None:
-        return subject.serve()
-    return f"kill {pid} && tail --pid={pid} -f /dev/null && {subject.serve()}"
 
 
 def _socket_owner(path: Path) -> int | None:

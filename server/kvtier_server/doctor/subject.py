@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtier_ops.directory import default_pool_directory
+from kvtier_ops.locks import DAEMON_LOCK_FILE
+from kvtier_server.doctor.machine import Machine
 
 if TYPE_CHECKING:
     from kvtier.v1.admin_pb2 import GetStatusResponse
@@ -59,6 +61,18 @@ class Subject:
             pool_bytes=status.pool.data_bytes,
         )
 
+    def served_by(self, machine: Machine) -> int | None:
+        """Return the process that holds the pool, None where there is none that can be seen from here.
+
+        Not what stands in the lock's file: a daemon in another container writes a pid that is not ours.
+        """
+        return machine.lock_holder(self.pool_directory / DAEMON_LOCK_FILE)
+
     def serve(self, *more: str) -> str:
         """Return the command that starts this daemon, with `more` options that outdo the others."""
         return shlex.join(["kvtier", "serve", *self.options, *more])
+
+
+def stop_first(pid: int | None) -> str:
+    """Return what ends a running daemon, and waits for that; to stand before what starts another."""
+    return f"kill {pid} && tail --pid={pid} -f /dev/null && " if pid is not None else ""

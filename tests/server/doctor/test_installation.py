@@ -22,10 +22,10 @@ NEEDED = [
 THERE = {"grpcio": "1.76.0", "protobuf": "6.33.6", "pydantic": "2.14", "obstore": "0.12.1"}
 
 
-def look(monkeypatch: pytest.MonkeyPatch, there: dict[str, str], *used: str) -> dict[str, Finding]:
+def look(monkeypatch: pytest.MonkeyPatch, there: dict[str, str]) -> dict[str, Finding]:
     monkeypatch.setattr(installation, "requirements", lambda: NEEDED)
     monkeypatch.setattr(installation, "installed_version", there.get)
-    return {each.name: each for each in check_installation(used)}
+    return {each.name: each for each in check_installation()}
 
 
 def test_every_library_is_told_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,11 +49,6 @@ def test_a_version_out_of_bounds_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     found = look(monkeypatch, {**THERE, "protobuf": "6.30.2"})["installation"]
     assert (found.verdict, found.fix) == (Verdict.FAIL, "pip install kvtier")
     assert found.text == "of a wrong version: protobuf 6.30.2, needed is <8,>=6.33.5"
-
-
-def test_the_extra_of_a_tier_in_use_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = look(monkeypatch, THERE, "mooncake")["installation.mooncake"]
-    assert (found.verdict, found.fix) == (Verdict.FAIL, "pip install 'kvtier[mooncake]'")
 
 
 @pytest.mark.parametrize(

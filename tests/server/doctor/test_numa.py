@@ -51,6 +51,9 @@ def test_the_policy_is_that_of_the_daemon_where_one_runs(two_nodes: MadeMachine,
     two_nodes.write("proc/77/numa_maps", "561b27d59000 bind:1 file=/usr/bin/python N1=2\n")
     two_nodes.status(nodes="0-1", pid="77")
     assert check_numa(two_nodes.machine, subject, 77).verdict is Verdict.PASS
+    two_nodes.status(nodes="0-1", pid="78")
+    found = check_numa(two_nodes.machine, subject, 78)
+    assert found.fix.startswith("kill 78 && tail --pid=78 -f /dev/null && numactl --membind=1 kvtier serve ")
 
 
 def test_gpus_on_every_node_leave_no_better_place(two_nodes: MadeMachine, subject: Subject) -> None:

@@ -15,6 +15,7 @@ import pytest
 from kvtier_ops.directory import SHARED_MEMORY_ROOT
 from kvtier_ops.pool import Pool
 from kvtier_server.doctor.finding import Verdict
+from kvtier_server.doctor.machine import Machine
 from kvtier_server.doctor.pool import (
     MAX_ORPHANS,
     check_directory,
@@ -23,7 +24,6 @@ from kvtier_server.doctor.pool import (
     check_medium,
     check_orphans,
     check_pool,
-    holder,
 )
 from kvtier_server.doctor.subject import Subject
 from kvtier_server.units import parse_bytes
@@ -59,12 +59,12 @@ def test_looking_makes_nothing(made: MadeMachine, subject: Subject) -> None:
 def test_a_kept_pool_says_what_it_holds_and_a_served_one_by_whom(subject: Subject) -> None:
     pool = make_pool(subject.pool_directory)
     assert f"held by the daemon with pid {os.getpid()}" in check_directory(subject).text
-    assert holder(subject) == os.getpid()
+    assert subject.served_by(Machine()) == os.getpid()
     pool.close()
     found = check_directory(subject)
     assert found.verdict is Verdict.PASS
     assert re.search(r"[\d.]+MiB kept for a warm start", found.text)
-    assert holder(subject) is None
+    assert subject.served_by(Machine()) is None
 
 
 def test_a_directory_that_others_may_reach_into_fails_and_its_fix_mends_it(subject: Subject) -> None:
@@ -139,6 +139,13 @@ def test_a_file_system_that_is_too_small_fails_with_the_size_it_needs(
     assert size is not None
     assert int(size[1]) << 20 >= pool_bytes
     assert "kvtier serve" in smaller
+
+
+def test_where_no_pool_would_fit_none_is_proposed(made: MadeMachine, subject: Subject) -> None:
+    made.write("proc/meminfo", "MemAvailable: 2048 kB\n")
+    (found,) = [each for each in check_limits(made.machine, subject) if each.verdict is Verdict.FAIL]
+    assert found.text == "MemAvailable has 0B for a pool of 4MiB"
+    assert "--pool-bytes" not in found.fix
 
 
 def test_a_pool_of_unknown_size_is_compared_with_nothing(made: MadeMachine, subject: Subject) -> None:
