@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtier_server.doctor.configuration import read_configuration
-from kvtier_server.doctor.finding import Finding, failed, skipped
+from kvtier_server.doctor.finding import Finding, Verdict, failed, skipped, worst
 from kvtier_server.doctor.gpu import check_gpus, probe_devices
 from kvtier_server.doctor.gpu_copies import EXCHANGE, REGISTER, check_copies
 from kvtier_server.doctor.installation import check_installation
@@ -57,17 +57,28 @@ def examine(request: Request, ask: Ask) -> Iterator[Finding]:
     if isinstance(answer, str):
         yield check_no_answer(request.machine, subject, answer)
     else:
-        is_configured = bool(request.options)
-        asked_for = subject
+        meant = subject
+        is_asked_for = _is_pool_asked_for(request) and worst(about_configuration) is not Verdict.FAIL
         yield from _guarded(
-            "daemon", lambda: check_answer(request.machine, asked_for, answer, is_configured=is_configured)
+            "daemon", lambda: check_answer(request.machine, meant, answer, is_asked_for=is_asked_for)
         )
-        subject = subject.as_served(answer)
+        if not is_asked_for:
+            subject = subject.as_served(request.machine, answer)
     yield from _guarded("pool", lambda: check_pool(request.machine, subject))
     pid = subject.served_by(request.machine)
     yield from _guarded("limits", lambda: check_limits(request.machine, subject, pid))
     yield from _examine_gpus(request, subject, pid)
     yield from _guarded("tier", lambda: check_tiers(subject.tiers, request.config))
+
+
+def _is_pool_asked_for(request: Request) -> bool:
+    """Tell whether somebody says which pool is meant: otherwise that of the daemon that runs is."""
+    names = ("KVTIER_POOL__", "KVTIER_SERVER__NAME")
+    return (
+        request.config is not None
+        or bool(set(request.flags) - {"server.address"})
+        or any(variable.startswith(names) for variable in request.env)
+    )
 
 
 def _examine_gpus(request: Request, subject: Subject, pid: int | None) -> Iterator[Finding]:

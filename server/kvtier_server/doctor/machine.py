@@ -94,6 +94,11 @@ class Machine:
                 return value.strip()
         return None
 
+    def command(self, pid: int) -> tuple[str, ...]:
+        """Return the arguments that a process was started with, none where they cannot be read."""
+        text = self.read(self.proc / str(pid) / "cmdline") or ""
+        return tuple(filter(None, text.split("\0")))
+
     def memory_policy(self, pid: int | None = None) -> str:
         """Return a process's NUMA policy as the kernel writes it: default, bind:0, interleave:0-1 ...
 

@@ -39,9 +39,9 @@ def check_no_answer(machine: Machine, subject: Subject, problem: str) -> Finding
 
 
 def check_answer(
-    machine: Machine, subject: Subject, status: GetStatusResponse, *, is_configured: bool
+    machine: Machine, subject: Subject, status: GetStatusResponse, *, is_asked_for: bool
 ) -> Iterator[Finding]:
-    """Judge a daemon that answers. `is_configured`: the subject was asked for, not assumed."""
+    """Judge a daemon that answers. `is_asked_for`: somebody has said what pool it should have."""
     told = f"{status.state} at {subject.address}, up {format_seconds(status.uptime_seconds)}"
     fix = shlex.join(["kvtier", "status", "--address", subject.address])
     if status.state == "serving":
@@ -49,13 +49,13 @@ def check_answer(
     else:
         unwell = [f"{tier.name}: {tier.health}" for tier in status.tiers if tier.health not in ("", "ok")]
         yield warned(NAME, "; ".join([told, *unwell]), fix)
-    served = subject.as_served(status)
-    again = stop_first(served.served_by(machine)) + subject.serve()
+    served = subject.as_served(machine, status)
+    again = stop_first(served.served_by(machine)) + (subject if is_asked_for else served).serve()
     if status.version != __version__:
         text = f"the daemon is kvtier {status.version}, this installation {__version__}"
         yield warned("daemon.version", text, again)
     is_other = (served.pool_directory, served.pool_bytes) != (subject.pool_directory, subject.pool_bytes)
-    if is_configured and is_other and subject.pool_bytes:
+    if is_asked_for and is_other and subject.pool_bytes:
         text = (
             f"it serves {served.pool_directory} of {format_bytes(served.pool_bytes)}, the configuration asks "
             f"for {subject.pool_directory} of {format_bytes(subject.pool_bytes)}"

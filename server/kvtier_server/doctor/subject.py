@@ -29,8 +29,8 @@ class Subject:
     sessions: int
     """What limits.sessions allows."""
     tiers: tuple[TierSettings, ...]
-    options: tuple[str, ...] = ()
-    """Of `kvtier serve`, to mean the same daemon."""
+    command: tuple[str, ...] = ("kvtier", "serve")
+    """What starts it."""
 
     @classmethod
     def of_config(cls, config: Config, options: tuple[str, ...]) -> Subject:
@@ -42,7 +42,7 @@ class Subject:
             pool_bytes=config.pool.bytes,
             sessions=config.limits.sessions,
             tiers=config.tiers,
-            options=options,
+            command=("kvtier", "serve", *options),
         )
 
     @classmethod
@@ -50,16 +50,19 @@ class Subject:
         """Take what can be said of a daemon whose configuration cannot be read here."""
         return cls(address, "default", default_pool_directory("default"), 0, 0, ())
 
-    def as_served(self, status: GetStatusResponse) -> Subject:
-        """Take the pool from the daemon that runs."""
+    def as_served(self, machine: Machine, status: GetStatusResponse) -> Subject:
+        """Take the pool from the daemon that runs, and how it was started, where that can be seen."""
         if not status.pool.path:
             return self
-        return dataclasses.replace(
+        served = dataclasses.replace(
             self,
             name=status.pool.name,
             pool_directory=Path(status.pool.path).parent,
             pool_bytes=status.pool.data_bytes,
         )
+        pid = served.served_by(machine)
+        command = machine.command(pid) if pid is not None else ()
+        return dataclasses.replace(served, command=command) if "serve" in command else served
 
     def served_by(self, machine: Machine) -> int | None:
         """Return the process that holds the pool, None where there is none that can be seen from here.
@@ -69,8 +72,8 @@ class Subject:
         return machine.lock_holder(self.pool_directory / DAEMON_LOCK_FILE)
 
     def serve(self, *more: str) -> str:
-        """Return the command that starts this daemon, with `more` options that outdo the others."""
-        return shlex.join(["kvtier", "serve", *self.options, *more])
+        """Return the command that starts this daemon, with `more` options, which outdo those before."""
+        return shlex.join([*self.command, *more])
 
 
 def stop_first(pid: int | None) -> str:

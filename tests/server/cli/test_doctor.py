@@ -13,6 +13,9 @@ from tests.conftest import StartDaemon
 from kvtier_server import __version__
 from kvtier_server.cli import doctor
 from kvtier_server.doctor.finding import Finding, Verdict, failed, passed, skipped, warned
+from kvtier_server.doctor.machine import Machine
+from kvtier_server.doctor.serving import check_answer
+from kvtier_server.doctor.subject import Subject
 
 from .conftest import Kvtier
 
@@ -50,8 +53,35 @@ def test_a_running_daemons_pool_is_the_one_examined(kvtier: Kvtier, start_daemon
     assert found["pool.filesystem"]["text"].endswith("for a pool of 8MiB")
     assert daemon.health() == "SERVING"
     assert daemon.num_fds() <= before + 1  # a connection that is about to be closed
-    bad = kvtier("doctor", "--quick", "-o", "json", "--address", daemon.address, "--pool-bytes", "16MiB")
-    assert "it serves" in checks(bad.stdout)["daemon.pool"]["text"]
+
+
+def test_a_running_daemon_with_another_pool_than_asked_for_is_a_warning(
+    kvtier: Kvtier, start_daemon: StartDaemon
+) -> None:
+    daemon = start_daemon(pool_bytes="8MiB")
+    asked = ("--address", daemon.address, "--name", daemon.name, "--pool-bytes", "16MiB")
+    found = checks(kvtier("doctor", "--quick", "-o", "json", *asked).stdout)
+    assert found["daemon.pool"]["verdict"] == "warn"
+    assert found["daemon.pool"]["text"].startswith(f"it serves {daemon.pool_directory} of 8MiB, ")
+    again = f"kill {daemon.pid} && tail --pid={daemon.pid} -f /dev/null && kvtier serve {' '.join(asked)}"
+    assert found["daemon.pool"]["fix"] == again
+    assert found["pool.filesystem"]["text"].endswith("for a pool of 16MiB")
+
+
+def test_a_daemon_in_another_version_is_started_again_as_it_was(
+    start_daemon: StartDaemon,
+) -> None:
+    """The version is taken from the daemon's answer; everything else from its process."""
+    daemon = start_daemon()
+    machine = Machine()
+    answer = daemon.status()
+    answer.version = "0.0.1"
+    served = Subject.unconfigured(daemon.address).as_served(machine, answer)
+    _, version = check_answer(machine, Subject.unconfigured(daemon.address), answer, is_asked_for=False)
+    assert version.name == "daemon.version"
+    assert f"kill {daemon.pid} && " in version.fix
+    assert f"serve --address {daemon.address} --name {daemon.name} --pool-bytes 4MiB" in version.fix
+    assert version.fix.endswith(served.serve())
 
 
 def test_a_daemon_that_was_killed_leaves_a_socket_and_a_pool(

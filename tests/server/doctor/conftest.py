@@ -86,5 +86,5 @@ def subject(shared_memory: Path) -> Subject:
         pool_bytes=4 << 20,
         sessions=1024,
         tiers=(),
-        options=("--config", "/etc/kv tier.toml"),
+        command=("kvtier", "serve", "--config", "/etc/kv tier.toml"),
     )

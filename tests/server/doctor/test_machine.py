@@ -61,6 +61,7 @@ def test_a_machine_that_tells_nothing_raises_nothing(tmp_path: Path) -> None:
     assert machine.limit("Max open files") is None
     assert machine.status("CapEff") is None
     assert machine.memory_policy() == "default"
+    assert machine.command(1) == ()
     assert machine.numa_nodes() == [0]
     assert list(machine.gpu_slots()) == []
     assert machine.lock_holder(tmp_path / "missing") is None
@@ -72,6 +73,7 @@ def test_the_real_machine_tells_what_this_process_knows_of_itself(tmp_path: Path
     assert allowed is not None
     assert set(parse_ranges(allowed)) == os.sched_getaffinity(0)
     assert machine.mount_of(Path("/proc/self")) is not None
+    assert "python" in machine.command(os.getpid())[0]
     file = tmp_path / "lock"
     with file.open("w") as held:
         assert machine.lock_holder(file) is None

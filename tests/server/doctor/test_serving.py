@@ -66,20 +66,20 @@ def test_a_daemon_that_holds_its_socket_and_does_not_answer_fails(subject: Subje
 
 
 def test_one_that_serves_passes(subject: Subject) -> None:
-    (found,) = check_answer(Machine(), subject, status(), is_configured=False)
+    (found,) = check_answer(Machine(), subject, status(), is_asked_for=False)
     assert (found.verdict, found.text) == (Verdict.PASS, f"serving at {subject.address}, up 1m35s")
 
 
 def test_one_that_is_degraded_is_a_warning_and_says_why(subject: Subject) -> None:
     (found,) = check_answer(
-        Machine(), subject, status(state="degraded", health="EIO: bad disk"), is_configured=False
+        Machine(), subject, status(state="degraded", health="EIO: bad disk"), is_asked_for=False
     )
     assert (found.verdict, found.fix) == (Verdict.WARN, f"kvtier status --address {subject.address}")
     assert found.text.endswith("; disk: EIO: bad disk")
 
 
 def test_another_version_and_another_pool_than_asked_for_are_warnings(subject: Subject) -> None:
-    found = list(check_answer(Machine(), subject, status(version="0.0.1"), is_configured=True))
+    found = list(check_answer(Machine(), subject, status(version="0.0.1"), is_asked_for=True))
     assert [(each.name, each.verdict) for each in found] == [
         ("daemon", Verdict.PASS),
         ("daemon.version", Verdict.WARN),
@@ -90,10 +90,11 @@ def test_another_version_and_another_pool_than_asked_for_are_warnings(subject: S
 
 
 def test_the_pool_that_is_served_is_the_one_that_is_meant(subject: Subject) -> None:
-    served = subject.as_served(status())
+    served = subject.as_served(Machine(), status())
     assert (served.name, served.pool_directory, served.pool_bytes) == (
         "x",
         Path("/dev/shm/kvtier-0-x"),
         1 << 30,
     )
-    assert subject.as_served(admin_pb2.GetStatusResponse()) == subject
+    assert served.serve() == SERVE
+    assert subject.as_served(Machine(), admin_pb2.GetStatusResponse()) == subject
