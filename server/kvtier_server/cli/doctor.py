@@ -30,6 +30,7 @@ from kvtier_server.cli.failure import Failure
 if TYPE_CHECKING:
     from kvtier.v1.admin_pb2 import GetStatusResponse
     from kvtier_server.doctor.finding import Finding
+    from kvtier_server.doctor.serving import Silence
 
 SUMMARY = "check machine, installation and GPUs; say what to type (exit 0 no FAIL, 1 FAIL)"
 
@@ -156,22 +157,23 @@ def _as_typed(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(typed)
 
 
-def _asker(timeout_s: float) -> Callable[[str], GetStatusResponse | str]:
-    def ask(address: str) -> GetStatusResponse | str:
+def _asker(timeout_s: float) -> Callable[[str], GetStatusResponse | Silence]:
+    from kvtier_server.doctor.serving import Silence
+
+    def ask(address: str) -> GetStatusResponse | Silence:
         try:
             _, channel = open_channel(argparse.Namespace(address=address, timeout=timeout_s))
-            import grpc
-
-            from kvtier.v1 import admin_pb2, admin_pb2_grpc
-
-            with channel:
-                try:
-                    return admin_pb2_grpc.AdminServiceStub(channel).GetStatus(
-                        admin_pb2.GetStatusRequest(), timeout=timeout_s
-                    )
-                except grpc.RpcError as error:
-                    raise explain(error, address) from None
         except Failure as failure:
-            return str(failure)
+            return Silence(str(failure), is_listening=False)
+        import grpc
+
+        from kvtier.v1 import admin_pb2, admin_pb2_grpc
+
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        with channel:
+            try:
+                return stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s)
+            except grpc.RpcError as error:
+                return Silence(str(explain(error, address)), is_listening=True)
 
     return ask

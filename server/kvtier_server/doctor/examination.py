@@ -16,15 +16,15 @@ from kvtier_server.doctor.limits import check_limits
 from kvtier_server.doctor.machine import Machine
 from kvtier_server.doctor.numa import check_numa
 from kvtier_server.doctor.pool import check_pool
-from kvtier_server.doctor.serving import check_answer, check_no_answer
+from kvtier_server.doctor.serving import Silence, check_answer, check_no_answer
 from kvtier_server.doctor.subject import Subject
 from kvtier_server.doctor.tiers import check_tiers
 
 if TYPE_CHECKING:
     from kvtier.v1.admin_pb2 import GetStatusResponse
 
-Ask = Callable[[str], "GetStatusResponse | str"]
-"""Asks the daemon at an address for its status; a text says why there is no answer."""
+Ask = Callable[[str], "GetStatusResponse | Silence"]
+"""Asks the daemon at an address for its status."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def examine(request: Request, ask: Ask) -> Iterator[Finding]:
     yield from _guarded("installation", check_installation)
     yield from about_configuration
     answer = ask(subject.address)
-    if isinstance(answer, str):
+    if isinstance(answer, Silence):
         yield check_no_answer(request.machine, subject, answer)
     else:
         meant = subject

@@ -139,7 +139,7 @@ def check_huge_pages(machine: Machine, subject: Subject) -> Finding:
     if setting == "deny":
         file = shlex.quote(str(transparent / "shmem_enabled"))
         remount = f"echo never | sudo tee {file} && {remount}"
-    return warned(name, f"{told}: the pool has pages of 4 KiB", remount)
+    return warned(name, f"{told}: small pages (a remount is for pools made after it)", remount)
 
 
 def _chosen(text: str | None) -> str:

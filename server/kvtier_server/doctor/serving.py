@@ -6,6 +6,7 @@ import os
 import shlex
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,20 +23,33 @@ if TYPE_CHECKING:
 NAME = "daemon"
 
 
-def check_no_answer(machine: Machine, subject: Subject, problem: str) -> Finding:
-    """Say why nobody answers, as far as the socket's file tells. `problem`: what a call there has met."""
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """Why there is no status. `is_listening`: somebody took the call, and did not answer it."""
+
+    problem: str
+    is_listening: bool
+
+
+def check_no_answer(machine: Machine, subject: Subject, silence: Silence) -> Finding:
+    """Say why nobody answers, as far as the socket's file tells."""
+    problem = silence.problem
     path = socket_path(subject.address)
     owner = _socket_owner(path) if path is not None else None
-    if path is None or owner is None:
+    if not silence.is_listening and (path is None or owner is None):
         return warned(NAME, problem.partition("; start one")[0], subject.serve())
+    if path is None or owner is None:
+        return failed(NAME, problem, f"kvtier status --address {shlex.quote(subject.address)}")
     if owner != os.geteuid() and not os.access(path, os.W_OK):
         fix = f"sudo -u '#{owner}' kvtier doctor --address {shlex.quote(subject.address)}"
         return failed(NAME, problem, fix)
     pid = machine.lock_holder(Path(f"{path}.lock"))
-    if pid is None:
+    if pid is not None:
+        return failed(NAME, f"{problem}; it is process {pid}", stop_first(pid) + subject.serve())
+    if not silence.is_listening:
         text = f"{path} is left of a daemon that is gone; the next one takes its place"
         return warned(NAME, text, subject.serve())
-    return failed(NAME, f"{problem}; it is process {pid}", stop_first(pid) + subject.serve())
+    return failed(NAME, problem, f"kvtier status --address {shlex.quote(subject.address)}")
 
 
 def check_answer(

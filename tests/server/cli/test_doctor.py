@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -98,6 +99,19 @@ def test_a_daemon_that_was_killed_leaves_a_socket_and_a_pool(
         "checks"
     ]
     assert f"kvtier pool remove --name {daemon.name}" in [check["fix"] for check in other]
+
+
+def test_a_daemon_that_hangs_fails_and_is_named(kvtier: Kvtier, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        shown = kvtier("doctor", "--quick", "-o", "json", "--timeout", "0.5", "--address", daemon.address)
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+    assert shown.returncode == 1
+    found = checks(shown.stdout)["daemon"]
+    assert (found["verdict"], f"it is process {daemon.pid}" in found["text"]) == ("fail", True)
+    assert found["fix"].startswith(f"kill {daemon.pid} && ")
 
 
 def test_a_mistake_in_the_configuration_is_exit_1_and_told_with_all_others(

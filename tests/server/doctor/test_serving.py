@@ -13,11 +13,12 @@ from kvtier.v1 import admin_pb2
 from kvtier_server import __version__
 from kvtier_server.doctor.finding import Verdict
 from kvtier_server.doctor.machine import Machine
-from kvtier_server.doctor.serving import check_answer, check_no_answer
+from kvtier_server.doctor.serving import Silence, check_answer, check_no_answer
 from kvtier_server.doctor.subject import Subject
 
 SERVE = "kvtier serve --config '/etc/kv tier.toml'"
-PROBLEM = "no daemon at unix:///x; start one: kvtier serve"
+NOBODY = Silence("no daemon at unix:///x; start one: kvtier serve", is_listening=False)
+SOMEBODY = Silence("it does not answer", is_listening=True)
 
 
 @pytest.fixture
@@ -45,13 +46,13 @@ def status(
 
 
 def test_no_daemon_and_no_socket_is_a_warning_with_the_way_to_start_one(subject: Subject) -> None:
-    found = check_no_answer(Machine(), subject, PROBLEM)
+    found = check_no_answer(Machine(), subject, NOBODY)
     assert (found.verdict, found.text, found.fix) == (Verdict.WARN, "no daemon at unix:///x", SERVE)
 
 
 def test_a_socket_that_a_dead_daemon_left_is_named(subject: Subject, left: Path) -> None:
     left.with_name("kvtier.sock.lock").write_text(f"{os.getpid()}\n")  # alive, but it holds no lock
-    found = check_no_answer(Machine(), replace(subject, address=f"unix://{left}"), PROBLEM)
+    found = check_no_answer(Machine(), replace(subject, address=f"unix://{left}"), NOBODY)
     assert (found.verdict, found.fix) == (Verdict.WARN, SERVE)
     assert found.text.startswith(f"{left} is left of a daemon that is gone")
 
@@ -59,10 +60,18 @@ def test_a_socket_that_a_dead_daemon_left_is_named(subject: Subject, left: Path)
 def test_a_daemon_that_holds_its_socket_and_does_not_answer_fails(subject: Subject, left: Path) -> None:
     with left.with_name("kvtier.sock.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = check_no_answer(Machine(), replace(subject, address=f"unix://{left}"), "it does not answer")
+        found = check_no_answer(Machine(), replace(subject, address=f"unix://{left}"), SOMEBODY)
     pid = os.getpid()
     assert (found.verdict, found.text) == (Verdict.FAIL, f"it does not answer; it is process {pid}")
     assert found.fix == f"kill {pid} && tail --pid={pid} -f /dev/null && {SERVE}"
+
+
+def test_a_daemon_that_does_not_answer_and_cannot_be_seen_fails_too(subject: Subject, left: Path) -> None:
+    """Behind TCP, or in another container, whose locks and pids are not ours to see."""
+    for address in ("127.0.0.1:9470", f"unix://{left}"):
+        found = check_no_answer(Machine(), replace(subject, address=address), SOMEBODY)
+        assert (found.verdict, found.text) == (Verdict.FAIL, "it does not answer")
+        assert found.fix == f"kvtier status --address {address}"
 
 
 def test_one_that_serves_passes(subject: Subject) -> None:
