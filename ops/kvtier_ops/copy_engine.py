@@ -290,7 +290,11 @@ class CopyEngine(ABC):
             self._threads.append(thread)
             thread.start()
 
+    def _enter(self, direction: Direction) -> None:  # noqa: B027 - most have nothing to prepare
+        """Prepare the thread of a direction, on it, before its first job."""
+
     def _serve(self, direction: Direction) -> None:
+        self._enter(direction)
         lane = self._lanes[direction]
         while True:
             with self._lock:

@@ -197,10 +197,10 @@ def test_memory_that_is_wrong_is_not_opened(
     for groups, message in cases:
         with pytest.raises(HandleError, match=f"^{message}"):
             engine.open_memory(1, groups, [LAYOUT])
-    with pytest.raises(HandleError, match="^event_handle: "):
+    with pytest.raises(HandleError, match=r"^event_handle: "):
         engine.open_memory(1, [good], [LAYOUT], bytes(64))
     engine.open_memory(1, [good], [LAYOUT])
-    with pytest.raises(HandleError, match="^memory_id: 1 is open already"):
+    with pytest.raises(HandleError, match=r"^memory_id: 1 is open already"):
         engine.open_memory(1, [good], [LAYOUT])
 
 
@@ -236,7 +236,7 @@ def test_memory_closed_in_mid_copy_ends_its_jobs_and_is_unmapped_before_the_last
     (waiting,) = wait_for(engine, 1)
     assert (waiting.job_id, waiting.ok) == (2, False)
     assert "closed before the copy began" in waiting.message
-    with pytest.raises(CopyRefused, match="^memory_id: 1 is not open"):
+    with pytest.raises(CopyRefused, match=r"^memory_id: 1 is not open"):
         engine.submit(job(4, Direction.LOAD, 0))
     held.release()
     running, others = wait_for(engine, 2)
@@ -271,7 +271,7 @@ def test_a_job_id_may_come_again_only_after_its_job_has_ended(
     engine.open_memory(1, [handles_of(memory_of(2048))], [LAYOUT])
     held = Held()
     engine.submit(job(1, Direction.STORE, 0))
-    with pytest.raises(CopyRefused, match="^job_id: 1 has not ended"):
+    with pytest.raises(CopyRefused, match=r"^job_id: 1 has not ended"):
         engine.submit(job(1, Direction.LOAD, 0))
     held.release()
     wait_for(engine, 1)

@@ -34,15 +34,11 @@ def compile_to_ptx(source: str, architecture: str) -> tuple[bool, str]:
     """Return whether it compiled, and the PTX or the compiler's words."""
     nvrtc = ctypes.CDLL(str(NVRTC))
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    created = nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None
-    )
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
     assert created == 0
     try:
         options = [option.encode() for option in (*KERNEL_OPTIONS, f"--gpu-architecture={architecture}")]
-        status = nvrtc.nvrtcCompileProgram(
-            program, len(options), (ctypes.c_char_p * len(options))(*options)
-        )
+        status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         compiled = status == 0
         read_size = nvrtc.nvrtcGetPTXSize if compiled else nvrtc.nvrtcGetProgramLogSize
         read_text = nvrtc.nvrtcGetPTX if compiled else nvrtc.nvrtcGetProgramLog
