@@ -21,7 +21,6 @@ kernel is for fragments that the copy engines are slow with, and no others. What
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.resources
 import queue
 import threading
@@ -33,7 +32,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvtier_ops.copy_engine import Admitted, CopyEngine, Memory
+from kvtier_ops.copy_engine import Admitted, CopyEngine, CopyJob, Memory
+from kvtier_ops.cuda_driver import Driver
 from kvtier_ops.fragments import (
     KERNEL_PIECE_BYTES,
     Direction,
@@ -47,7 +47,7 @@ from kvtier_ops.fragments import (
     pieces_per_row,
     plan_fragments,
 )
-from kvtier_ops.ipc import CUDA_HANDLE_BYTES, DEVICE_UUID_BYTES, HandleError, MemoryHandle, MemoryKind
+from kvtier_ops.ipc import CUDA_HANDLE_BYTES, HandleError, MemoryHandle, MemoryKind
 from kvtier_ops.layout import GroupLayout
 from kvtier_ops.pinning import HOST_REGISTER_FLAGS, PIECE_BYTES, PinnedPool, Registrar
 from kvtier_ops.pool import MappedPool
@@ -109,7 +109,7 @@ class CudaCopyEngine(CopyEngine):
 
         self._cupy: Any = cupy
         self._runtime: Any = cupy.cuda.runtime
-        self._driver = _Driver()
+        self._driver = Driver()
         self.device_uuid = device_uuid
         self._device = self._driver.find_device(device_uuid)
         self._runtime.setDevice(self._device)
@@ -242,7 +242,7 @@ class CudaCopyEngine(CopyEngine):
         except self._runtime.CUDARuntimeError as error:
             self._break(f"closing memory {memory.memory_id}: {error}")
 
-    def _plan(self, memory: Memory, job: Any) -> Fragments:
+    def _plan(self, memory: Memory, job: CopyJob) -> Fragments:
         return plan_fragments(
             memory.groups, job.copies, job.direction, self._pool.size, self.pinned.boundaries
         )
@@ -357,7 +357,7 @@ class CudaCopyEngine(CopyEngine):
 class _Allocations:
     """Opened allocations, each once, with how many registrations use it. Any thread."""
 
-    def __init__(self, runtime: Any, driver: _Driver) -> None:
+    def __init__(self, runtime: Any, driver: Driver) -> None:
         self._runtime = runtime
         self._driver = driver
         self._lock = threading.Lock()
@@ -404,60 +404,6 @@ class _Allocations:
                 f"allocation_bytes: {handle.allocation_bytes}, but the driver opened {size} bytes, "
                 f"{address - base} bytes in"
             )
-
-
-class _Driver:
-    """The calls of libcuda that cupy does not give."""
-
-    def __init__(self) -> None:
-        """Load it. Raises HandleError where there is none."""
-        try:
-            self._library = ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
-            raise HandleError(f"device_uuid: no CUDA driver: {error}") from error
-        self._call("cuInit", ctypes.c_uint(0))
-
-    def find_device(self, device_uuid: bytes) -> int:
-        """Return the number of the device. Raises HandleError, with those that there are."""
-        uuids = self.uuids()
-        if device_uuid not in uuids:
-            seen = ", ".join(uuid.hex() for uuid in uuids) or "none"
-            raise HandleError(
-                f"device_uuid: {device_uuid.hex()} is not a device that this process sees ({seen}); "
-                "check CUDA_VISIBLE_DEVICES and the devices of the container"
-            )
-        return uuids.index(device_uuid)
-
-    def address_range(self, address: int) -> tuple[int, int]:
-        """Return the begin and the size of the allocation around an address. Raises HandleError."""
-        base, size = ctypes.c_uint64(), ctypes.c_size_t()
-        self._call(
-            "cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address)
-        )
-        return base.value, size.value
-
-    def uuids(self) -> list[bytes]:
-        """Return the UUIDs of the devices that this process sees, in their order."""
-        count = ctypes.c_int()
-        self._call("cuDeviceGetCount", ctypes.byref(count))
-        return [self._uuid(number) for number in range(count.value)]
-
-    def _uuid(self, number: int) -> bytes:
-        device, uuid = ctypes.c_int(), (ctypes.c_ubyte * DEVICE_UUID_BYTES)()
-        self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(number))
-        # With MIG the first version gives the whole GPU's.
-        self._call("cuDeviceGetUuid_v2", uuid, device)
-        return bytes(uuid)
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._library, name)(*arguments)
-        if status != 0:
-            raise HandleError(f"device_uuid: {name} failed with CUDA error {status}")
-
-
-def visible_devices() -> list[bytes]:
-    """Return the UUIDs of the devices that this process sees. Raises HandleError without a driver."""
-    return _Driver().uuids()
 
 
 def _batch_bindings(runtime: Any) -> Any:

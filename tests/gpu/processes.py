@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.gpu.device_helper import read_handle
 
-from kvtier_ops.cuda import visible_devices
+from kvtier_ops.cuda_driver import visible_devices
 from kvtier_ops.ipc import HandleError, MemoryHandle
 
 HERE = Path(__file__).parent

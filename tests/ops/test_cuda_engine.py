@@ -37,7 +37,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     module = Cupy()
     monkeypatch.setitem(sys.modules, "cupy", module)
     made: Runtime = module.cuda.runtime
-    monkeypatch.setattr(cuda, "_Driver", lambda: Driver(made))
+    monkeypatch.setattr(cuda, "Driver", lambda: Driver(made))
     monkeypatch.setattr(cuda, "_batch_bindings", lambda _: Bindings(made))
     return made
 
