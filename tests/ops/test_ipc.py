@@ -12,11 +12,13 @@ import pytest
 
 from kvtier_ops.ipc import (
     MAX_TENSORS,
+    ExportedEvent,
     HandleError,
     MemoryHandle,
     MemoryKind,
     SharedAllocation,
     check_registration,
+    export_cuda,
     export_shared,
     find_overlap,
     open_shared,
@@ -215,6 +217,13 @@ def test_shared_memory_of_a_process_that_was_killed_is_refused_and_removed(
     with pytest.raises(HandleError, match=r"^handle: the process that made .* is gone"):
         open_shared(handle)
     assert not os.path.exists(f"/dev/shm/{name}")
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a CUDA driver")
+def test_exporting_device_memory_without_a_driver_is_an_error_that_names_the_way_out() -> None:
+    for export in (lambda: export_cuda(4096, 4096, 4096, 1), ExportedEvent):
+        with pytest.raises(HandleError, match=r"^kind: .*; set transfer = shm$"):
+            export()
 
 
 def test_importing_the_ops_loads_no_gpu_library(start_child: Callable[..., object]) -> None:
