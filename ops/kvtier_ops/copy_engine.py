@@ -127,6 +127,7 @@ class CopyEngine(ABC):
         self._ended = threading.Condition(self._lock)
         self._finished: list[CopyResult] = []
         self._unfinished: set[int] = set()
+        self._begun: dict[int, float] = {}
         self._memories: dict[int, Memory] = {}
         self._lanes = {direction: _Lane(threading.Condition(self._lock)) for direction in Direction}
         self._threads: list[threading.Thread] = []
@@ -137,6 +138,15 @@ class CopyEngine(ABC):
     def broken(self) -> str:
         """Why no job can succeed any more; empty while the engine works."""
         return self._broken
+
+    def oldest_s(self) -> float:
+        """Return for how many seconds the oldest job that has begun is under way; 0 where there is none.
+
+        A job has no deadline here: a device that waits for the event of an engine that hangs cannot be told
+        to stop. Whoever owns this process ends it instead.
+        """
+        with self._lock:
+            return time.monotonic() - min(self._begun.values()) if self._begun else 0.0
 
     def open_memory(
         self,
@@ -290,7 +300,11 @@ class CopyEngine(ABC):
             self._threads.append(thread)
             thread.start()
 
+    def _enter(self, direction: Direction) -> None:  # noqa: B027 - most have nothing to prepare
+        """Prepare the thread of a direction, on it, before its first job."""
+
     def _serve(self, direction: Direction) -> None:
+        self._enter(direction)
         lane = self._lanes[direction]
         while True:
             with self._lock:
@@ -298,13 +312,23 @@ class CopyEngine(ABC):
                 if not lane.jobs:
                     return
                 admitted = lane.jobs.popleft()
+                self._begun[admitted.job.job_id] = time.monotonic()
             if self._broken:
                 self._finish(admitted, self._broken)
                 continue
-            try:
-                self._copy(admitted)
-            except Exception as error:  # noqa: BLE001 - whatever it was, the job ends, and the thread goes on
-                self._finish(admitted, f"{type(error).__name__}: {error}")
+            # The error is gone here, and with it the frames that may still hold a view of the memory: closing
+            # it would leave it mapped.
+            message = self._try_copy(admitted)
+            if message:
+                self._finish(admitted, message)
+
+    def _try_copy(self, admitted: Admitted) -> str:
+        """Return why the copy failed, or nothing."""
+        try:
+            self._copy(admitted)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the job ends, and the thread goes on
+            return f"{type(error).__name__}: {error}"
+        return ""
 
     def _finish(self, admitted: Admitted, message: str = "", seconds: float = 0.0) -> None:
         """Report the end of a job; with a message it has failed."""
@@ -317,6 +341,7 @@ class CopyEngine(ABC):
         nbytes = 0 if message else admitted.fragments.total_bytes
         with self._lock:
             self._unfinished.discard(job_id)
+            self._begun.pop(job_id, None)
             self._finished.append(CopyResult(job_id, not message, message, nbytes, seconds))
             self._ended.notify_all()
 
@@ -400,6 +425,10 @@ class HostCopyEngine(CopyEngine):
 
     def _copy(self, admitted: Admitted) -> None:
         began = time.monotonic()
+        self._move(admitted)
+        self._finish(admitted, seconds=time.monotonic() - began)
+
+    def _move(self, admitted: Admitted) -> None:
         tensors, job = admitted.memory.tensors, admitted.job
         assert tensors is not None
         copy_pages = copy_out if job.direction is Direction.STORE else copy_in
@@ -408,7 +437,6 @@ class HostCopyEngine(CopyEngine):
             layout = admitted.memory.groups[placed.copy.group].layout
             part = self._pool[placed.part_start : placed.part_start + layout.part_bytes]
             copy_pages(tensors, layout, placed.copy, part)
-        self._finish(admitted, seconds=time.monotonic() - began)
 
 
 def _pages(allocation: Bytes, handle: MemoryHandle, page_bytes: int) -> Bytes:

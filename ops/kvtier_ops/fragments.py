@@ -126,7 +126,9 @@ class Means:
     kernel_below_bytes: int = KERNEL_BELOW_BYTES
     """0: no kernel."""
     batch: bool = False
-    """One call for many plain copies (cudaMemcpyBatchAsync) instead of pitched runs."""
+    """One call for many plain copies (cudaMemcpyBatchAsync) instead of pitched runs: where each layer is an
+    allocation of its own there are no runs across layers, and the search takes 45 ms per GiB of 16 KiB pages
+    on one core, beside 3 ms for all else [m]."""
     max_pitch_bytes: int = MAX_PITCH_BYTES
     """0: no pitched runs."""
 

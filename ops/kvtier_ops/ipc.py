@@ -329,10 +329,9 @@ def export_cuda(tensor_ptr: int, size_bytes: int, block_stride_bytes: int, num_b
 
     The handle is the whole allocation's: torch cuts many tensors from one. The allocation must outlive the
     registration. Raises HandleError where the memory is not a device's, or is of a kind that CUDA IPC cannot
-    export; the message says what to set.
+    export; the message says what to set. Raises it too where there is no cuda-bindings or no driver.
     """
-    from cuda.bindings import driver
-
+    driver = _load_driver()
     attribute = driver.CUpointer_attribute
     memory_type = _cuda(
         driver.cuPointerGetAttribute(attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, tensor_ptr),
@@ -382,9 +381,7 @@ class ExportedEvent:
 
     def __init__(self) -> None:
         """Make the event in the current context. Raises HandleError."""
-        from cuda.bindings import driver
-
-        self._driver: Any = driver
+        self._driver = driver = _load_driver()
         flags = driver.CUevent_flags
         self._event = _cuda(
             driver.cuEventCreate(int(flags.CU_EVENT_DISABLE_TIMING) | int(flags.CU_EVENT_INTERPROCESS)),
@@ -405,6 +402,22 @@ class ExportedEvent:
         if self._event is not None:
             self._driver.cuEventDestroy(self._event)
             self._event = None
+
+
+def _load_driver() -> Any:
+    """Return cuda-bindings' driver module, begun."""
+    try:
+        from cuda.bindings import driver
+
+        (status,) = driver.cuInit(0)  # done already where the engine has a context
+    except (ImportError, RuntimeError) as error:
+        # Without NVIDIA's library cuda-bindings raises a RuntimeError of its own at the first call.
+        raise HandleError(
+            f"kind: CUDA memory needs cuda-bindings and a driver ({error}); set transfer = shm"
+        ) from error
+    if int(status) != 0:
+        raise HandleError(f"kind: the CUDA driver does not begin ({status!s}); set transfer = shm")
+    return driver
 
 
 def _uuid_of(driver: Any, device: Any) -> bytes:

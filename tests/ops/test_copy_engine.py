@@ -197,10 +197,10 @@ def test_memory_that_is_wrong_is_not_opened(
     for groups, message in cases:
         with pytest.raises(HandleError, match=f"^{message}"):
             engine.open_memory(1, groups, [LAYOUT])
-    with pytest.raises(HandleError, match="^event_handle: "):
+    with pytest.raises(HandleError, match=r"^event_handle: "):
         engine.open_memory(1, [good], [LAYOUT], bytes(64))
     engine.open_memory(1, [good], [LAYOUT])
-    with pytest.raises(HandleError, match="^memory_id: 1 is open already"):
+    with pytest.raises(HandleError, match=r"^memory_id: 1 is open already"):
         engine.open_memory(1, [good], [LAYOUT])
 
 
@@ -236,12 +236,37 @@ def test_memory_closed_in_mid_copy_ends_its_jobs_and_is_unmapped_before_the_last
     (waiting,) = wait_for(engine, 1)
     assert (waiting.job_id, waiting.ok) == (2, False)
     assert "closed before the copy began" in waiting.message
-    with pytest.raises(CopyRefused, match="^memory_id: 1 is not open"):
+    with pytest.raises(CopyRefused, match=r"^memory_id: 1 is not open"):
         engine.submit(job(4, Direction.LOAD, 0))
     held.release()
-    running, others = wait_for(engine, 2)
-    assert (running.job_id, running.ok, others.job_id, others.ok) == (1, True, 3, True)
+    running = engine.wait(WAIT_S)[0]
     assert mappings(allocation) == 1, "ours alone"
+    assert (running.job_id, running.ok) == (1, True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_mapping_is_gone_when_the_last_job_is_reported_however_it_ended(
+    fails: bool, engine: HostCopyEngine, memory_of: Callable[[int], SharedAllocation]
+) -> None:
+    reached, go = threading.Semaphore(0), threading.Semaphore(0)
+
+    def hold() -> None:
+        reached.release()
+        assert go.acquire(timeout=WAIT_S)
+        if fails:
+            raise faults.FaultInjected("on purpose")
+
+    faults.arm("copy_engine.before_chunk", hold)
+    for memory_id in range(50):
+        allocation = memory_of(2048)
+        engine.open_memory(memory_id, [handles_of(allocation)], [LAYOUT])
+        engine.submit(job(memory_id, Direction.STORE, 0, memory_id=memory_id))
+        assert reached.acquire(timeout=WAIT_S)
+        engine.close_memory(memory_id)
+        go.release()
+        (result,) = wait_for(engine, 1)
+        assert mappings(allocation) == 1, "ours alone"
+        assert result.ok is not fails
 
 
 def mappings(allocation: SharedAllocation) -> int:
@@ -270,11 +295,15 @@ def test_a_job_id_may_come_again_only_after_its_job_has_ended(
 ) -> None:
     engine.open_memory(1, [handles_of(memory_of(2048))], [LAYOUT])
     held = Held()
+    assert engine.oldest_s() == 0
     engine.submit(job(1, Direction.STORE, 0))
-    with pytest.raises(CopyRefused, match="^job_id: 1 has not ended"):
+    assert held.reached.acquire(timeout=WAIT_S)
+    assert engine.oldest_s() > 0
+    with pytest.raises(CopyRefused, match=r"^job_id: 1 has not ended"):
         engine.submit(job(1, Direction.LOAD, 0))
     held.release()
     wait_for(engine, 1)
+    assert engine.oldest_s() == 0
     engine.submit(job(1, Direction.LOAD, 0))
     wait_for(engine, 1)
 

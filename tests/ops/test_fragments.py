@@ -65,8 +65,10 @@ def test_fifty_random_plans_move_the_bytes_that_a_page_by_page_loop_moves(seed: 
         fragments = plan_fragments(
             memory.places([a.ctypes.data for a in allocations]), copies, direction, POOL_BYTES, boundaries
         )
-        means = Means(rng.choice([0, 64, 1 << 20]), rng.random() < 0.3, rng.choice([0, 4096, 1 << 31]))
-        work = assign_means(fragments, means, rng.choice([0, POOL_BYTES // 2, POOL_BYTES]), boundaries)
+        means = Means(rng.choice([0, 0, 64, 1 << 20]), rng.random() < 0.25, rng.choice([0, 4096, 1 << 31]))
+        work = assign_means(
+            fragments, means, rng.choice([0, POOL_BYTES // 2, POOL_BYTES, POOL_BYTES]), boundaries
+        )
         assert work.total_bytes == fragments.total_bytes
         run_work(work, pool, direction)
         assert np.array_equal(pool, expected_pool)

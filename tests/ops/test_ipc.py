@@ -12,11 +12,13 @@ import pytest
 
 from kvtier_ops.ipc import (
     MAX_TENSORS,
+    ExportedEvent,
     HandleError,
     MemoryHandle,
     MemoryKind,
     SharedAllocation,
     check_registration,
+    export_cuda,
     export_shared,
     find_overlap,
     open_shared,
@@ -78,7 +80,7 @@ def test_a_handle_that_is_wrong_is_refused_naming_the_field(field: str, change: 
     + [b"\xff" * 43],
 )
 def test_shared_memory_cannot_be_named_like_another_file(name: bytes) -> None:
-    with pytest.raises(HandleError, match="^handle: "):
+    with pytest.raises(HandleError, match=r"^handle: "):
         replace(SHARED, handle=name).check(1024)
 
 
@@ -137,23 +139,23 @@ def test_different_strides_over_millions_of_blocks_are_compared() -> None:
     many = 1 << 21
     assert find_overlap([tensor(0, 64, many, 16), tensor(16, 32, 2 * many, 8)]) is None
     assert find_overlap([tensor(0, 64, many, 16), tensor(15, 32, 2 * many, 8)]) == (0, 1)
-    with pytest.raises(HandleError, match="^num_blocks: "):
+    with pytest.raises(HandleError, match=r"^num_blocks: "):
         find_overlap([tensor(0, 64, 1 << 25, 16), tensor(16, 32, 1 << 26, 8)])
 
 
 def test_a_registration_may_share_a_tensor_between_groups_but_not_within_one() -> None:
     check_registration([[tensor(0, 64, 8, 64)], [tensor(0, 64, 8, 64)]])
-    with pytest.raises(HandleError, match="^offset_bytes: tensors 0 and 1 of group 1 overlap"):
+    with pytest.raises(HandleError, match=r"^offset_bytes: tensors 0 and 1 of group 1 overlap"):
         check_registration([[], [tensor(0, 64, 8, 64), tensor(0, 64, 8, 64)]])
 
 
 def test_a_registration_that_contradicts_itself_is_refused() -> None:
     other_size = (replace(tensor(8192, 64, 8, 64)[0], allocation_bytes=1 << 19), 64)
-    with pytest.raises(HandleError, match="^allocation_bytes: tensor 1 of group 0"):
+    with pytest.raises(HandleError, match=r"^allocation_bytes: tensor 1 of group 0"):
         check_registration([[tensor(0, 64, 8, 64), other_size]])
     with pytest.raises(HandleError, match=r"^block_stride_bytes: .*\(tensor 1 of group 0\)"):
         check_registration([[tensor(0, 64, 8, 64), (tensor(8192, 64, 8, 64)[0], 65)]])
-    with pytest.raises(HandleError, match="^groups: 1025 tensors"):
+    with pytest.raises(HandleError, match=r"^groups: 1025 tensors"):
         check_registration([[tensor(i * 64, 64, 1, 64) for i in range(MAX_TENSORS + 1)]])
 
 
@@ -171,13 +173,13 @@ def test_shared_memory_is_seen_by_who_opens_it_and_only_by_its_owner(allocation:
     allocation.close()
     opened[6] = 8
     assert allocation.data[6] == 8
-    with pytest.raises(HandleError, match="^handle: .*No such file"):
+    with pytest.raises(HandleError, match=r"^handle: .*No such file"):
         open_shared(handle)
 
 
 def test_shared_memory_of_another_size_is_refused(allocation: SharedAllocation) -> None:
     handle = replace(export_shared(allocation, 0, 4096, 4096, 1), allocation_bytes=1 << 17)
-    with pytest.raises(HandleError, match="^allocation_bytes: 131072, but .* 65536"):
+    with pytest.raises(HandleError, match=r"^allocation_bytes: 131072, but .* 65536"):
         open_shared(handle)
 
 
@@ -188,7 +190,7 @@ def test_a_link_in_the_place_of_shared_memory_is_refused(tmp_path: Path) -> None
     link = Path("/dev/shm") / handle
     link.symlink_to(target)
     try:
-        with pytest.raises(HandleError, match="^handle: "):
+        with pytest.raises(HandleError, match=r"^handle: "):
             open_shared(SHARED)
     finally:
         link.unlink()
@@ -212,9 +214,16 @@ def test_shared_memory_of_a_process_that_was_killed_is_refused_and_removed(
     assert open_shared(handle).size == 1 << 16
     child.kill()  # type: ignore[attr-defined]
     child.wait()  # type: ignore[attr-defined]
-    with pytest.raises(HandleError, match="^handle: the process that made .* is gone"):
+    with pytest.raises(HandleError, match=r"^handle: the process that made .* is gone"):
         open_shared(handle)
     assert not os.path.exists(f"/dev/shm/{name}")
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a CUDA driver")
+def test_exporting_device_memory_without_a_driver_is_an_error_that_names_the_way_out() -> None:
+    for export in (lambda: export_cuda(4096, 4096, 4096, 1), ExportedEvent):
+        with pytest.raises(HandleError, match=r"^kind: .*; set transfer = shm$"):
+            export()
 
 
 def test_importing_the_ops_loads_no_gpu_library(start_child: Callable[..., object]) -> None:
