@@ -1,4 +1,4 @@
-"""The kernels' source without a GPU: compiled to PTX, and built by a C++ compiler and run thread after thread.
+"""The kernels' source without a GPU: compiled to PTX; and compiled by g++ and run thread after thread.
 
 The threads of the kernels do not speak to one another, so one after the other is as good as at once. What
 runs them on a device is in tests/gpu.
