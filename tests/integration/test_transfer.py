@@ -297,6 +297,20 @@ def held_locks(daemon: DaemonProcess) -> list[str]:
     return os.listdir(daemon.pool_directory / "owners")
 
 
+def test_a_device_that_this_machine_lacks_is_refused_with_the_reason(
+    daemon: DaemonProcess, make_transfer: MakeTransfer
+) -> None:
+    own = make_transfer(daemon)
+    gpu = {"kind": tpb.MEMORY_KIND_CUDA_IPC, "device_uuid": bytes(range(16)), "handle": bytes(64)}
+    handles = [message_of(handle, **gpu) for handle in own.handles()]
+    refused = refusal(lambda: own.stub.RegisterMemory(own.register_request(*handles)))
+    assert refused.reason == "CUDA_IPC_IMPORT"
+    assert refused.metadata["device"] == bytes(range(16)).hex()
+    assert "cupy" in refused.message or "device" in refused.message
+    mixed = [message_of(own.handles()[0]), handles[1]]
+    assert refusal(lambda: own.stub.RegisterMemory(own.register_request(*mixed))).reason == "BAD_REQUEST"
+
+
 def test_memory_is_closed_when_its_session_ends(
     start_daemon: StartDaemon, make_transfer: MakeTransfer
 ) -> None:

@@ -138,7 +138,7 @@ class _Life:
         self._heard = False
         """Whether anything came since somebody last looked."""
         self.has_ended = False
-        self.lock_file = ""
+        self.lock_file = self.problem = ""
         self._reading = asyncio.create_task(self._read_to_the_end())
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -173,7 +173,9 @@ class _Life:
             await asyncio.wait_for(asyncio.shield(life._ready), START_S)
         except (TimeoutError, HelperLost) as error:
             await life.close(0.0)
-            raise HelperLost("it did not start; its last words are in the daemon's stderr") from error
+            raise HelperLost(
+                life.problem or "it did not start; its last words are in the daemon's log"
+            ) from error
         log.info("copy_process", device=device, pid=process.pid, lock=life.lock_file)
         return life
 
@@ -238,8 +240,9 @@ class _Life:
             else:
                 _settle(future, lambda future: future.set_result(None))
         elif isinstance(message, Ready):
-            self.lock_file = message.lock_file
-            self._ready.set_result(None)
+            self.lock_file, self.problem = message.lock_file, message.error
+            if not message.error:
+                self._ready.set_result(None)
 
     async def close(self, timeout_s: float) -> bool:
         with contextlib.suppress(OSError):

@@ -35,6 +35,7 @@ from kvtier_ops.plan import ChunkCopy, PlanError, plan_job
 from kvtier_ops.pool import MappedPool
 from kvtier_ops.slot_table import SlotState, fence
 from kvtier_server.transfer.wire import (
+    HOST_DEVICE,
     LAYOUT,
     LENGTH_BYTES,
     Done,
@@ -268,8 +269,13 @@ def main(arguments: list[str]) -> None:
     lock = OwnerLock.acquire(path.parent)
     channel = socket.socket(fileno=settings["channel"])
     pool = MappedPool.open(path, settings["pool_id"])
-    helper = Helper(channel, pool, _engine(settings["device"], pool))
-    helper.send(Ready(lock.name))
+    try:
+        engine = _engine(settings["device"], pool)
+    except (HandleError, ImportError) as error:
+        channel.sendall(pack(Ready("", str(error))))
+        sys.exit(0)
+    helper = Helper(channel, pool, engine)
+    helper.send(Ready(lock.name, ""))
     stream = channel.makefile("rb")
     try:
         while header := stream.read(LENGTH_BYTES):
@@ -286,9 +292,15 @@ def _end_badly() -> NoReturn:
 
 
 def _engine(device: str, pool: MappedPool) -> CopyEngine:
-    if device == "host":
+    """Make the engine of a device. Raises HandleError, ImportError."""
+    if device == HOST_DEVICE:
         return HostCopyEngine(pool)
-    sys.exit(f"there is no copy engine for device {device}")
+    from kvtier_ops.cuda import CudaCopyEngine  # loads CUDA's libraries, in this process only
+
+    try:
+        return CudaCopyEngine(pool, bytes.fromhex(device))
+    except ImportError as error:
+        raise ImportError(f"{error}; install it: pip install 'kvtier[cuda12]' or 'kvtier[cuda13]'") from error
 
 
 if __name__ == "__main__":

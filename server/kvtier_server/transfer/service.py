@@ -26,12 +26,9 @@ from kvtier_server.core.refused import BadRequest, Refused
 from kvtier_server.core.tiering import Core
 from kvtier_server.rpc import CallScope, ServicerContext
 from kvtier_server.transfer.device_process import DeviceProcess, HelperLost, ImportFailed, failed
-from kvtier_server.transfer.wire import Done, Job, Register
+from kvtier_server.transfer.wire import HOST_DEVICE, Done, Job, Register
 
 SERVICE = "kvtier.v1.TransferService"
-
-HOST_DEVICE = "host"
-"""Device of memory that is no device's: POSIX shared memory."""
 
 MAX_MEMORIES = 8
 """Registrations of one session; an engine has one, or one more while it replaces it."""

@@ -20,6 +20,9 @@ from kvtier_ops.ipc import MemoryHandle, MemoryKind
 LAYOUT = 1
 """Counted up with each change of a message: a helper may be begun after an upgrade, by an older daemon."""
 
+HOST_DEVICE = "host"
+"""Device of memory that is no device's: POSIX shared memory."""
+
 LENGTH_BYTES = 4
 
 
@@ -75,6 +78,8 @@ class Ready(NamedTuple):
     """The helper works. `lock_file`: among the pool's owners, held as long as the pool is mapped."""
 
     lock_file: str
+    error: str
+    """Why it does not; it has ended then."""
 
 
 class Registered(NamedTuple):
