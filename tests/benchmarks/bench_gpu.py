@@ -229,36 +229,38 @@ class Bench:
             self.rows.append(row(name, page_bytes, direction, seconds, reference_s, float(len(directions))))
 
     def _sweep(self) -> None:
-        """Kernel against pitched runs at each size: where they cross, KERNEL_BELOW_BYTES belongs."""
-        kernel, pitched = self._open(FORCED["kernel"]), self._open_beside(FORCED["pitched"])
+        """Kernel against batch and pitched runs: where they cross, KERNEL_BELOW_BYTES belongs."""
+        engine = self._open(None)
         try:
             for page_bytes in SWEPT_PAGES:
-                for way in Direction:
-                    cases = [self._case(engine, page_bytes) for engine in (kernel, pitched)]
-                    times = measure(
-                        lambda way=way, cases=cases: cases[0].run(kernel, way),  # type: ignore[misc]
-                        lambda way=way, cases=cases: cases[1].run(pitched, way),  # type: ignore[misc]
-                        self._rounds,
-                    )
-                    self.rows.append(row("kernel:pitched", page_bytes, way.name.lower(), *times, 1.0))
+                case = self._case(engine, page_bytes)
+                for other in ("batch", "pitched"):
+                    if other == "pitched" or engine._bindings is not None:
+                        for way in Direction:
+                            times = self._by_means(engine, case, way, "kernel", other)
+                            self.rows.append(
+                                row(f"kernel:{other}", page_bytes, way.name.lower(), *times, 1.0)
+                            )
         finally:
-            kernel.close(WAIT_S)
-            pitched.close(WAIT_S)
+            engine.close(WAIT_S)
 
-    def _open_beside(self, means: Means) -> CudaCopyEngine:
-        """Open an engine on memory of its own: a driver registers the same memory only once."""
-        pool: Bytes = np.frombuffer(mmap.mmap(-1, 2 * TOTAL_BYTES), np.uint8)
-        pool[:] = 1
-        engine = CudaCopyEngine(pool, self._handles[0][0].device_uuid, means)
-        if not engine.pinned.wait(WAIT_S):
-            raise RuntimeError(engine.pinned.error)
-        return engine
+    def _by_means(
+        self, engine: CudaCopyEngine, case: Case, way: Direction, *names: str
+    ) -> tuple[float, float]:
+        def run(name: str) -> None:
+            engine._means = FORCED[name]
+            case.run(engine, way)
+
+        return measure(lambda: run(names[0]), lambda: run(names[1]), self._rounds)
 
     def _torch(self) -> None:
         try:
             import torch
         except ImportError as error:
             print(f"torch: {error}")
+            return
+        if not torch.cuda.is_available():
+            print("torch: built without CUDA")
             return
         import cupy
 

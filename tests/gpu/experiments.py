@@ -25,10 +25,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from tests.gpu.device_engine import readable
-from tests.gpu.processes import engine_process, start, why_no_gpu
+from tests.gpu.processes import HERE, engine_process, start, why_no_gpu
 
 MEMORY_BYTES = 1 << 30
 WATCHED_S = 2.0
+HELPER = str(HERE / "device_helper.py")
 PROBE_BYTES = 1 << 20
 """Distance of the places that are watched."""
 
@@ -75,7 +76,7 @@ def kill_engine_in_mid_copy(direction: str) -> Poisoned:
     """Kill the engine while the helper copies, and let the helper go on with 50 jobs."""
     with shared_pool() as (pool, lock, _), engine_process() as engine:
         (handle,) = engine.allocate(MEMORY_BYTES)
-        helper = start("device_helper.py", str(pool), str(lock), direction, json.dumps(readable(handle)))
+        helper = start(HELPER, str(pool), str(lock), direction, json.dumps(readable(handle)))
         try:
             assert helper.stdout is not None
             for _ in range(3):
@@ -106,7 +107,7 @@ def kill_helper_in_mid_copy(rounds: int = 10) -> LateWrites:
         engine.ask("fill", 0xAB)
         probes = memory[::PROBE_BYTES]
         for _ in range(rounds):
-            helper = start("device_helper.py", str(pool), str(lock), "STORE", json.dumps(readable(handle)))
+            helper = start(HELPER, str(pool), str(lock), "STORE", json.dumps(readable(handle)))
             assert helper.stdout is not None
             for _ in range(3):
                 assert json.loads(helper.stdout.readline())["ok"]

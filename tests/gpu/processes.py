@@ -34,15 +34,15 @@ def why_no_gpu() -> str:
     return "" if devices else "no GPU tests: the driver sees no device"
 
 
-def start(script: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start a script of this folder with our packages."""
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start Python with our packages."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "ops"), *sys.path])
     return subprocess.Popen(
-        [sys.executable, str(HERE / script), *arguments],
+        [sys.executable, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **environment},
     )
 
 
@@ -50,7 +50,7 @@ class EngineProcess:
     """An engine with device memory; see device_engine.py."""
 
     def __init__(self) -> None:
-        self.process = start("device_engine.py")
+        self.process = start(str(HERE / "device_engine.py"))
 
     def ask(self, name: str, argument: object) -> Any:
         """Ask and wait for the answer."""

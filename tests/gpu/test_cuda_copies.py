@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from tests.gpu.device_helper import as_blocks
-from tests.gpu.processes import EngineProcess, engine_process, why_no_gpu
+from tests.gpu.processes import EngineProcess, engine_process, start, why_no_gpu
 from tests.ops.copy_jobs import RandomMemory, copy_slowly, random_copies, random_memory
 
 from kvtier_ops.copy_engine import CopyJob, CopyResult
 from kvtier_ops.cuda import CudaCopyEngine
 from kvtier_ops.fragments import CopyRefused, Direction, Means, PlacedCopy
-from kvtier_ops.ipc import EXPORT_FIX, HandleError, MemoryHandle, export_cuda
+from kvtier_ops.ipc import HandleError, MemoryHandle, export_cuda
 from kvtier_ops.layout import GroupLayout, TensorLayout
 from kvtier_ops.plan import ChunkCopy
 
@@ -225,18 +225,31 @@ def test_a_handle_of_a_process_that_was_killed_is_refused(engine: CudaCopyEngine
     assert engine.broken == ""
 
 
-def test_memory_that_cannot_be_exported_is_refused_with_the_fix() -> None:
-    torch = pytest.importorskip("torch")
-    settings = getattr(torch.cuda.memory, "_set_allocator_settings", None)
-    if settings is None:
-        pytest.skip("this torch cannot switch to expandable segments at run time")
-    settings("expandable_segments:True")
-    try:
-        tensor = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
-        with pytest.raises(HandleError, match="expandable_segments:False"):
-            export_cuda(tensor.data_ptr(), 1 << 20, 4096, 256)
-    finally:
-        settings("expandable_segments:False")
+_EXPANDABLE = """
+import torch
+from kvtier_ops.ipc import HandleError, export_cuda
+tensor = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+try:
+    print(export_cuda(tensor.data_ptr(), 1 << 20, 4096, 256))
+except HandleError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("expandable", [True, False])
+def test_expandable_segments_are_refused_with_the_fix_and_torchs_other_memory_is_exported(
+    expandable: bool,
+) -> None:
+    pytest.importorskip("torch")
+    child = start("-c", _EXPANDABLE, PYTORCH_CUDA_ALLOC_CONF=f"expandable_segments:{expandable}")
+    said, _ = child.communicate(timeout=100)
+    if expandable:
+        assert said.startswith("tensor_ptr: CUDA IPC cannot export this memory")
+        assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False" in said
+    else:
+        assert said.startswith("MemoryHandle(kind=<MemoryKind.CUDA_IPC: 1>")
+
+
+def test_host_memory_is_not_exported_as_a_devices() -> None:
     with pytest.raises(HandleError, match=r"^tensor_ptr: "):
         export_cuda(np.empty(4096, np.uint8).ctypes.data, 4096, 4096, 1)
-    assert "sleep mode" in EXPORT_FIX
