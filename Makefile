@@ -11,7 +11,7 @@ MOONCAKE_READY := .venv-mooncake/.ready
 BENCH_DIR := build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-faults test-object test-mooncake test-vllm demo-vllm lint proto bench bench-vllm replay clean
+.PHONY: help venv demo serve test test-faults test-object test-mooncake test-vllm test-gpu demo-vllm lint proto bench bench-vllm bench-gpu replay clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,11 +78,20 @@ $(MOONCAKE_READY): pyproject.toml constraints.txt
 test-mooncake: $(MOONCAKE_READY) ## Run the mooncake tier on a real mooncake_master, in .venv-mooncake
 	@$(MOONCAKE_BIN)/python -m pytest -q -m mooncake tests/mooncake
 
+# With the packages of PYTHON, not of an environment made here: a GPU node brings cupy, cuda-bindings and torch.
+# Elsewhere each test is skipped and says what is missing.
+test-gpu: ## Run the tests that need an NVIDIA GPU, with the two experiments (PYTHON with cupy, cuda-bindings)
+	@$(PYTHON) -m pytest -q -s -m gpu tests/gpu
+
 demo-vllm: $(VLLM_READY) ## Show what kvtier gives a real vLLM: hit rate and TTFT, cold and warm
 	@PYTHONPATH=. $(VLLM_BIN)/python -m tests.vllm.show
 
 bench-vllm: $(VLLM_READY) ## Measure what kvtier costs a real vLLM, in .venv-vllm
 	@PYTHONPATH=. $(VLLM_BIN)/python -m tests.benchmarks.bench_vllm
+
+bench-gpu: ## Measure copies on an NVIDIA GPU against plain ones (PYTHON with cupy, cuda-bindings, torch)
+	@mkdir -p $(BENCH_DIR)
+	@PYTHONPATH=. $(PYTHON) -m tests.benchmarks.bench_gpu --json $(BENCH_DIR)/bench_gpu.json
 
 # All of it even after a failure, so that one run names everything.
 lint: $(READY) ## Check style, format, types, the import rule and the protocol's style
@@ -99,7 +108,7 @@ proto: $(READY) ## Regenerate the Python code of proto/kvtier/v1/*.proto
 
 bench: $(READY) ## Run every benchmark: a table each, and JSON below build/bench
 	@mkdir -p $(BENCH_DIR)
-	@set -e; for bench in $(filter-out %/bench_vllm.py,$(sort $(wildcard tests/benchmarks/bench_*.py))); do \
+	@set -e; for bench in $(filter-out %/bench_vllm.py %/bench_gpu.py,$(sort $(wildcard tests/benchmarks/bench_*.py))); do \
 		name=$$(basename $$bench .py); \
 		PYTHONPATH=. $(BIN)/python -m tests.benchmarks.$$name --json $(BENCH_DIR)/$$name.json; \
 		echo; \

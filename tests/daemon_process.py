@@ -57,6 +57,14 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT
         time.sleep(0.005)
 
 
+def state_of(pid: int) -> str:
+    """State of a process as the kernel names it, T = it has got SIGSTOP, Z = dead; "" where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
 def child_environment(**env: str) -> dict[str, str]:
     """Environment in which our packages and `tests` can be imported, without settings of the person's own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("KVTIER_")}

@@ -31,6 +31,7 @@ from kvtier_client.copy_threads import CopyTask, CopyThreads
 from kvtier_client.jobs import NO_SLOT, CopyFailure, Job, JobId, JobKind, JobResult, LoadJob, StoreJob
 from kvtier_client.listener import ClientListener
 from kvtier_client.reports import ChecksumMismatch, LoadReportItem, StoreReportItem
+from kvtier_client.transfers import Copied, RemoteCopies
 from kvtier_ops.checksum import part_checksum
 from kvtier_ops.faults import fault_point
 from kvtier_ops.host import HostTensors, LoadOutcome, load_part, store_part
@@ -99,7 +100,9 @@ class WorkerShim(ClientListener):
         *,
         verify_loads: VerifyLoads = "always",
         num_threads: int = 2,
+        remote: RemoteCopies | None = None,
     ) -> None:
+        """`remote`: has the daemon copy, where it can."""
         for group, layout in enumerate(layouts):
             if layout.blocks_per_chunk != blocks_per_chunk:
                 raise ValueError(
@@ -115,6 +118,7 @@ class WorkerShim(ClientListener):
         self._verify_every = {"always": 1, "sampled": SAMPLE_EVERY, "off": 0}[verify_loads]
         self._stores = client.facts.num_parts > 1 or client.identity.rank == 0
         self._num_threads = num_threads
+        self._remote = remote
         self._loaded_chunks = count()
         self._session = 0
         self._closed = False
@@ -139,6 +143,7 @@ class WorkerShim(ClientListener):
         one of them held will never be free.
         """
         if self._pid != os.getpid() and self._client.forked:
+            self._remote = None
             self._begin()
 
     # The engine's calls
@@ -182,6 +187,8 @@ class WorkerShim(ClientListener):
         self._notice_fork()
         with self._changed:
             self._closed = True
+        if self._remote is not None:
+            self._remote.end()
         self._fail_queued()
         self._threads.close()
 
@@ -189,6 +196,8 @@ class WorkerShim(ClientListener):
 
     def on_attached(self, session: SessionInfo) -> None:
         """Copy into this session's pool from now on. A running copy keeps the pool that it began with."""
+        if self._remote is not None and session.pool is not None:
+            self._remote.begin(session, session.pool.path.parent)
         with self._changed:
             self._pool = session.pool
             untold = [
@@ -205,6 +214,8 @@ class WorkerShim(ClientListener):
 
     def on_detached(self, reason: str) -> None:
         """Fail what is queued: the daemon may give the slots away now."""
+        if self._remote is not None:
+            self._remote.end()
         with self._changed:
             self._pool = None
             self._session += 1
@@ -235,6 +246,8 @@ class WorkerShim(ClientListener):
                 progress.copies = self._plan(job)
                 if not progress.copies:
                     progress.failures = [CopyFailure.ERROR] * len(job.slot_ids)
+            if pool is not None and progress.copies and self._submit_remote(progress):
+                return
             tasks = [
                 CopyTask(job.job_id, kind, partial(self._run, progress, pool, piece))
                 for piece in self._pieces(progress.copies)
@@ -243,6 +256,20 @@ class WorkerShim(ClientListener):
             progress.tasks_left = len(tasks)
             if tasks and self._queue(tasks):
                 return
+        self._end(progress)
+
+    def _submit_remote(self, progress: _Progress) -> bool:
+        """Have the daemon copy; False where it cannot."""
+        if self._remote is None:
+            return False
+        verify = self._verify_every and next(self._loaded_chunks) % self._verify_every == 0
+        progress.started_at = time.monotonic()
+        return self._remote.submit(
+            progress.job, progress.kind, bool(verify), partial(self._end_remote, progress)
+        )
+
+    def _end_remote(self, progress: _Progress, copied: Copied) -> None:
+        progress.failures, progress.checksums = copied.failures, copied.checksums
         self._end(progress)
 
     def _queue(self, tasks: Sequence[CopyTask]) -> bool:

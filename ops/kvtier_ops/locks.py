@@ -211,6 +211,29 @@ def _lock_copies(directory: Path) -> int:
             return fd
 
 
+def daemon_pid(directory: Path) -> int | None:
+    """Return the pid of the daemon that holds the pool, 0 if it cannot be read, None if there is none.
+
+    A daemon that stops empties its lock file, so the lock is tried only over what a crashed or a living one
+    wrote: a shared lock, held for an instant, on a file whose owner is most likely gone.
+    """
+    try:
+        fd = os.open(directory / DAEMON_LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        text = os.pread(fd, 32, 0).strip()
+        if not text:
+            return None
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(text) if text.isdigit() else 0
+    else:
+        return None
+    finally:
+        os.close(fd)
+
+
 def _read_pid(fd: int) -> int:
     deadline = time.monotonic() + _PID_WAIT_S
     while True:

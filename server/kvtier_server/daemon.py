@@ -71,6 +71,7 @@ from kvtier_server.stats import (
     StatsSnapshot,
 )
 from kvtier_server.tier_health import TierHealth, in_order
+from kvtier_server.transfer.service import TransferService
 from kvtier_server.warm_start import Registry, take_over
 
 log = structlog.get_logger("kvtier.daemon")
@@ -132,7 +133,7 @@ class Daemon:
             self._pool.data_bytes,
             PoolSlots(self._pool),
             policy_class,
-            functools.partial(owner_lock_is_free, self._pool.directory),
+            self._lock_is_free,
             functools.partial(secrets.randbits, 64),
             limits,
             ReuseFilter(config.admission.store_threshold, config.admission.max_tracked),
@@ -144,6 +145,7 @@ class Daemon:
                 *(f"OffloadService/{method}" for method in UNARY_METHODS),
                 "AdminService/GetStatus",
                 "AdminService/Clear",
+                "TransferService/RegisterMemory",
             ],
             limits=config.limit_values(),
             tiers=[common.name for common, _ in config.tiers],
@@ -159,6 +161,9 @@ class Daemon:
             boottime_ns,
             self._registry.write,
         )
+        self._transfers = TransferService(
+            self.core, self._scope, str(self._pool.path), self._pool.pool_id, self._pool.lock_fd
+        )
         self._sessions = Sessions(
             self.core,
             self._scope,
@@ -168,6 +173,7 @@ class Daemon:
             boottime_ns,
             config.limits.session_events,
             self._registry.write,
+            self._transfers.drained,
         )
         self._threads = ThreadPoolExecutor(
             max(1, min(4, (os.cpu_count() or 2) - 1)), thread_name_prefix="kvtier-work"
@@ -176,6 +182,7 @@ class Daemon:
         self._phase = PHASE_STARTING
         self._last_tick_ns = self._start_ns
         self._loop_lag_s = 0.0
+        self._copies_hang = False
         self._settling = False
         self._pumping = False
         self._awaits_probes = False
@@ -218,6 +225,10 @@ class Daemon:
             )
             made.append((tier, rules))
         return made
+
+    def _lock_is_free(self, name: str) -> bool:
+        """Tell whether a process can write no more: it is gone, and nothing is copied for it."""
+        return not self._transfers.is_copying_for(name) and owner_lock_is_free(self._pool.directory, name)
 
     def _on_tier_finished(self) -> None:
         """Have the loop's thread look at what a tier has done. Called by the tiers' threads."""
@@ -277,6 +288,7 @@ class Daemon:
             self._sessions,
             self.snapshot,
             self.core.clearings,
+            self._transfers,
         )
         self._metrics.publish(self.snapshot())  # the first scrape may come before the first tick
         http = self._start_http()
@@ -302,6 +314,7 @@ class Daemon:
             await self._drain(server, health_servicer)
         finally:
             ticks.cancel()
+            self._copies_hang = not await self._transfers.close(TIER_STOP_S)
             await _let_tasks_end()
             self._backing.stop()
             self._threads.shutdown(cancel_futures=True)
@@ -434,6 +447,7 @@ class Daemon:
         if not self._pumping:
             self._pump()
         self._sessions.dispatch()
+        self._transfers.forget_ended()
         self._start_hashes()
         if not self._settling:
             self._settle()
@@ -541,9 +555,10 @@ class Daemon:
     def close(self) -> None:
         """Give back the pool's and the socket's locks. The pool's file stays."""
         ended = [tier.shutdown(TIER_STOP_S) for tier, _ in self._tiers]
-        if not all(ended):
-            # An I/O hangs that may still write into a slot: the locks go with the process, not before.
-            log.warning("tier_hangs", effect="the pool's lock is kept until the process is gone")
+        if not all(ended) or self._copies_hang:
+            # Something hangs that may still write into a slot: the locks go with the process, not before.
+            what = "copies_hang" if all(ended) else "tier_hangs"
+            log.warning(what, effect="the pool's lock is kept until the process is gone")
             return
         self._threads.shutdown(cancel_futures=True)
         self._pool.close()

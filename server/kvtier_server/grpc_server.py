@@ -22,6 +22,8 @@ from kvtier_server.service import OffloadService
 from kvtier_server.sessions import Sessions
 from kvtier_server.socket_lock import StartError
 from kvtier_server.stats import StatsSnapshot
+from kvtier_server.transfer import service as transfer
+from kvtier_server.transfer.service import TransferService
 
 Handlers: TypeAlias = "dict[str, grpc.RpcMethodHandler[bytes, bytes]]"
 
@@ -34,6 +36,7 @@ def build_server(
     sessions: Sessions,
     snapshot: Callable[[], StatsSnapshot],
     clearings: Clearings,
+    transfers: TransferService,
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """Make the server, bound but not started. Raises StartError if the address cannot be had."""
     server = grpc.aio.server(
@@ -46,7 +49,7 @@ def build_server(
     services: dict[str, Handlers] = {
         service.SERVICE: offload.handlers() | {"Attach": sessions.handler()},
         admin.SERVICE: admin.handlers(scope, snapshot, clearings),
-        "kvtier.v1.TransferService": _transfer(scope),
+        transfer.SERVICE: transfers.handlers(),
         "kvtier.v1.EventsService": _events(scope),
     }
     for name, methods in services.items():
@@ -56,18 +59,6 @@ def build_server(
     reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     _bind(server, address)
     return server, health_servicer
-
-
-def _transfer(scope: CallScope) -> Handlers:
-    what = "the CUDA path (TransferService)"
-    return {
-        "RegisterMemory": grpc.unary_unary_rpc_method_handler(
-            scope.unimplemented("TransferService/RegisterMemory", what)
-        ),
-        "Transfer": grpc.stream_stream_rpc_method_handler(
-            scope.unimplemented("TransferService/Transfer", what)
-        ),
-    }
 
 
 def _events(scope: CallScope) -> Handlers:

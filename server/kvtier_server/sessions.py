@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import grpc
 import structlog
@@ -39,7 +39,9 @@ class Sessions:
         clock: Callable[[], int],
         max_events: int,
         on_spaces_changed: Callable[[], None],
+        drained: Callable[[str], Awaitable[None]],
     ) -> None:
+        """`drained` waits until nothing is copied for the process with that lock file, or refuses."""
         self._core = core
         self._scope = scope
         self._metrics = metrics
@@ -48,6 +50,7 @@ class Sessions:
         self._clock = clock
         self._max_events = max_events
         self._on_spaces_changed = on_spaces_changed
+        self._drained = drained
         self._queues: dict[str, asyncio.Queue[pb.AttachResponse | None]] = {}
 
     def handler(self) -> grpc.RpcMethodHandler[bytes, bytes]:
@@ -57,7 +60,9 @@ class Sessions:
     async def _attach(self, raw: bytes, context: ServicerContext) -> None:
         session_id = f"{self._scope.boot_id}-{secrets.token_hex(8)}"
         try:
-            first = self._open(session_id, raw)
+            request = pb.AttachRequest.FromString(raw)
+            await self._drained(request.lock_file)
+            first = self._open(session_id, request)
         except Exception as error:  # noqa: BLE001 every error becomes a status
             refused = self._scope.as_refused(METHOD, error)
             self._metrics.observe_rpc(METHOD, refused.reason, 0.0)
@@ -78,8 +83,7 @@ class Sessions:
             self.dispatch()
             log.info("session_closed", session=session_id)
 
-    def _open(self, session_id: str, raw: bytes) -> pb.AttachResponse:
-        request = pb.AttachRequest.FromString(raw)
+    def _open(self, session_id: str, request: pb.AttachRequest) -> pb.AttachResponse:
         applicant = applicant_of(request)
         session = self._core.attach(session_id, applicant, facts_of(request), self._clock())
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.conftest import MakeEngine, StartDaemon
-from tests.daemon_process import WAIT_S, DaemonProcess, wait_until
+from tests.daemon_process import WAIT_S, DaemonProcess, state_of, wait_until
 from tests.faults.conftest import repeats
 from tests.faults.engine_process import open_pool
 from tests.integration.test_tiers import (
@@ -36,6 +36,7 @@ from tests.integration.test_tiers import (
     wait_for_chunks,
 )
 from tests.raw_engine import PART_BYTES, to_key, to_keys
+from tests.stall import Stall
 
 from kvtier.v1 import admin_pb2
 from kvtier.v1 import offload_pb2 as pb
@@ -62,37 +63,6 @@ KILL_POINTS = (
     "slots.before_published",
     "slots.before_state",
 )
-
-
-class Stall:
-    """Holds every thread of a daemon that passes a fault point, until it is let go."""
-
-    def __init__(self, directory: Path, point: str) -> None:
-        self._pipe = directory / f"stall-{point}"
-        self._fd = -1
-        self.env = {"KVTIER_FAULTS": f"{point}=wait:{self._pipe}"}
-
-    def arm(self) -> None:
-        """From now on whoever passes hangs."""
-        os.mkfifo(self._pipe)
-
-    def wait_until_hung(self) -> None:
-        """Return when a thread hangs."""
-        wait_until(self._is_hung, "a thread comes to the point")
-
-    def _is_hung(self) -> bool:
-        try:
-            self._fd = os.open(self._pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return False
-        return True
-
-    def let_go(self) -> None:
-        """Let them go on, and nobody hang any more."""
-        self._pipe.unlink()
-        os.close(self._fd)
 
 
 def hits(own: Copier, keys: list[bytes], request: str) -> int:
@@ -345,14 +315,6 @@ def io_process(daemon: DaemonProcess) -> int:
     tasks = Path(f"/proc/{daemon.pid}/task").iterdir()
     (child,) = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
     return child
-
-
-def state_of(pid: int) -> str:
-    """State of a process as the kernel names it, T = it has got SIGSTOP, Z = dead; "" where there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return ""
 
 
 def test_a_daemon_that_is_killed_while_it_reads_its_directories_loses_nothing(

@@ -15,7 +15,6 @@ from tests.daemon_process import WAIT_S, DaemonProcess
 from tests.raw_engine import Failure, RawEngine, failure, failure_of, refusal, to_key, to_keys
 
 from kvtier.v1 import offload_pb2 as pb
-from kvtier.v1 import transfer_pb2_grpc
 
 SERVICE = "/kvtier.v1.OffloadService"
 UNARY = ("Describe", "Lookup", "PrepareLoad", "PrepareStore", "Complete", "RenewLeases", "Touch",
@@ -214,7 +213,6 @@ def test_an_unknown_method_is_unimplemented(engine: RawEngine, method: str) -> N
 UNIMPLEMENTED = [
     *(f"AdminService/{name}" for name in ("ListSessions", "ListNamespaces", "ListTenants", "Evict",
                                          "SetQuota", "Drain", "Explain")),
-    "TransferService/RegisterMemory",
 ]  # fmt: skip
 
 
@@ -228,12 +226,6 @@ def test_a_call_that_is_not_built_yet_says_so(engine: RawEngine, method: str) ->
 @pytest.mark.parametrize("method", ["Watch", "Snapshot"])
 def test_a_stream_that_is_not_built_yet_says_so(engine: RawEngine, method: str) -> None:
     failed = refusal(lambda: engine.stream_bytes(f"/kvtier.v1.EventsService/{method}", b""))
-    assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
-
-
-def test_the_stream_of_transfers_is_not_built_yet_and_says_so(engine: RawEngine) -> None:
-    stub = transfer_pb2_grpc.TransferServiceStub(engine.channel)
-    failed = refusal(lambda: list(stub.Transfer(iter([]), timeout=WAIT_S)))
     assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
 
 

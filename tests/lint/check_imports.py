@@ -144,6 +144,22 @@ ROOMS = (
         why="admission is pure",
     ),
     Room(
+        "server/kvtier_server/doctor",
+        ours=(
+            "kvtier",
+            "kvtier_ops",
+            "kvtier_server.__version__",
+            "kvtier_server.address",
+            "kvtier_server.config",
+            "kvtier_server.config_tiers",
+            "kvtier_server.doctor",
+            "kvtier_server.secondary",
+            "kvtier_server.units",
+        ),
+        libraries=("numpy",),
+        why="doctor looks at a daemon from outside, and works where most of its libraries are missing",
+    ),
+    Room(
         "server/kvtier_server/secondary",
         ours=(
             "kvtier_ops",

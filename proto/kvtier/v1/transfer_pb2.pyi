@@ -67,6 +67,42 @@ TRANSFER_DIRECTION_LOAD: TransferDirection.ValueType  # 2
 """Pool to device."""
 Global___TransferDirection: _TypeAlias = TransferDirection  # noqa: Y015
 
+class _TransferFailure:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TransferFailureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TransferFailure.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRANSFER_FAILURE_UNSPECIFIED: _TransferFailure.ValueType  # 0
+    """Never sent."""
+    TRANSFER_FAILURE_NOT_HELD: _TransferFailure.ValueType  # 1
+    """The slot is not the session's: its lease has ended, or it never was."""
+    TRANSFER_FAILURE_TORN: _TransferFailure.ValueType  # 2
+    """The slot was given away before the copy, or during it."""
+    TRANSFER_FAILURE_MISMATCH: _TransferFailure.ValueType  # 3
+    """Its bytes are not the ones that were stored."""
+    TRANSFER_FAILURE_INCOMPLETE: _TransferFailure.ValueType  # 4
+    """Some of its blocks are not named."""
+    TRANSFER_FAILURE_ERROR: _TransferFailure.ValueType  # 5
+    """The copy failed; the message says how."""
+
+class TransferFailure(_TransferFailure, metaclass=_TransferFailureEnumTypeWrapper):
+    """Why a slot was not copied."""
+
+TRANSFER_FAILURE_UNSPECIFIED: TransferFailure.ValueType  # 0
+"""Never sent."""
+TRANSFER_FAILURE_NOT_HELD: TransferFailure.ValueType  # 1
+"""The slot is not the session's: its lease has ended, or it never was."""
+TRANSFER_FAILURE_TORN: TransferFailure.ValueType  # 2
+"""The slot was given away before the copy, or during it."""
+TRANSFER_FAILURE_MISMATCH: TransferFailure.ValueType  # 3
+"""Its bytes are not the ones that were stored."""
+TRANSFER_FAILURE_INCOMPLETE: TransferFailure.ValueType  # 4
+"""Some of its blocks are not named."""
+TRANSFER_FAILURE_ERROR: TransferFailure.ValueType  # 5
+"""The copy failed; the message says how."""
+Global___TransferFailure: _TypeAlias = TransferFailure  # noqa: Y015
+
 @_typing.final
 class MemoryHandle(_message.Message):
     """One tensor of device memory, typed and never pickled."""
@@ -183,19 +219,25 @@ class RegisterMemoryResponse(_message.Message):
 
     BOOT_ID_FIELD_NUMBER: _builtins.int
     MEMORY_ID_FIELD_NUMBER: _builtins.int
+    LOCK_FILE_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.str
     """Boot of the daemon that answers."""
     memory_id: _builtins.int
     """Names the registration in Transfer."""
+    lock_file: _builtins.str
+    """Lock file of the process that copies, like AttachRequest.lock_file: who has lost the stream during a load
+    may not use its blocks before this lock is free, or a new session is attached.
+    """
     def __init__(
         self,
         *,
         boot_id: _builtins.str = ...,
         memory_id: _builtins.int = ...,
+        lock_file: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "memory_id", b"memory_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "lock_file", b"lock_file", "memory_id", b"memory_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -219,6 +261,8 @@ class TransferRequest(_message.Message):
     GENERATIONS_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     WAIT_VALUE_FIELD_NUMBER: _builtins.int
+    GROUP_SLOTS_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The worker's session."""
     job_id: _builtins.int
@@ -231,6 +275,8 @@ class TransferRequest(_message.Message):
     """Lease that covers the slots."""
     wait_value: _builtins.int
     """Value the engine's event or timeline reaches when its compute is done."""
+    verify: _builtins.bool
+    """Of a load: compare what is loaded with the checksums that were recorded."""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Device blocks, group-major."""
@@ -241,7 +287,9 @@ class TransferRequest(_message.Message):
 
     @_builtins.property
     def block_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Per group, index in the request of the group's first block."""
+        """Per group, index in the request of the group's first block. A load begins and ends inside a chunk where
+        these do; of a store only whole chunks are copied, and each group's last block ends its last chunk.
+        """
 
     @_builtins.property
     def slot_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -254,6 +302,10 @@ class TransferRequest(_message.Message):
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Their keys."""
+
+    @_builtins.property
+    def group_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Per group, the slots it takes, from an engine that leaves out blocks; empty: as its blocks fill."""
 
     def __init__(
         self,
@@ -270,10 +322,12 @@ class TransferRequest(_message.Message):
         generations: _abc.Iterable[_builtins.int] | None = ...,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
         wait_value: _builtins.int = ...,
+        group_slots: _abc.Iterable[_builtins.int] | None = ...,
+        verify: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "block_indices", b"block_indices", "direction", b"direction", "generations", b"generations", "group_sizes", b"group_sizes", "job_id", b"job_id", "keys", b"keys", "lease_id", b"lease_id", "memory_id", b"memory_id", "session_id", b"session_id", "slot_ids", b"slot_ids", "wait_value", b"wait_value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "block_indices", b"block_indices", "direction", b"direction", "generations", b"generations", "group_sizes", b"group_sizes", "group_slots", b"group_slots", "job_id", b"job_id", "keys", b"keys", "lease_id", b"lease_id", "memory_id", b"memory_id", "session_id", b"session_id", "slot_ids", b"slot_ids", "verify", b"verify", "wait_value", b"wait_value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -288,6 +342,8 @@ class TransferResponse(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     OK_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
@@ -305,19 +361,31 @@ class TransferResponse(_message.Message):
     def failed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indexes of slots that failed."""
 
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedScalarFieldContainer[Global___TransferFailure.ValueType]:
+        """Why, one for each of `failed`."""
+
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One per slot: of a store xxh3-64 of the part that was written, for its report; of a load that does not
+        match, what was found; else 0.
+        """
+
     def __init__(
         self,
         *,
         job_id: _builtins.int = ...,
         ok: _builtins.bool = ...,
         failed: _abc.Iterable[_builtins.int] | None = ...,
+        failures: _abc.Iterable[Global___TransferFailure.ValueType] | None = ...,
+        checksums: _abc.Iterable[_builtins.int] | None = ...,
         message: _builtins.str = ...,
         bytes: _builtins.int = ...,
         seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "failed", b"failed", "job_id", b"job_id", "message", b"message", "ok", b"ok", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "checksums", b"checksums", "failed", b"failed", "failures", b"failures", "job_id", b"job_id", "message", b"message", "ok", b"ok", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

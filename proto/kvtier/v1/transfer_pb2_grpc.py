@@ -61,8 +61,10 @@ class TransferServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Transfer(self, request_iterator, context):
-        """Runs copies. Jobs are answered in any order, each exactly once. The end of the stream ends the jobs that
-        have not begun. Errors of the stream: SESSION_UNKNOWN; errors of a job are in its response.
+        """Runs copies; one stream a session. Jobs are answered in any order, each exactly once. A store is published,
+        and a load ended, by Complete, as where the engine copies itself. At the end of the stream jobs may still
+        run: the session's slots, and a successor of the session, wait for their end.
+        Errors of the stream: SESSION_UNKNOWN; errors of a job are in its response.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from kvtier_server import __version__
-from kvtier_server.cli import admin, demo, health, pool, serve, status, verify, version
+from kvtier_server.cli import admin, demo, doctor, health, pool, serve, status, verify, version
 from kvtier_server.cli.failure import Failure
 
 COMMANDS: dict[str, ModuleType] = {
     "serve": serve,
     "status": status,
     "health": health,
+    "doctor": doctor,
     "pool": pool,
     "verify": verify,
     "admin": admin,

@@ -82,7 +82,8 @@ def _print_contents(contents: PoolContents) -> None:
 
 
 def _remove(directory: Path, args: argparse.Namespace) -> int:
-    from kvtier_server.cli.pool_file import daemon_pid, remove_pool
+    from kvtier_ops.locks import daemon_pid
+    from kvtier_server.cli.pool_file import remove_pool
 
     if not directory.exists():
         print(f"kvtier: nothing to remove: there is no {directory}", file=sys.stderr)

@@ -6,7 +6,6 @@ Owns no format: that is kvtier_ops'. Takes no lock that a starting daemon could 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from kvtier_ops.header import (
     read_header,
 )
 from kvtier_ops.layout import SLOT_UNIT_BYTES
-from kvtier_ops.locks import DAEMON_LOCK_FILE, OWNERS_DIRECTORY
+from kvtier_ops.locks import OWNERS_DIRECTORY, daemon_pid
 from kvtier_ops.pool import MappedPool, Pool
 from kvtier_ops.slot_table import SlotTable
 
@@ -120,29 +119,6 @@ def _count_owner_locks(directory: Path) -> int:
         return len(os.listdir(directory / OWNERS_DIRECTORY))
     except FileNotFoundError:
         return 0
-
-
-def daemon_pid(directory: Path) -> int | None:
-    """Return the pid of the daemon that holds the pool, 0 if it cannot be read, None if there is none.
-
-    A daemon that stops empties its lock file, so the lock is tried only over what a crashed or a living one
-    wrote: a shared lock, held for an instant, on a file whose owner is most likely gone.
-    """
-    try:
-        fd = os.open(directory / DAEMON_LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        text = os.pread(fd, 32, 0).strip()
-        if not text:
-            return None
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(text) if text.isdigit() else 0
-    else:
-        return None
-    finally:
-        os.close(fd)
 
 
 def remove_pool(directory: Path) -> int:

@@ -25,6 +25,7 @@ from kvtier_server.core.lookups import Lookups
 from kvtier_server.core.lower_tiers import CascadeWhen, ChunkShape, TierRules
 from kvtier_server.core.namespaces import Geometry, Namespace
 from kvtier_server.core.refused import BadRequest, Draining, Refused
+from kvtier_server.core.transfers import Transfers
 from kvtier_server.policies.base import CachePolicy
 from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.primary.size_classes import SizeClass, SlotTable
@@ -69,6 +70,7 @@ class Core:
         self.lookups = Lookups(self.books, self.below)
         self.grants = Grants(self.books)
         self.completions = Completions(self.books, self.below)
+        self.transfers = Transfers(self.books)
         self._endings = Endings(self.books, self._forget_unused)
         self.namespaces: dict[str, Namespace] = {}
         self.clearings = Clearings(self.books, self.below, self.namespaces, self._forget_unused)

@@ -1,0 +1,187 @@
+"""A worker whose copies the daemon makes: the client's half, against a real daemon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tests.benchmarks.block_client import BlockClient, chunk_key
+from tests.conftest import StartDaemon
+from tests.daemon_process import DaemonProcess, state_of, wait_until
+from tests.integration.test_transfer import helper_pid
+from tests.stall import Stall
+
+from kvtier_client.context import ReqContext
+from kvtier_client.jobs import JobId, JobResult, LoadJob, StoreJob
+from kvtier_client.transfers import RemoteCopies
+from kvtier_client.worker import WorkerShim
+from kvtier_ops.host import HostTensors
+from kvtier_ops.ipc import SharedAllocation, export_shared
+from kvtier_ops.layout import GroupLayout, TensorLayout
+
+PAGE_BYTES = 4096
+NUM_BLOCKS = 32
+POOL_BYTES = 256 * PAGE_BYTES
+
+
+class RemoteRank(BlockClient):
+    """Both sessions of an engine of one rank, with 32 blocks of shared memory as its device."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address, PAGE_BYTES)
+        self.memory = SharedAllocation(NUM_BLOCKS * PAGE_BYTES)
+        self.blocks = self.memory.data.reshape(NUM_BLOCKS, PAGE_BYTES)
+        handle = export_shared(self.memory, 0, NUM_BLOCKS * PAGE_BYTES, PAGE_BYTES, NUM_BLOCKS)
+        self.remote = RemoteCopies(address, [[handle]])
+        layout = GroupLayout((TensorLayout("rows", PAGE_BYTES),), 1)
+        self.shim = WorkerShim(self.worker, HostTensors([[self.blocks]]), [layout], 1, 0, remote=self.remote)
+        self._job_ids = iter(range(1, 1_000))
+
+    def store(self, numbers: range, block_ids: list[int]) -> JobId:
+        """Begin to store blocks as chunks."""
+        keys = [chunk_key(number) for number in numbers]
+        grant = self.scheduler.prepare_store(ReqContext(f"store-{numbers.start}", None), keys)
+        assert len(grant.slot_ids) == len(keys), grant.reason
+        job_id = JobId(next(self._job_ids))
+        self.shim.submit_store(
+            StoreJob(
+                job_id,
+                self.pool.pool_id,
+                tuple(grant.slot_ids),
+                tuple(grant.generations),
+                tuple(keys),
+                tuple(block_ids),
+                (len(block_ids),),
+                (0,),
+            )
+        )
+        return job_id
+
+    def load(self, numbers: range, block_ids: list[int]) -> JobId:
+        """Begin to load chunks into blocks."""
+        keys = [chunk_key(number) for number in numbers]
+        answer = self.scheduler.lookup(ReqContext(f"load-{numbers.start}", None), keys)
+        assert len(answer.slot_ids) == len(keys), answer
+        job_id = JobId(next(self._job_ids))
+        lease_id = self.scheduler.new_lease_id()
+        self.scheduler.start_load(answer.lease_id, lease_id, answer.slot_ids)
+        self.scheduler.flush()
+        self.shim.submit_load(
+            LoadJob(
+                job_id,
+                self.pool.pool_id,
+                tuple(answer.slot_ids),
+                tuple(answer.generations),
+                tuple(keys),
+                tuple(block_ids),
+                (len(block_ids),),
+                (0,),
+                lease_id,
+            )
+        )
+        return job_id
+
+    def result(self, job_id: JobId) -> JobResult:
+        """Wait for the end of a job."""
+        results: list[JobResult] = []
+
+        def is_there() -> bool:
+            results.extend(result for result in self.shim.get_finished() if result.job_id == job_id)
+            return bool(results)
+
+        wait_until(is_there, "the job ends")
+        return results[0]
+
+    def store_all(self, numbers: range, block_ids: list[int]) -> None:
+        """Store, and wait until the chunks can be found."""
+        assert self.result(self.store(numbers, block_ids)).ok
+        self.flush()
+
+
+@contextmanager
+def remote_rank(daemon: DaemonProcess) -> Iterator[RemoteRank]:
+    rank = RemoteRank(daemon.address)
+    try:
+        with rank:
+            yield rank
+        rank.shim.close()
+    finally:
+        rank.memory.close()
+
+
+def test_a_worker_stores_and_loads_without_touching_the_pool_itself(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    with remote_rank(daemon) as rank:
+        rank.blocks[:8] = np.random.default_rng(1).integers(0, 256, (8, PAGE_BYTES), np.uint8)
+        rank.store_all(range(8), list(range(8)))
+        result = rank.result(rank.load(range(8), list(range(16, 24))))
+        assert result.ok
+        assert result.bytes == 8 * PAGE_BYTES
+        assert np.array_equal(rank.blocks[16:24], rank.blocks[:8])
+        assert rank.memory.name in Path(f"/proc/{helper_pid(daemon)}/maps").read_text()
+        assert not any(thread.name.startswith("kvtier-copy") for thread in threading.enumerate())
+
+
+def test_a_load_that_the_daemon_dies_over_fails_when_nothing_can_arrive_any_more(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    stall = Stall(tmp_path, "helper.before_job")
+    daemon = start_daemon(pool_bytes=POOL_BYTES, env=stall.env)
+    with remote_rank(daemon) as rank:
+        rank.store_all(range(4), [0, 1, 2, 3])
+        helper = helper_pid(daemon)
+        stall.arm()
+        job_id = rank.load(range(4), [8, 9, 10, 11])
+        stall.wait_until_hung()
+        daemon.kill()
+        wait_until(lambda: not rank.worker.attached, "the session has ended")
+        # The helper stands still with the engine's memory open: the job must not end.
+        assert state_of(helper) != ""
+        assert rank.shim.get_finished() == []
+        stall.let_go()
+        result = rank.result(job_id)
+        assert not result.ok
+        assert state_of(helper) in ("", "Z"), "it is gone"
+        daemon.start()
+        rank.wait_attached()
+        rank.store_all(range(20, 24), [0, 1, 2, 3])
+        assert rank.result(rank.load(range(20, 24), [4, 5, 6, 7])).ok
+
+
+def test_a_helper_that_dies_fails_its_loads_and_the_next_ones_succeed(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    stall = Stall(tmp_path, "helper.before_job")
+    daemon = start_daemon(pool_bytes=POOL_BYTES, env=stall.env)
+    with remote_rank(daemon) as rank:
+        rank.store_all(range(4), [0, 1, 2, 3])
+        helper = helper_pid(daemon)
+        stall.arm()
+        job_id = rank.load(range(4), [8, 9, 10, 11])
+        stall.wait_until_hung()
+        os.kill(helper, signal.SIGKILL)
+        assert not rank.result(job_id).ok
+        stall.let_go()
+        assert rank.result(rank.load(range(4), [8, 9, 10, 11])).ok
+        assert np.array_equal(rank.blocks[8:12], rank.blocks[:4])
+
+
+def test_memory_that_the_daemon_cannot_open_is_copied_by_the_worker_and_said_aloud(
+    start_daemon: StartDaemon,
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    rank = RemoteRank(daemon.address)
+    rank.memory.close()  # its name is gone; the engine's own mapping is not
+    with rank:
+        wait_until(lambda: bool(rank.remote.problem), "the daemon says why it cannot copy")
+        assert "cannot be opened" in rank.remote.problem
+        rank.blocks[:4] = 7
+        rank.store_all(range(4), [0, 1, 2, 3])
+        assert rank.result(rank.load(range(4), [8, 9, 10, 11])).ok
+        assert np.array_equal(rank.blocks[8:12], rank.blocks[:4])
+    rank.shim.close()
