@@ -37,7 +37,7 @@ serve: $(READY) ## Run the daemon in the foreground with its defaults
 	@$(BIN)/kvtier serve
 
 test: $(READY) ## Run the tests, without faults and slow ones (under 5 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not faults and not slow and not object and not mooncake"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not faults and not slow and not object and not mooncake and not gpu"
 
 # One worker: a test that kills, fills or corrupts something has the machine for itself.
 test-faults: $(READY) ## Run the tests that kill, fill, corrupt or cut something real

@@ -1,10 +1,11 @@
 """Where a chunk's file lies below the root, and which chunk a file's place says it is.
 
     <root>/kvtier-1/<space>/space.json      what the directory is for, for people and for a new index
-    <root>/kvtier-1/<space>/<3 digits>/<key>.chunk
-    <root>/kvtier-1/<space>/<3 digits>/tmp-...      being written
+    <root>/kvtier-1/<space>/<2 digits>/<key>.chunk
+    <root>/kvtier-1/<space>/<2 digits>/tmp-...      being written
 
-The three digits spread a space over 4,096 directories. Names of spaces and keys are `chunk_names.py`'s. Opens
+The two hex digits spread a space over 256 directories: with 4,096 a small tier made one for nearly every
+file, and stored a fifth slower. Names of spaces and keys are `chunk_names.py`'s. Opens
 directories, and keeps none open.
 """
 
@@ -34,7 +35,7 @@ def temporary_name(token: str) -> str:
 
 def spread_directory(key: bytes) -> str:
     """Name the directory that a key's file is in."""
-    return f"{xxhash.xxh3_64_intdigest(key) & 0xFFF:03x}"
+    return f"{xxhash.xxh3_64_intdigest(key) & 0xFF:02x}"
 
 
 class Places:
