@@ -320,6 +320,12 @@ class OffloadClient:
         wire_id = wire_request_id(req_id)
         self._sender.add(lambda link: link.finish(wire_id))
 
+    def reattach(self, reason: str) -> None:
+        """Give the session up and open the next one, in the background."""
+        link = self._gate.link
+        if link is not None and not self._gate.forked:
+            self._gate.lose(link, reason)
+
     def flush(self) -> None:
         """Send what is queued in one call, now or when the one in flight is answered. Never waits."""
         self._sender.flush()

@@ -79,6 +79,9 @@ class RemoteCopies:
         ]
         self._stream: _Stream | None = None
         self._last: _Stream | None = None
+        self.on_broken: Callable[[str], None] = lambda reason: None
+        """Told when the stream breaks of a session that is still open: only the next session tells when
+        nothing is copied for it any more."""
         self.problem = ""
         """Why the daemon cannot copy for this engine; "" where it can, or that is not known yet."""
 
@@ -153,6 +156,8 @@ class _Stream:
             stub = transfer_pb2_grpc.TransferServiceStub(channel)
             if self._register(stub):
                 self._read(stub)
+                if self._open:
+                    self._owner.on_broken("the stream of copies has ended")
         except Exception:
             logger.exception("the stream of copies failed; the engine computes instead")
         finally:

@@ -122,6 +122,8 @@ class WorkerShim(ClientListener):
         self._loaded_chunks = count()
         self._session = 0
         self._closed = False
+        if remote is not None:
+            remote.on_broken = client.reattach
         self._begin()
         client.listener = self
         if client.session is not None:

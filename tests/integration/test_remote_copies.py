@@ -171,6 +171,20 @@ def test_a_helper_that_dies_fails_its_loads_and_the_next_ones_succeed(
         assert np.array_equal(rank.blocks[8:12], rank.blocks[:4])
 
 
+def test_a_stream_that_the_daemon_ends_costs_its_jobs_and_a_session(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    with remote_rank(daemon) as rank:
+        rank.store_all(range(4), [0, 1, 2, 3])
+        stream = rank.remote._stream
+        assert stream is not None
+        stream._memory_id = 12_345  # not this session's: the daemon ends the stream over it
+        assert not rank.result(rank.load(range(4), [8, 9, 10, 11])).ok
+        wait_until(lambda: rank.remote._stream is not stream and rank.scheduler.ready, "the next session")
+        rank.wait_attached()
+        assert rank.result(rank.load(range(4), [8, 9, 10, 11])).ok
+        assert np.array_equal(rank.blocks[8:12], rank.blocks[:4])
+
+
 def test_memory_that_the_daemon_cannot_open_is_copied_by_the_worker_and_said_aloud(
     start_daemon: StartDaemon,
 ) -> None:
