@@ -320,10 +320,10 @@ class OffloadClient:
         wire_id = wire_request_id(req_id)
         self._sender.add(lambda link: link.finish(wire_id))
 
-    def reattach(self, reason: str) -> None:
-        """Give the session up and open the next one, in the background."""
+    def reattach(self, session_id: str, reason: str) -> None:
+        """Give a session up, if it is the open one, and open the next, in the background."""
         link = self._gate.link
-        if link is not None and not self._gate.forked:
+        if link is not None and link.session_id == session_id and not self._gate.forked:
             self._gate.lose(link, reason)
 
     def flush(self) -> None:

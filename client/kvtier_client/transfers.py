@@ -79,17 +79,17 @@ class RemoteCopies:
         ]
         self._stream: _Stream | None = None
         self._last: _Stream | None = None
-        self.on_broken: Callable[[str], None] = lambda reason: None
+        self.on_broken: Callable[[str, str], None] = lambda session_id, reason: None
         """Told when the stream breaks of a session that is still open: only the next session tells when
         nothing is copied for it any more."""
         self.problem = ""
         """Why the daemon cannot copy for this engine; "" where it can, or that is not known yet."""
 
     def begin(self, session: SessionInfo, pool_directory: Path) -> None:
-        """Register in a session that has opened, in the background; jobs may be submitted at once."""
+        """Register in a session that has opened, in the background; until then no job is taken."""
         self.end()
-        if self._last is not None:
-            self._last.release()
+        if self._last is not None and self._last.boot_id == session.boot_id:
+            self._last.release()  # another daemon knows nothing of what this one's copied
         self._stream = self._last = _Stream(self, self._target, self._groups, session, pool_directory)
 
     def end(self) -> None:
@@ -97,6 +97,11 @@ class RemoteCopies:
         if self._stream is not None:
             self._stream.take_no_more()
             self._stream = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the daemon copies now."""
+        return self._stream is not None and self._stream.ready
 
     def submit(self, job: Job, kind: JobKind, verify: bool, done: DoneListener) -> bool:
         """Have a job copied; False if that cannot be, and nothing was taken."""
@@ -119,6 +124,7 @@ class _Stream:
         self._target = target
         self._groups = groups
         self._session_id = session.session_id
+        self.boot_id = session.boot_id
         self._pool_directory = pool_directory
         self._lock = threading.Lock()
         self._open = True
@@ -134,12 +140,16 @@ class _Stream:
 
     def submit(self, job: Job, kind: JobKind, verify: bool, done: DoneListener) -> bool:
         with self._lock:
-            if not self._open:
+            if not self._open or not self._memory_id:
                 return False
             self._last_id += 1
             self._sent[self._last_id] = _Sent(job, done)
             self._outbox.put(_request_of(job, kind, verify, self._last_id))
         return True
+
+    @property
+    def ready(self) -> bool:
+        return self._open and bool(self._memory_id)
 
     def take_no_more(self) -> None:
         with self._lock:
@@ -156,11 +166,11 @@ class _Stream:
             stub = transfer_pb2_grpc.TransferServiceStub(channel)
             if self._register(stub):
                 self._read(stub)
-                if self._open:
-                    self._owner.on_broken("the stream of copies has ended")
         except Exception:
             logger.exception("the stream of copies failed; the engine computes instead")
         finally:
+            if self.ready:
+                self._owner.on_broken(self._session_id, "the stream of copies has ended")
             self.take_no_more()
             channel.close()
             self._fail_the_rest()
@@ -186,7 +196,7 @@ class _Stream:
                 with self._lock:
                     sent = self._sent.pop(answer.job_id, None)
                 if sent is not None:
-                    sent.done(_copied(sent.job, answer))
+                    sent.done(_copied(sent.job, answer))  # raises nothing: a job must end
             self._waits = False
         except grpc.RpcError as error:
             failure = read_failure(error)
@@ -250,10 +260,16 @@ def _request_of(job: Job, kind: JobKind, verify: bool, job_id: int) -> transfer_
 
 
 def _copied(job: Job, answer: transfer_pb2.TransferResponse) -> Copied:
-    failures: list[CopyFailure | None] = [None] * len(job.slot_ids)
+    count = len(job.slot_ids)
+    failures: list[CopyFailure | None] = [None] * count
+    checksums = list(answer.checksums)
+    if len(answer.failed) != len(answer.failures) or len(checksums) != count:
+        logger.error("job %d: the daemon's answer contradicts itself", job.job_id)
+        return Copied([CopyFailure.ERROR] * count, [0] * count)
     for index, why in zip(answer.failed, answer.failures, strict=True):
-        missing = job.slot_ids[index] == NO_SLOT
-        failures[index] = CopyFailure.NOT_PINNED if missing else _FAILURES.get(why, CopyFailure.ERROR)
+        if index < count:
+            missing = job.slot_ids[index] == NO_SLOT
+            failures[index] = CopyFailure.NOT_PINNED if missing else _FAILURES.get(why, CopyFailure.ERROR)
     if answer.message:
         logger.warning("job %d was not copied by the daemon: %s", job.job_id, answer.message)
-    return Copied(failures, list(answer.checksums))
+    return Copied(failures, checksums)

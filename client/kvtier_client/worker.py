@@ -176,7 +176,8 @@ class WorkerShim(ClientListener):
 
         Has no bound, because who waits is about to give the blocks away and a copy may still use them. It
         ends all the same: a job ends with its last task, whatever that raises, a task is a copy in memory,
-        and the threads that take tasks outlive every error.
+        and the threads that take tasks outlive every error. A copy that the daemon makes ends with its
+        answer, or with the daemon.
         """
         self._notice_fork()
         wanted = frozenset(job_ids)
@@ -264,11 +265,12 @@ class WorkerShim(ClientListener):
         """Have the daemon copy; False where it cannot."""
         if self._remote is None:
             return False
-        verify = self._verify_every and next(self._loaded_chunks) % self._verify_every == 0
+        verify = False
+        if progress.kind is JobKind.LOAD and self._verify_every:
+            loaded = [next(self._loaded_chunks) for _ in progress.copies]
+            verify = any(number % self._verify_every == 0 for number in loaded)
         progress.started_at = time.monotonic()
-        return self._remote.submit(
-            progress.job, progress.kind, bool(verify), partial(self._end_remote, progress)
-        )
+        return self._remote.submit(progress.job, progress.kind, verify, partial(self._end_remote, progress))
 
     def _end_remote(self, progress: _Progress, copied: Copied) -> None:
         progress.failures, progress.checksums = copied.failures, copied.checksums

@@ -40,7 +40,7 @@ MAX_TENSORS = 1024
 """Tensors of one registration, all groups together: each is compared with every other of its group."""
 
 MAX_COMPARED_BLOCKS = 1 << 24
-"""How many blocks one comparison of two tensors of different strides looks at: a third of a second."""
+"""How many blocks the comparisons of tensors of different strides look at: a third of a second."""
 
 _SHARED_NAME = re.compile(rb"kvtier-mem-[0-9a-f]{32}")
 _COMPARED_AT_ONCE = 1 << 18
@@ -163,18 +163,36 @@ def check_registration(groups: Sequence[Sequence[tuple[MemoryHandle, int]]]) -> 
 def find_overlap(tensors: Sequence[tuple[MemoryHandle, int]]) -> tuple[int, int] | None:
     """Return the places of two tensors of (handle, page bytes) that share a byte, or None.
 
-    The handles have passed `check`. Raises HandleError where two tensors of different strides have too many
-    blocks to compare.
+    The handles have passed `check`. Raises HandleError where tensors of different strides, one among the
+    other's pages, have too many blocks to compare, all pairs together.
     """
+    compared = 0
     by_allocation: dict[tuple[MemoryKind, bytes, bytes], list[int]] = {}
     for index, (handle, _) in enumerate(tensors):
         by_allocation.setdefault(handle.allocation, []).append(index)
     for indexes in by_allocation.values():
         for place, second in enumerate(indexes):
             for first in indexes[:place]:
+                compared += _blocks_to_compare(*tensors[first], *tensors[second])
+                if compared > MAX_COMPARED_BLOCKS:
+                    raise HandleError(
+                        f"num_blocks: tensors of different strides share an allocation, and more than "
+                        f"{MAX_COMPARED_BLOCKS} blocks would have to be compared"
+                    )
                 if _pages_overlap(*tensors[first], *tensors[second]):
                     return first, second
     return None
+
+
+def _blocks_to_compare(first: MemoryHandle, first_page: int, second: MemoryHandle, second_page: int) -> int:
+    """Return how many blocks have to be looked at to tell whether two tensors share a byte."""
+    if first.block_stride_bytes == second.block_stride_bytes:
+        return 0
+    end = first.offset_bytes + (first.num_blocks - 1) * first.block_stride_bytes + first_page
+    other_end = second.offset_bytes + (second.num_blocks - 1) * second.block_stride_bytes + second_page
+    if end <= second.offset_bytes or other_end <= first.offset_bytes:
+        return 0
+    return min(first.num_blocks, second.num_blocks)
 
 
 def _pages_overlap(first: MemoryHandle, first_page: int, second: MemoryHandle, second_page: int) -> bool:
@@ -198,11 +216,6 @@ def _pages_overlap(first: MemoryHandle, first_page: int, second: MemoryHandle, s
 
 def _compare_blocks(few: MemoryHandle, few_page: int, many: MemoryHandle, many_page: int) -> bool:
     """Look at each page of `few`, and at the one or two pages of `many` around it."""
-    if few.num_blocks > MAX_COMPARED_BLOCKS:
-        raise HandleError(
-            f"num_blocks: two tensors of different strides in one allocation have more than "
-            f"{MAX_COMPARED_BLOCKS} blocks each; that they do not overlap cannot be checked"
-        )
     for first in range(0, few.num_blocks, _COMPARED_AT_ONCE):
         blocks = np.arange(first, min(first + _COMPARED_AT_ONCE, few.num_blocks), dtype=np.int64)
         starts = few.offset_bytes - many.offset_bytes + blocks * few.block_stride_bytes

@@ -65,6 +65,11 @@ class OwnerLock:
         self.name = name
         """What to tell the daemon in Attach."""
 
+    @property
+    def fd(self) -> int:
+        """The locked file; a process that inherits it holds the lock too, until both have let go."""
+        return self._fd
+
     @classmethod
     def acquire(cls, directory: Path) -> OwnerLock:
         """Create `<directory>/owners/<random hex>` (0600) and lock it. Raises PoolDirectoryError, OSError."""

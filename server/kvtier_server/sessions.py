@@ -62,6 +62,8 @@ class Sessions:
         try:
             request = pb.AttachRequest.FromString(raw)
             await self._drained(request.lock_file)
+            if context.cancelled():
+                return  # its client is gone
             first = self._open(session_id, request)
         except Exception as error:  # noqa: BLE001 every error becomes a status
             refused = self._scope.as_refused(METHOD, error)

@@ -108,6 +108,7 @@ def remote_rank(daemon: DaemonProcess) -> Iterator[RemoteRank]:
     rank = RemoteRank(daemon.address)
     try:
         with rank:
+            wait_until(lambda: rank.remote.ready, "the daemon copies for it")
             yield rank
         rank.shim.close()
     finally:
@@ -149,6 +150,7 @@ def test_a_load_that_the_daemon_dies_over_fails_when_nothing_can_arrive_any_more
         assert state_of(helper) in ("", "Z"), "it is gone"
         daemon.start()
         rank.wait_attached()
+        wait_until(lambda: rank.remote.ready, "the new daemon copies for it")
         rank.store_all(range(20, 24), [0, 1, 2, 3])
         assert rank.result(rank.load(range(20, 24), [4, 5, 6, 7])).ok
 
@@ -181,8 +183,33 @@ def test_a_stream_that_the_daemon_ends_costs_its_jobs_and_a_session(start_daemon
         assert not rank.result(rank.load(range(4), [8, 9, 10, 11])).ok
         wait_until(lambda: rank.remote._stream is not stream and rank.scheduler.ready, "the next session")
         rank.wait_attached()
+        wait_until(lambda: rank.remote.ready, "the daemon copies again")
         assert rank.result(rank.load(range(4), [8, 9, 10, 11])).ok
         assert np.array_equal(rank.blocks[8:12], rank.blocks[:4])
+
+
+def test_a_job_does_not_end_before_the_second_helper_of_its_session_either(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    stall = Stall(tmp_path, "helper.before_job")
+    daemon = start_daemon(pool_bytes=POOL_BYTES, env=stall.env)
+    with remote_rank(daemon) as rank:
+        rank.store_all(range(4), [0, 1, 2, 3])
+        first = helper_pid(daemon)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: state_of(first) == "", "the first one is gone")
+        assert rank.result(rank.load(range(4), [4, 5, 6, 7])).ok
+        second = helper_pid(daemon)
+        stall.arm()
+        job_id = rank.load(range(4), [8, 9, 10, 11])
+        stall.wait_until_hung()
+        daemon.kill()
+        wait_until(lambda: not rank.worker.attached, "the session has ended")
+        assert state_of(second) != ""
+        assert rank.shim.get_finished() == []
+        stall.let_go()
+        assert not rank.result(job_id).ok
+        assert state_of(second) in ("", "Z"), "it is gone"
 
 
 def test_memory_that_the_daemon_cannot_open_is_copied_by_the_worker_and_said_aloud(

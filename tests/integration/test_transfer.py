@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 from tests.conftest import MakeEngine, StartDaemon
-from tests.daemon_process import DaemonProcess, child_environment, wait_until
+from tests.daemon_process import DaemonProcess, child_environment, state_of, wait_until
 from tests.faults.engine_process import open_pool
 from tests.integration.transfer_engine import (
     LOAD,
@@ -152,6 +152,7 @@ def test_memory_of_a_process_that_is_gone_cannot_be_registered(
 
 WRONG_JOBS: dict[str, tuple[dict[str, object], int]] = {
     "block past the end": ({"block_ids": [NUM_BLOCKS]}, tpb.TRANSFER_FAILURE_ERROR),
+    "slots of a group without end": ({"group_slots": [2**32 - 1]}, tpb.TRANSFER_FAILURE_ERROR),
     "too few blocks": ({"block_ids": [], "group_sizes": [0]}, tpb.TRANSFER_FAILURE_ERROR),
     "too many groups": (
         {"block_ids": [1], "group_sizes": [0, 1], "block_indices": [0, 0]},
@@ -278,23 +279,14 @@ def test_a_helper_that_dies_fails_its_jobs_and_the_next_one_knows_all_memory(
     os.kill(helper, signal.SIGSTOP)
     one.send(LOAD, found.slot_ids, found.generations, [1])
     one.wait_begun()
-    wait_until(lambda: one.lock_file in held_locks(daemon), "its lock is held while it stands still")
     os.kill(helper, signal.SIGKILL)
     answer = one.answer()
     assert list(answer.failures) == [tpb.TRANSFER_FAILURE_ERROR]
     assert "copy process" in answer.message
-    wait_until(
-        lambda: owner_lock_is_free(daemon.pool_directory, one.lock_file), "who waits for its lock goes on"
-    )
     for own in (one, other):
         assert own.load(to_keys([60]), [2]).ok
         assert np.array_equal(own.tensors[:, 2], own.tensors[:, 0])
     assert helper_pid(daemon) != helper
-
-
-def held_locks(daemon: DaemonProcess) -> list[str]:
-    """Names of the owners' lock files."""
-    return os.listdir(daemon.pool_directory / "owners")
 
 
 def test_a_device_that_this_machine_lacks_is_refused_with_the_reason(
@@ -311,27 +303,53 @@ def test_a_device_that_this_machine_lacks_is_refused_with_the_reason(
     assert refusal(lambda: own.stub.RegisterMemory(own.register_request(*mixed))).reason == "BAD_REQUEST"
 
 
-def test_memory_is_closed_when_its_session_ends(
+def test_a_registration_that_nobody_waits_for_any_more_leaves_nothing(
     start_daemon: StartDaemon, make_transfer: MakeTransfer
 ) -> None:
     daemon = start_daemon(pool_bytes=POOL_BYTES)
     own = make_transfer(daemon)
+    helper = helper_pid(daemon)
+    os.kill(helper, signal.SIGSTOP)
+    call = own.stub.RegisterMemory.future(own.register_request())
+    granted = own.engine.prepare_store(to_keys(range(4)))
+    own.send(STORE, granted.slot_ids, granted.generations, range(4))
+    own.wait_begun()
+    call.cancel()
+    os.kill(helper, signal.SIGKILL)
+    assert list(own.answer().failures) == [tpb.TRANSFER_FAILURE_ERROR] * 4
+    own.fill([0], 9)
+    own.store(to_keys([70]), [0])
+    successor = helper_pid(daemon)
+    own.close_stream()
+    for session in own.engine.sessions:
+        session.close()
+    wait_until(lambda: state_of(successor) == "", "nobody uses the device: its process ends")
+
+
+def test_memory_is_closed_when_its_session_ends(
+    start_daemon: StartDaemon, make_transfer: MakeTransfer
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    own, other = make_transfer(daemon), make_transfer(daemon)
     maps = Path(f"/proc/{helper_pid(daemon)}/maps")
     assert own.memory.name in maps.read_text()
     own.close_stream()
     for session in own.engine.sessions:
         session.close()
     wait_until(lambda: own.memory.name not in maps.read_text(), "the mapping is closed")
+    assert other.memory.name in maps.read_text()
 
 
 def test_a_stopped_daemon_takes_its_helper_along(
     start_daemon: StartDaemon, make_transfer: MakeTransfer
 ) -> None:
     daemon = start_daemon(pool_bytes=POOL_BYTES)
-    make_transfer(daemon)
+    own = make_transfer(daemon)
     helper = helper_pid(daemon)
+    assert not owner_lock_is_free(daemon.pool_directory, own.lock_file)
     assert daemon.stop() == 0
     wait_until(lambda: not Path(f"/proc/{helper}").exists(), "the helper is gone")
+    assert owner_lock_is_free(daemon.pool_directory, own.lock_file), "nothing of it can arrive any more"
 
 
 def test_a_scheduler_has_no_memory_to_register(daemon: DaemonProcess, make_transfer: MakeTransfer) -> None:

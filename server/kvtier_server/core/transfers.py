@@ -37,7 +37,10 @@ class Transfers:
 
     def _may_write(self, session: Session, slot_id: int, generation: int) -> bool:
         reservation = self._books.reservations.get(slot_id)
-        part = session.instance.namespace.part_of(session.rank)
+        namespace = session.instance.namespace
+        part = namespace.part_of(session.rank)
+        if namespace.facts.num_parts == 1 and session.rank:
+            return False  # ranks hold equal bytes, so only rank 0 stores
         return (
             reservation is not None
             and reservation.generation == generation

@@ -1,7 +1,8 @@
 """The helper process of one device, from the daemon's side: begun, asked, and begun again when it has died.
 
 Owns the process, its end of the socket, and who waits for which answer. Everything here runs on the loop's
-thread. What the helper does is `helper.py`'s.
+thread; what takes long runs in tasks of its own, which the end of a call does not cancel. What the helper
+does is `helper.py`'s.
 
 A job that fails because the helper died does so after the process is gone: until then it might still write.
 """
@@ -9,22 +10,24 @@ A job that fails because the helper died does so after the process is gone: unti
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import structlog
 
 from kvtier_server.transfer.wire import (
+    HANG_S,
     LAYOUT,
     LENGTH_BYTES,
     Done,
     Failure,
     Job,
+    Message,
     Ready,
     Register,
     Registered,
@@ -33,13 +36,17 @@ from kvtier_server.transfer.wire import (
     unpack,
 )
 
+T = TypeVar("T")
 log = structlog.get_logger("kvtier.transfer")
 
 START_S = 30.0
-"""What a helper's start may take: 0.4 s, and seconds where a device has to wake up."""
+"""What a helper's start, or the opening of memory, may take: 0.4 s, and seconds where a device wakes up."""
 
-HANG_S = 30.0
-"""A helper that has jobs and ends none for so long hangs: it is ended, and its jobs fail."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+"""Bounds of the pause after a start that failed; it doubles with each that fails again."""
+
+POLL_S = 0.02
+"""Between two looks whether a process that was ended is gone."""
 
 _MODULE = "kvtier_server.transfer.helper"
 
@@ -48,34 +55,48 @@ class HelperLost(Exception):
     """The helper has ended, or could not be begun. Nothing of the call was done, or nobody can know."""
 
 
+class ImportFailed(Exception):
+    """The helper could not open memory; the message says why and what to do."""
+
+
 class DeviceProcess:
     """The helper of one device, whichever process it is at the time."""
 
-    def __init__(self, device: str, pool_path: str, pool_id: int, pool_lock_fd: int) -> None:
-        """Begin nothing yet. `device`: its UUID in hex, or "host"."""
+    def __init__(
+        self,
+        device: str,
+        pool_path: str,
+        pool_id: int,
+        lock_fds: tuple[int, ...],
+        on_lost: Callable[[int], None],
+    ) -> None:
+        """Begin nothing yet. `device`: its UUID in hex, or HOST_DEVICE.
+
+        `lock_fds`: what the helper holds until it ends. `on_lost` is told of memory that a new helper could
+        not open again.
+        """
         self.device = device
         self._pool_path = pool_path
         self._pool_id = pool_id
-        self._pool_lock_fd = pool_lock_fd
+        self._lock_fds = lock_fds
+        self._on_lost = on_lost
         self._life: _Life | None = None
-        self._starting = asyncio.Lock()
+        self._start: asyncio.Task[_Life] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._registers: dict[int, Register] = {}
-        self.num_restarts = 0
+        self._pause_s = FIRST_PAUSE_S
+        self._begin_after = 0.0
+        self._last_failure = ""
+        self._closed = False
 
-    @property
-    def pid(self) -> int | None:
-        """Process id; None while there is none."""
-        return None if self._life is None else self._life.pid
+    async def register(self, register: Register) -> None:
+        """Open memory, also if the caller stops waiting. Raises HelperLost, ImportFailed."""
+        await asyncio.shield(self._task(self._register(register)))
 
-    async def register(self, register: Register) -> str:
-        """Open memory; returns the name of the helper's lock file.
-
-        Raises HelperLost, and ImportFailed with what the helper says.
-        """
+    async def _register(self, register: Register) -> None:
         life = await self._alive()
         await life.register(register)
         self._registers[register.memory_id] = register
-        return life.lock_file
 
     def unregister(self, memory_id: int) -> None:
         """Close memory. Its jobs have ended."""
@@ -87,40 +108,77 @@ class DeviceProcess:
         try:
             life = await self._alive()
             return await life.run(job)
-        except (HelperLost, ImportFailed) as error:
+        except HelperLost as error:
             return failed(job, f"the copy process of {self.device}: {error}")
 
     async def _alive(self) -> _Life:
-        """Return the helper, a new one with all that was registered if it has died."""
-        async with self._starting:
-            if self._life is not None and not self._life.has_ended:
-                return self._life
-            if self._life is not None:
-                self.num_restarts += 1
-            life = await _Life.begin(self.device, self._pool_path, self._pool_id, self._pool_lock_fd)
-            for register in list(self._registers.values()):
-                try:
-                    await life.register(register)
-                except ImportFailed as error:
-                    # Its engine may be gone: that is noticed elsewhere, and others must not suffer.
-                    log.warning("memory_lost", device=self.device, memory=register.memory_id, why=str(error))
-                    self._registers.pop(register.memory_id, None)
-            self._life = life
-            return life
+        """Return the helper, a new one with all that was registered if it has died. Raises HelperLost."""
+        if self._closed:
+            raise HelperLost("the daemon is stopping, or nobody used the device any more")
+        if self._life is not None and not self._life.has_ended:
+            return self._life
+        if self._start is None:
+            if time.monotonic() < self._begin_after:
+                raise HelperLost(self._last_failure)
+            self._start = self._task(self._begin())
+        return await asyncio.shield(self._start)
+
+    async def _begin(self) -> _Life:
+        try:
+            life = await _Life.begin(self.device, self._pool_path, self._pool_id, self._lock_fds)
+            for memory_id in list(self._registers):
+                await self._open_again(life, memory_id)
+        except HelperLost as error:
+            self._last_failure = str(error)
+            self._begin_after = time.monotonic() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            raise
+        finally:
+            self._start = None
+        self._pause_s = FIRST_PAUSE_S
+        self._life = life
+        return life
+
+    async def _open_again(self, life: _Life, memory_id: int) -> None:
+        register = self._registers.get(memory_id)
+        if register is None:
+            return  # closed meanwhile
+        try:
+            await life.register(register)
+        except ImportFailed as error:
+            log.warning("memory_lost", device=self.device, memory=memory_id, why=str(error))
+            self._registers.pop(memory_id, None)
+            self._on_lost(memory_id)
+        if memory_id not in self._registers:
+            life.tell(Unregister(memory_id))
+
+    def _task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_take_exception)
+        return task
 
     async def close(self, timeout_s: float) -> bool:
-        """End the helper; False if it is in a copy that nothing ends."""
+        """End the helper, and begin no other; False if it is in a copy that nothing ends."""
+        self._closed = True
+        if self._start is not None:
+            await asyncio.wait([self._start], timeout=timeout_s)
+            if self._start is not None:
+                return False  # its process ends with this one
         return self._life is None or await self._life.close(timeout_s)
-
-
-class ImportFailed(Exception):
-    """The helper could not open memory; the message says why and what to do."""
 
 
 def failed(job: Job, message: str) -> Done:
     """Return the end of a job of which nothing was copied."""
     every = tuple(range(len(job.slot_ids)))
     return Done(job.job_id, every, (int(Failure.ERROR),) * len(every), (0,) * len(every), message, 0, 0.0)
+
+
+def _take_exception(future: asyncio.Future[Any]) -> None:
+    """Look at an exception that whoever waited may have stopped waiting for."""
+    if not future.cancelled():
+        future.exception()
 
 
 class _Life:
@@ -135,15 +193,14 @@ class _Life:
         self._registering: dict[int, asyncio.Future[None]] = {}
         self._jobs: dict[int, asyncio.Future[Done]] = {}
         self._next_job_id = 1
-        self._heard = False
-        """Whether anything came since somebody last looked."""
+        self._closing = False
         self.has_ended = False
-        self.lock_file = self.problem = ""
-        self._reading = asyncio.create_task(self._read_to_the_end())
+        self._problem = ""
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reading = asyncio.create_task(self._read_to_the_end())
 
     @classmethod
-    async def begin(cls, device: str, pool_path: str, pool_id: int, pool_lock_fd: int) -> _Life:
+    async def begin(cls, device: str, pool_path: str, pool_id: int, lock_fds: tuple[int, ...]) -> _Life:
         """Start a process and wait until it works. Raises HelperLost."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         settings = {
@@ -159,8 +216,7 @@ class _Life:
                 [sys.executable, "-P", "-m", _MODULE, json.dumps(settings)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # Who maps the pool also holds the lock on it, so that it is not taken over before that ends.
-                pass_fds=[fd for fd in (theirs.fileno(), pool_lock_fd) if fd >= 0],
+                pass_fds=[theirs.fileno(), *lock_fds],
             )
         except OSError as error:
             ours.close()
@@ -169,95 +225,96 @@ class _Life:
             theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
         life = cls(device, process, reader, writer)
-        try:
-            await asyncio.wait_for(asyncio.shield(life._ready), START_S)
-        except (TimeoutError, HelperLost) as error:
-            await life.close(0.0)
-            raise HelperLost(
-                life.problem or "it did not start; its last words are in the daemon's log"
-            ) from error
-        log.info("copy_process", device=device, pid=process.pid, lock=life.lock_file)
+        await life._in_time(life._ready)
+        log.info("copy_process", device=device, pid=process.pid)
         return life
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    async def _in_time(self, future: asyncio.Future[None]) -> None:
+        """Wait for an answer; a helper that does not give it in START_S is ended. Raises HelperLost."""
+        await asyncio.wait([future], timeout=START_S)
+        if not future.done():
+            self._process.kill()
+        await future
 
     def tell(self, message: Unregister) -> None:
-        self._writer.write(pack(message))
+        if not self.has_ended:
+            self._writer.write(pack(message))
 
     async def register(self, register: Register) -> None:
+        """Open memory. Raises HelperLost, ImportFailed."""
         future = self._registering[register.memory_id] = asyncio.get_running_loop().create_future()
-        self._send(pack(register))
-        await future
+        self._send(register)
+        await self._in_time(future)
 
     async def run(self, job: Job) -> Done:
         """Run a job under a number of its own: ids of several streams may be equal. Raises HelperLost."""
         own_id, self._next_job_id = self._next_job_id, self._next_job_id + 1
         future = self._jobs[own_id] = asyncio.get_running_loop().create_future()
-        self._send(pack(job._replace(job_id=own_id)))
-        while not future.done():
-            self._heard = False
-            await asyncio.wait([future], timeout=HANG_S)
-            if not future.done() and not self._heard:
-                log.warning("copy_process_hangs", device=self._device, pid=self.pid, seconds=HANG_S)
-                self._process.kill()
-        done: Done = future.result()
+        self._send(job._replace(job_id=own_id))
+        done: Done = await future
         return done._replace(job_id=job.job_id)
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, message: Message) -> None:
         if self.has_ended:
             raise HelperLost("it has ended")
-        self._writer.write(data)
+        self._writer.write(pack(message))
 
     async def _read_to_the_end(self) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+        try:
             while True:
-                length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "little")
-                self._take(unpack(await self._reader.readexactly(length)))
+                # It says that it is there every few seconds, if nothing else.
+                async with asyncio.timeout(HANG_S):
+                    length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "little")
+                    body = await self._reader.readexactly(length)
+                self._take(unpack(body))
+        except TimeoutError:
+            log.warning("copy_process_hangs", device=self._device, pid=self._process.pid, seconds=HANG_S)
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        except Exception:
+            log.exception("copy_process_misunderstood", device=self._device)
         self._process.kill()
-        await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+        while self._process.poll() is None:  # noqa: ASYNC110 - there is nothing to wait on
+            await asyncio.sleep(POLL_S)
+        self._ended()
+
+    def _ended(self) -> None:
+        """Fail whoever waits: the process is gone."""
         self.has_ended = True
         self._writer.close()
-        lost = HelperLost(f"it has ended with status {self._process.returncode}")
+        status = self._process.returncode
+        if not self._closing:
+            log.warning("copy_process_ended", device=self._device, pid=self._process.pid, status=status)
         waiting: list[asyncio.Future[Any]] = [*self._registering.values(), *self._jobs.values(), self._ready]
         self._registering.clear()
         self._jobs.clear()
         for future in waiting:
             if not future.done():
-                future.set_exception(lost)
-            future.exception()  # somebody may have stopped waiting
-        log.warning("copy_process_ended", device=self._device, pid=self.pid, status=self._process.returncode)
+                future.set_exception(HelperLost(self._problem or f"it has ended with status {status}"))
+            _take_exception(future)
 
-    def _take(self, message: object) -> None:
-        self._heard = True
+    def _take(self, message: Message) -> None:
         if isinstance(message, Done):
-            _settle(self._jobs.pop(message.job_id), lambda future: future.set_result(message))
+            self._jobs.pop(message.job_id).set_result(message)
         elif isinstance(message, Registered):
             future = self._registering.pop(message.memory_id)
             if message.error:
-                _settle(future, lambda future: future.set_exception(ImportFailed(message.error)))
+                future.set_exception(ImportFailed(message.error))
             else:
-                _settle(future, lambda future: future.set_result(None))
+                future.set_result(None)
         elif isinstance(message, Ready):
-            self.lock_file, self.problem = message.lock_file, message.error
+            self._problem = message.error
             if not message.error:
                 self._ready.set_result(None)
 
     async def close(self, timeout_s: float) -> bool:
-        with contextlib.suppress(OSError):
-            self._writer.close()
-        wait = asyncio.get_running_loop().run_in_executor
-        for seconds in (timeout_s / 2, timeout_s / 2 + 1.0):
-            try:
-                await wait(None, self._process.wait, seconds)
-            except subprocess.TimeoutExpired:
+        """End it; False if that cannot be."""
+        self._closing = True
+        self._writer.close()
+        for kills in (False, True):
+            if kills:
                 self._process.kill()
-            else:
-                return True
-        return False
-
-
-def _settle(future: asyncio.Future[Done] | asyncio.Future[None], how: Callable[..., None]) -> None:
-    if not future.done():
-        how(future)
+            give_up_at = time.monotonic() + timeout_s / 2
+            while self._process.poll() is None and time.monotonic() < give_up_at:  # noqa: ASYNC110
+                await asyncio.sleep(POLL_S)
+        return self._process.poll() is not None

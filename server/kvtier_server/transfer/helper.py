@@ -6,8 +6,8 @@ that copies itself keeps it. Checksums are computed over the pool's side, behind
 
     socket --> main: plan, fence --> CopyEngine --> waiter --> finisher: checksum, fence --> socket
 
-Ends when the daemon ends. It holds a lock file of its own among the pool's owners, so that an engine can tell
-when nothing of it can arrive any more, and shares the daemon's, so that nobody takes the pool over before.
+Ends when the daemon ends. Until it has ended it holds two locks that it has from the daemon: one tells
+engines when nothing of it can arrive any more, the other keeps the pool from being taken over before.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,14 +31,16 @@ from kvtier_ops.faults import fault_point
 from kvtier_ops.fragments import CopyRefused, Direction, PlacedCopy
 from kvtier_ops.ipc import HandleError
 from kvtier_ops.layout import GroupLayout, TensorLayout, part_offset, slot_bytes, slot_offset
-from kvtier_ops.locks import OwnerLock
 from kvtier_ops.plan import ChunkCopy, PlanError, plan_job
 from kvtier_ops.pool import MappedPool
 from kvtier_ops.slot_table import SlotState, fence
 from kvtier_server.transfer.wire import (
+    ALIVE_S,
+    HANG_S,
     HOST_DEVICE,
     LAYOUT,
     LENGTH_BYTES,
+    Alive,
     Done,
     Failure,
     Job,
@@ -56,6 +59,7 @@ NUM_FINISHERS = 2
 WAIT_S = 3600.0
 """Between two looks of a waiter that nothing wakes: none is needed."""
 
+HUNG_STATUS = 5
 BROKEN_STATUS = 4
 """Exit status where the device's context is lost."""
 
@@ -90,15 +94,22 @@ class Helper:
         self._engine = engine
         self._memories: dict[int, _Memory] = {}
         self._running: dict[int, _Running] = {}
+        self._taking_since: float | None = None
         self._finishers = ThreadPoolExecutor(NUM_FINISHERS, thread_name_prefix="finish")
-        threading.Thread(target=self._wait, name="wait", daemon=True).start()
+        for work in (self._wait, self._watch):
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
     def take(self, message: Message) -> None:
         """Do what a message says."""
+        self._taking_since = time.monotonic()
+        self._take(message)
+        self._taking_since = None
+
+    def _take(self, message: Message) -> None:
         if isinstance(message, Register):
             self._register(message)
         elif isinstance(message, Unregister):
-            del self._memories[message.memory_id]
+            self._memories.pop(message.memory_id, None)
             self._engine.close_memory(message.memory_id)
         elif isinstance(message, Job):
             self._begin(message)
@@ -113,16 +124,16 @@ class Helper:
             os._exit(0)
 
     def _register(self, register: Register) -> None:
-        layouts = tuple(
-            GroupLayout(
-                tuple(TensorLayout(str(i), page_bytes) for i, page_bytes in enumerate(tensors)),
-                register.blocks_per_chunk,
-            )
-            for tensors in register.page_bytes
-        )
         try:
+            layouts = tuple(
+                GroupLayout(
+                    tuple(TensorLayout(str(i), page_bytes) for i, page_bytes in enumerate(tensors)),
+                    register.blocks_per_chunk,
+                )
+                for tensors in register.page_bytes
+            )
             self._engine.open_memory(register.memory_id, register.groups, layouts, register.event_handle)
-        except (HandleError, CopyEngineBroken, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - of one engine's memory: the others' copies go on
             self.send(Registered(register.memory_id, str(error) or type(error).__name__))
             return
         self._memories[register.memory_id] = _Memory(
@@ -208,6 +219,17 @@ class Helper:
         except BaseException:  # noqa: BLE001 - as in `_finish`
             _end_badly()
 
+    def _watch(self) -> None:
+        """Say now and then that nothing hangs; end the process if something does, and its jobs with it."""
+        while True:
+            time.sleep(ALIVE_S)
+            since = self._taking_since
+            taking_s = 0.0 if since is None else time.monotonic() - since
+            if max(taking_s, self._engine.oldest_s()) > HANG_S:
+                print("a copy hangs", file=sys.stderr)  # noqa: T201 - the daemon's log
+                os._exit(HUNG_STATUS)
+            self.send(Alive())
+
     def _finish(self, running: _Running, result: CopyResult, memory: _Memory | None) -> None:
         try:
             self._conclude(running, result, memory)
@@ -265,17 +287,15 @@ def main(arguments: list[str]) -> None:
     if settings["layout"] != LAYOUT:
         sys.exit("another version of kvtier was installed under its daemon; start the daemon anew")
     path = Path(settings["pool"])
-    # Before the pool is mapped, and let go by the end of the process alone.
-    lock = OwnerLock.acquire(path.parent)
     channel = socket.socket(fileno=settings["channel"])
     pool = MappedPool.open(path, settings["pool_id"])
     try:
         engine = _engine(settings["device"], pool)
     except (HandleError, ImportError) as error:
-        channel.sendall(pack(Ready("", str(error))))
+        channel.sendall(pack(Ready(str(error))))
         sys.exit(0)
     helper = Helper(channel, pool, engine)
-    helper.send(Ready(lock.name, ""))
+    helper.send(Ready(""))
     stream = channel.makefile("rb")
     try:
         while header := stream.read(LENGTH_BYTES):

@@ -11,15 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
 
 from kvtier.v1 import transfer_pb2 as pb
-from kvtier_ops.ipc import HandleError, MemoryHandle, MemoryKind, check_registration
+from kvtier_ops.ipc import MAX_TENSORS, HandleError, MemoryHandle, MemoryKind
+from kvtier_ops.locks import OwnerLock
 from kvtier_server.core.instances import Session
 from kvtier_server.core.namespaces import GeometryMismatch
 from kvtier_server.core.refused import BadRequest, Refused
@@ -36,14 +39,18 @@ MAX_MEMORIES = 8
 MAX_JOBS = 512
 """Copies under way for one session."""
 
-MAX_DEVICES = 16
-"""Devices with a process; nodes have 8 or 16."""
+MAX_DEVICES = 32
+"""Devices with a process at one time; nodes have 8 or 16."""
 
 MAX_ANSWERS = 512
 """Answers that a client has not read; nothing more is taken from it meanwhile."""
 
-DRAIN_S = 5.0
-"""What copies of an earlier session may take to end before its process is refused a new one."""
+DRAIN_S = 2.0
+"""What copies of an earlier session may take to end before its process is refused a new one; clients wait
+longer for Attach."""
+
+DEVICE_STOP_S = 2.0
+"""What the process of a device that nobody uses any more may take to end."""
 
 log = structlog.get_logger("kvtier.transfer")
 
@@ -88,6 +95,8 @@ class TransferService:
         self._pool_path = pool_path
         self._pool_id = pool_id
         self._pool_lock_fd = pool_lock_fd
+        self._lock: OwnerLock | None = None
+        """Held by this process and every helper: free when nothing of them can arrive any more."""
         self._devices: dict[str, DeviceProcess] = {}
         self._memories: dict[int, _Memory] = {}
         self._memory_ids = count(1)
@@ -132,10 +141,25 @@ class TransferService:
             if not memory.jobs and sessions.get(memory.session.id) is not memory.session:
                 del self._memories[memory.id]
                 memory.device.unregister(memory.id)
+        used = {memory.device for memory in self._memories.values()}
+        for name, device in list(self._devices.items()):
+            if device not in used:
+                del self._devices[name]  # its context takes hundreds of MiB of the device
+                self._begin_task(self._end_device(device))
+
+    async def _end_device(self, device: DeviceProcess) -> None:
+        if not await device.close(DEVICE_STOP_S):
+            log.warning("copy_process_stays", device=device.device)
+
+    def _lose_memory(self, memory_id: int) -> None:
+        """Forget memory that could not be opened again: its engine is told when it names it."""
+        self._memories.pop(memory_id, None)
 
     async def close(self, timeout_s: float) -> bool:
         """End the helpers; False if one is in a copy that nothing ends."""
-        ended = [await device.close(timeout_s) for device in self._devices.values()]
+        ended = await asyncio.gather(*[device.close(timeout_s) for device in self._devices.values()])
+        if all(ended) and self._lock is not None:
+            self._lock.release()
         return all(ended)
 
     # RegisterMemory
@@ -147,16 +171,24 @@ class TransferService:
             raise BadRequest("session_id", f"{MAX_MEMORIES} registrations are open, the limit for a session")
         register = _register_of(request, session, next(self._memory_ids))
         device = self._device(register)
+        # From now on, so that what is opened is also closed if the caller stops waiting.
+        self._memories[register.memory_id] = _Memory(register.memory_id, session, device)
         try:
-            lock_file = await device.register(register)
+            await device.register(register)
         except (ImportFailed, HelperLost) as error:
+            self._memories.pop(register.memory_id, None)
             raise CannotImport(
                 f"{error}; the engine copies through shared memory instead", device=device.device
             ) from error
-        self._memories[register.memory_id] = _Memory(register.memory_id, session, device)
         return pb.RegisterMemoryResponse(
-            boot_id=self._scope.boot_id, memory_id=register.memory_id, lock_file=lock_file
+            boot_id=self._scope.boot_id, memory_id=register.memory_id, lock_file=self._own_lock().name
         )
+
+    def _own_lock(self) -> OwnerLock:
+        # Not before it is needed: a warm start waits for the locks that it finds.
+        if self._lock is None:
+            self._lock = OwnerLock.acquire(Path(self._pool_path).parent)
+        return self._lock
 
     def _device(self, register: Register) -> DeviceProcess:
         uuids = {handle.device_uuid for group in register.groups for handle in group}
@@ -166,7 +198,13 @@ class TransferService:
         if name not in self._devices:
             if len(self._devices) >= MAX_DEVICES:
                 raise BadRequest("groups", f"device {name}; {MAX_DEVICES} others are in use, the limit")
-            self._devices[name] = DeviceProcess(name, self._pool_path, self._pool_id, self._pool_lock_fd)
+            self._devices[name] = DeviceProcess(
+                name,
+                self._pool_path,
+                self._pool_id,
+                tuple(fd for fd in (self._pool_lock_fd, self._own_lock().fd) if fd >= 0),
+                self._lose_memory,
+            )
         return self._devices[name]
 
     # Transfer
@@ -187,9 +225,7 @@ class TransferService:
     async def _read(self, requests: AsyncIterator[bytes], stream: _Stream) -> None:
         try:
             async for raw in requests:
-                while stream.answers.qsize() > MAX_ANSWERS:
-                    stream.written.clear()
-                    await stream.written.wait()
+                await self._make_room(stream)
                 request = pb.TransferRequest.FromString(raw)
                 session = self._core.books.instances.session(request.session_id)
                 self._core.transfers.check_worker(session)
@@ -202,17 +238,41 @@ class TransferService:
             if not stream.jobs:
                 stream.answers.put_nowait(None)
 
+    async def _make_room(self, stream: _Stream) -> None:
+        """Wait until the client has read its answers, and few enough of its jobs are under way."""
+        while stream.answers.qsize() > MAX_ANSWERS:
+            stream.written.clear()
+            await stream.written.wait()
+        while stream.jobs >= MAX_JOBS:
+            self._ended.clear()
+            await self._ended.wait()
+
     def _begin(self, session: Session, request: pb.TransferRequest, stream: _Stream) -> None:
+        """Begin a job, or answer what is wrong with it. Raises BadRequest for memory that is not there."""
         memory = self._memories.get(request.memory_id)
         if memory is None or memory.session is not session:
             raise BadRequest("memory_id", f"{request.memory_id}; this session has not registered it")
-        if memory.jobs >= MAX_JOBS:
-            raise BadRequest("job_id", f"{MAX_JOBS} copies are under way, the limit for a session")
-        job = _job_of(request, self._core.books.limits.max_keys)
+        try:
+            job = _job_of(request, self._core.books.limits.max_keys)
+        except BadRequest as error:
+            every = range(min(len(request.slot_ids), self._core.books.limits.max_keys))
+            stream.answers.put_nowait(
+                pb.TransferResponse(
+                    job_id=request.job_id,
+                    failed=every,
+                    failures=[pb.TRANSFER_FAILURE_ERROR] * len(every),
+                    checksums=[0] * len(every),
+                    message=str(error),
+                )
+            )
+            return
         memory.jobs += 1
         stream.jobs += 1
         self._running[session.lock_file] += 1
-        task = asyncio.create_task(self._run(session, memory, job, stream))
+        self._begin_task(self._run(session, memory, job, stream))
+
+    def _begin_task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -225,12 +285,12 @@ class TransferService:
             done = failed(job, "an error in the daemon; its log has it")
         finally:
             memory.jobs -= 1
+            stream.jobs -= 1
             self._running[session.lock_file] -= 1
             if not self._running[session.lock_file]:
                 del self._running[session.lock_file]
             self._ended.set()
         stream.answers.put_nowait(_response(job, done))
-        stream.jobs -= 1
         if stream.is_read and not stream.jobs:
             stream.answers.put_nowait(None)
 
@@ -257,8 +317,11 @@ def _register_of(request: pb.RegisterMemoryRequest, session: Session, memory_id:
                 for message, tensor in zip(group.tensors, tensors, strict=True)
             ]
         )
+    if sum(map(len, paired)) > MAX_TENSORS:
+        raise BadRequest("groups", f"{sum(map(len, paired))} tensors; {MAX_TENSORS} are allowed")
     try:
-        check_registration(paired)
+        for handle, page_bytes in chain.from_iterable(paired):
+            handle.check(page_bytes)  # against each other, which takes longer, the helper checks them
     except HandleError as error:
         raise BadRequest("groups", str(error)) from error
     return Register(
@@ -298,6 +361,10 @@ def _job_of(request: pb.TransferRequest, max_keys: int) -> Job:
     if len(request.generations) != len(request.slot_ids):
         raise BadRequest(
             "generations", f"{len(request.generations)} entries for {len(request.slot_ids)} slots"
+        )
+    if request.group_slots and sum(request.group_slots) != len(request.slot_ids):
+        raise BadRequest(
+            "group_slots", f"their sum is {sum(request.group_slots)}, there are {len(request.slot_ids)} slots"
         )
     return Job(
         request.job_id,

@@ -4,7 +4,8 @@ Owns the messages and nothing else. A message is its length, 4 bytes little-endi
 interpreter's own format, which cannot run code; both ends are one version of one program, parent and child.
 
     daemon  Register, Unregister, Job
-    helper  Ready once, then Registered for each Register and Done for each Job, in any order
+    helper  Ready once, then Registered for each Register, Done for each Job, in any order, and Alive now and
+            then
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from kvtier_ops.ipc import MemoryHandle, MemoryKind
 
 LAYOUT = 1
 """Counted up with each change of a message: a helper may be begun after an upgrade, by an older daemon."""
+
+HANG_S = 30.0
+"""What one copy, or one message, may take: a helper that hangs ends itself, or is ended when it is silent."""
+
+ALIVE_S = 5.0
+"""How often a helper looks at itself."""
 
 HOST_DEVICE = "host"
 """Device of memory that is no device's: POSIX shared memory."""
@@ -75,11 +82,13 @@ class Job(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """The helper works. `lock_file`: among the pool's owners, held as long as the pool is mapped."""
+    """The helper works, or has ended, if `error` says why."""
 
-    lock_file: str
     error: str
-    """Why it does not; it has ended then."""
+
+
+class Alive(NamedTuple):
+    """Nothing hangs."""
 
 
 class Registered(NamedTuple):
@@ -101,8 +110,8 @@ class Done(NamedTuple):
     seconds: float
 
 
-Message = Register | Unregister | Job | Ready | Registered | Done
-_TYPES: tuple[type[Message], ...] = (Register, Unregister, Job, Ready, Registered, Done)
+Message = Register | Unregister | Job | Ready | Alive | Registered | Done
+_TYPES: tuple[type[Message], ...] = (Register, Unregister, Job, Ready, Alive, Registered, Done)
 
 
 _AFTER_KIND = [field.name for field in fields(MemoryHandle)][1:]
