@@ -89,7 +89,12 @@ class ChunkProcess(ChunkIo):
         try:
             return self._running().run(request, self._patience_s)
         except _NotSent:
-            return self._running().run(request, self._patience_s)
+            pass
+        except ProcessLost as lost:
+            # A read can be done again, in a process that others' chunks did not end.
+            if kind is JobKind.STORE or lost.hung:
+                raise
+        return self._running().run(request, self._patience_s)
 
     def _running(self) -> _Process:
         """Return the process, a new one if it has died."""
@@ -114,11 +119,16 @@ class ChunkProcess(ChunkIo):
 
 
 class ProcessLost(OSError):
-    """The process has died over a chunk: what it did of it, nobody has said. `token`: of its files."""
+    """The process has died over a chunk, perhaps another one: what it did of it, nobody has said.
 
-    def __init__(self, token: str, why: str) -> None:
+    `token`: of its files. `hung`: it was ended over an I/O that took too long.
+    """
+
+    def __init__(self, token: str, *, hung: bool) -> None:
+        why = "an I/O took too long" if hung else "it died"
         super().__init__(errno.EIO, f"the I/O process has ended: {why}")
         self.token = token
+        self.hung = hung
 
 
 class _NotSent(OSError):
@@ -193,16 +203,16 @@ class _Process:
         except OSError:
             self._end(channel)
             raise _NotSent from None
-        why = "it died"
+        hung = False
         try:
             answer = channel.recv(MAX_BYTES)
         except TimeoutError:
-            answer, why = b"", f"an I/O took more than {patience_s:.0f} s"
+            answer, hung = b"", True
         except OSError:
             answer = b""
         if not answer:
             self._end(channel)
-            raise ProcessLost(self.token, why)
+            raise ProcessLost(self.token, hung=hung)
         with self._lock:
             self._free.append(channel)
         return unpack_answer(answer)
