@@ -497,3 +497,24 @@ class TestClear(OnDisk):
         with self.complete() as bench:
             assert bench.tier.lookup(SPACE, [key_of(1)]) == [Presence.NO]
             assert bench.tier.stats().num_chunks == 0
+
+
+class TestProcess(OnDisk):
+    settings: dict[str, Any] = {"io": "process"}  # noqa: RUF012
+
+    def test_an_io_that_hangs_is_ended_with_its_process_and_the_next_one_works(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(filesystem_tier, "PATIENCE_DEADLINES", 0)
+        monkeypatch.setattr(filesystem_tier, "LEAST_PATIENCE_S", 2.0)
+        monkeypatch.setenv("KVTIER_FAULTS", "filesystem.before_load=stop")
+        with self.complete() as bench:
+            data = bench.store(1)
+            monkeypatch.delenv("KVTIER_FAULTS")  # of the process that is begun next
+            assert bench.run(JobKind.LOAD, bench.chunk(1, slot=2)).outcomes == (Outcome.FAILED,)
+
+            def is_loaded() -> bool:
+                return bench.run(JobKind.LOAD, bench.chunk(1, slot=3)).outcomes == (Outcome.DONE,)
+
+            until(is_loaded, "the next process reads it")
+            assert parts_of(bench.slot(3)) == parts_of(data)
