@@ -115,6 +115,27 @@ def remote_rank(daemon: DaemonProcess) -> Iterator[RemoteRank]:
         rank.memory.close()
 
 
+def hung_load(rank: RemoteRank, stall: Stall) -> JobId:
+    """Begin to load four chunks; the helper stands still in the middle of it."""
+    stall.arm()
+    job_id = rank.load(range(4), [8, 9, 10, 11])
+    stall.wait_until_hung()
+    return job_id
+
+
+def end_while_it_hangs(daemon: DaemonProcess, rank: RemoteRank, stall: Stall, job_id: JobId) -> None:
+    """Kill the daemon over a load: it fails when the helper, which stands still, is gone, and not before."""
+    helper = helper_pid(daemon)
+    daemon.kill()
+    wait_until(lambda: not rank.worker.attached, "the session has ended")
+    # The helper has the engine's memory open.
+    assert state_of(helper) != ""
+    assert rank.shim.get_finished() == []
+    stall.let_go()
+    assert not rank.result(job_id).ok
+    assert state_of(helper) in ("", "Z"), "it is gone"
+
+
 def test_a_worker_stores_and_loads_without_touching_the_pool_itself(start_daemon: StartDaemon) -> None:
     daemon = start_daemon(pool_bytes=POOL_BYTES)
     with remote_rank(daemon) as rank:
@@ -135,19 +156,8 @@ def test_a_load_that_the_daemon_dies_over_fails_when_nothing_can_arrive_any_more
     daemon = start_daemon(pool_bytes=POOL_BYTES, env=stall.env)
     with remote_rank(daemon) as rank:
         rank.store_all(range(4), [0, 1, 2, 3])
-        helper = helper_pid(daemon)
-        stall.arm()
-        job_id = rank.load(range(4), [8, 9, 10, 11])
-        stall.wait_until_hung()
-        daemon.kill()
-        wait_until(lambda: not rank.worker.attached, "the session has ended")
-        # The helper stands still with the engine's memory open: the job must not end.
-        assert state_of(helper) != ""
-        assert rank.shim.get_finished() == []
-        stall.let_go()
-        result = rank.result(job_id)
-        assert not result.ok
-        assert state_of(helper) in ("", "Z"), "it is gone"
+        job_id = hung_load(rank, stall)
+        end_while_it_hangs(daemon, rank, stall, job_id)
         daemon.start()
         rank.wait_attached()
         wait_until(lambda: rank.remote.ready, "the new daemon copies for it")
@@ -163,9 +173,7 @@ def test_a_helper_that_dies_fails_its_loads_and_the_next_ones_succeed(
     with remote_rank(daemon) as rank:
         rank.store_all(range(4), [0, 1, 2, 3])
         helper = helper_pid(daemon)
-        stall.arm()
-        job_id = rank.load(range(4), [8, 9, 10, 11])
-        stall.wait_until_hung()
+        job_id = hung_load(rank, stall)
         os.kill(helper, signal.SIGKILL)
         assert not rank.result(job_id).ok
         stall.let_go()
@@ -199,17 +207,9 @@ def test_a_job_does_not_end_before_the_second_helper_of_its_session_either(
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: state_of(first) == "", "the first one is gone")
         assert rank.result(rank.load(range(4), [4, 5, 6, 7])).ok
-        second = helper_pid(daemon)
-        stall.arm()
-        job_id = rank.load(range(4), [8, 9, 10, 11])
-        stall.wait_until_hung()
-        daemon.kill()
-        wait_until(lambda: not rank.worker.attached, "the session has ended")
-        assert state_of(second) != ""
-        assert rank.shim.get_finished() == []
-        stall.let_go()
-        assert not rank.result(job_id).ok
-        assert state_of(second) in ("", "Z"), "it is gone"
+        job_id = hung_load(rank, stall)
+        assert helper_pid(daemon) != first
+        end_while_it_hangs(daemon, rank, stall, job_id)
 
 
 def test_memory_that_the_daemon_cannot_open_is_copied_by_the_worker_and_said_aloud(
