@@ -59,9 +59,8 @@ NUM_FINISHERS = 2
 WAIT_S = 3600.0
 """Between two looks of a waiter that nothing wakes: none is needed."""
 
-HUNG_STATUS = 5
-BROKEN_STATUS = 4
-"""Exit status where the device's context is lost."""
+BROKEN_STATUS, HUNG_STATUS = 4, 5
+"""Exit status where the device's context is lost, and where a copy hangs."""
 
 
 @dataclass(slots=True)

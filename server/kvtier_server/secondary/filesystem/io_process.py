@@ -1,7 +1,8 @@
 """The I/O of a filesystem tier in a process of its own, from the daemon's side.
 
 Owns the process: begun with the tier, begun again when it has died or hangs, ended with the tier. What it
-does is `io_helper.py`'s. Its death is an error of the chunks that it had, and of nothing else.
+does is `io_helper.py`'s. Its death is an error of the chunks that it was writing, and of nothing else: what
+it was reading, the next one reads.
 """
 
 from __future__ import annotations
@@ -79,11 +80,6 @@ class ChunkProcess(ChunkIo):
             os.close(self._pool_fd)
             raise TierError(f"its I/O process cannot be begun: {error.strerror}") from error
 
-    @property
-    def pid(self) -> int:
-        """Process id of the process of now."""
-        return self._process.pid
-
     def run(self, kind: JobKind, chunk: TierChunk) -> IoResult:
         request = pack_request(kind, chunk)
         try:
@@ -133,6 +129,9 @@ class ProcessLost(OSError):
 
 class _NotSent(OSError):
     """The process had died before it was asked anything."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EIO, "the I/O process has ended")
 
 
 class _Process:

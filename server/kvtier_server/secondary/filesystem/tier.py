@@ -277,11 +277,10 @@ class FilesystemTier(KeptTier):
         try:
             return self._io.run(JobKind.STORE, chunk)
         except ProcessLost as lost:
-            with contextlib.suppress(OSError), self._places.directory(chunk.space, chunk.key) as fd:
-                self._disk.unlink(fd, file_name(chunk.key))
+            left = (f"{TEMPORARY}{lost.token}-", file_name(chunk.key))
             with contextlib.suppress(OSError), self._places.directory(chunk.space, chunk.key) as fd:
                 for info in list(self._disk.files(fd)):
-                    if info.name.startswith(f"{TEMPORARY}{lost.token}-"):
+                    if info.name.startswith(left):
                         self._disk.unlink(fd, info.name)
             raise
 

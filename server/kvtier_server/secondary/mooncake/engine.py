@@ -136,8 +136,8 @@ class EngineStore(ObjectStore):
         own_address = self._own.local_hostname or address
         settings = {**self._settings, "local_hostname": own_address, "address": address}
         # Who maps the pool also holds the lock on it, so that it is not taken over before that ends.
-        fds = [fd for fd in (self._pool_fd, self._headers_fd, self._pool_lock_fd) if fd >= 0]
-        fds = fds if role == "transfer" else []
+        of_transfer = (self._pool_fd, self._headers_fd, self._pool_lock_fd)
+        fds = [fd for fd in of_transfer if fd >= 0] if role == "transfer" else []
         with self._lock:
             if self._closed:
                 raise OSError(errno.ESHUTDOWN, "the tier has been shut down")
