@@ -61,10 +61,11 @@ class TransferServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Transfer(self, request_iterator, context):
-        """Runs copies; one stream a session. Jobs are answered in any order, each exactly once. A store is published,
+        """Runs copies; a session needs one stream. Jobs are answered in any order, each exactly once. A store is published,
         and a load ended, by Complete, as where the engine copies itself. At the end of the stream jobs may still
         run: the session's slots, and a successor of the session, wait for their end.
-        Errors of the stream: SESSION_UNKNOWN; errors of a job are in its response.
+        Errors of the stream: SESSION_UNKNOWN; INVALID_ARGUMENT/BAD_REQUEST for memory that the session has not
+        registered, or that could not be opened again: attach anew. Errors of a job are in its response.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,10 +39,11 @@ class TransferServiceStub:
     INVALID_ARGUMENT/BAD_REQUEST for bad offsets.
     """
     Transfer: _grpc.StreamStreamMultiCallable[_transfer_pb2.TransferRequest, _transfer_pb2.TransferResponse]
-    """Runs copies; one stream a session. Jobs are answered in any order, each exactly once. A store is published,
+    """Runs copies; a session needs one stream. Jobs are answered in any order, each exactly once. A store is published,
     and a load ended, by Complete, as where the engine copies itself. At the end of the stream jobs may still
     run: the session's slots, and a successor of the session, wait for their end.
-    Errors of the stream: SESSION_UNKNOWN; errors of a job are in its response.
+    Errors of the stream: SESSION_UNKNOWN; INVALID_ARGUMENT/BAD_REQUEST for memory that the session has not
+    registered, or that could not be opened again: attach anew. Errors of a job are in its response.
     """
 
 @_typing.type_check_only
@@ -56,10 +57,11 @@ class TransferServiceAsyncStub(TransferServiceStub):
     INVALID_ARGUMENT/BAD_REQUEST for bad offsets.
     """
     Transfer: _aio.StreamStreamMultiCallable[_transfer_pb2.TransferRequest, _transfer_pb2.TransferResponse]  # type: ignore[assignment]
-    """Runs copies; one stream a session. Jobs are answered in any order, each exactly once. A store is published,
+    """Runs copies; a session needs one stream. Jobs are answered in any order, each exactly once. A store is published,
     and a load ended, by Complete, as where the engine copies itself. At the end of the stream jobs may still
     run: the session's slots, and a successor of the session, wait for their end.
-    Errors of the stream: SESSION_UNKNOWN; errors of a job are in its response.
+    Errors of the stream: SESSION_UNKNOWN; INVALID_ARGUMENT/BAD_REQUEST for memory that the session has not
+    registered, or that could not be opened again: attach anew. Errors of a job are in its response.
     """
 
 class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -82,10 +84,11 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_transfer_pb2.TransferRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_transfer_pb2.TransferResponse], _abc.AsyncIterator[_transfer_pb2.TransferResponse]]:
-        """Runs copies; one stream a session. Jobs are answered in any order, each exactly once. A store is published,
+        """Runs copies; a session needs one stream. Jobs are answered in any order, each exactly once. A store is published,
         and a load ended, by Complete, as where the engine copies itself. At the end of the stream jobs may still
         run: the session's slots, and a successor of the session, wait for their end.
-        Errors of the stream: SESSION_UNKNOWN; errors of a job are in its response.
+        Errors of the stream: SESSION_UNKNOWN; INVALID_ARGUMENT/BAD_REQUEST for memory that the session has not
+        registered, or that could not be opened again: attach anew. Errors of a job are in its response.
         """
 
 def add_TransferServiceServicer_to_server(servicer: TransferServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
