@@ -1,0 +1,110 @@
+"""What the daemon is doing, counted for status, metrics and the health pages.
+
+Owns the phase and the age of the last tick; the figures are the core's, the pool's and the tiers'. `state`
+may be asked from any thread, the rest runs on the loop's.
+"""
+
+from __future__ import annotations
+
+import time
+
+from kvtier_ops.pool import Pool
+from kvtier_server import __version__
+from kvtier_server.config import Config
+from kvtier_server.core.tiering import Core
+from kvtier_server.pool_slots import Backing
+from kvtier_server.service import boottime_ns
+from kvtier_server.snapshot import (
+    by_suffix,
+    lease_stats,
+    lower_stats,
+    primary_stats,
+    session_stats,
+    tenant_bytes,
+)
+from kvtier_server.stats import (
+    PHASE_DEGRADED,
+    PHASE_SERVING,
+    PHASE_STARTING,
+    PRIMARY_TIER,
+    DaemonState,
+    PoolStats,
+    StatsSnapshot,
+)
+from kvtier_server.tier_health import in_order
+
+
+class Observer:
+    """Counts one daemon. `phase` is set by the daemon: starting, serving, draining."""
+
+    def __init__(self, boot_id: str, config: Config, pool: Pool, core: Core, backing: Backing) -> None:
+        self._boot_id = boot_id
+        self._config = config
+        self._pool = pool
+        self._core = core
+        self._backing = backing
+        self._start_ns = self._last_tick_ns = boottime_ns()
+        self._start_time_s = time.time()
+        self._loop_lag_s = 0.0
+        self._has_tier_trouble = False
+        self.phase = PHASE_STARTING
+
+    def ticked(self, now_ns: int, late_s: float) -> None:
+        """Note that the loop has come round."""
+        self._last_tick_ns = now_ns
+        self._loop_lag_s = late_s
+
+    def state(self) -> DaemonState:
+        """Tell the phase, and how long ago the loop came round."""
+        return DaemonState(self._current_phase(), (boottime_ns() - self._last_tick_ns) / 1e9)
+
+    def _current_phase(self) -> str:
+        is_degraded = bool(self._backing.shortage) or self._has_tier_trouble
+        return PHASE_DEGRADED if is_degraded and self.phase == PHASE_SERVING else self.phase
+
+    def snapshot(self) -> StatsSnapshot:
+        """Count everything now."""
+        books, now_ns = self._core.books, boottime_ns()
+        books.unpin_all()
+        books.primary.settle()  # or pins would show as they were a tick ago
+        counts = books.counts
+        tiers = self._core.below.tiers
+        lower = [lower_stats(below) for below in tiers]
+        self._has_tier_trouble = not all(map(in_order, lower))
+        return StatsSnapshot(
+            boot_id=self._boot_id,
+            version=__version__,
+            phase=self._current_phase(),
+            start_time_s=self._start_time_s,
+            uptime_s=(now_ns - self._start_ns) / 1e9,
+            loop_lag_s=self._loop_lag_s,
+            pool=PoolStats(
+                path=str(self._pool.path),
+                name=self._config.server.name,
+                data_bytes=self._pool.data_bytes,
+                backed_bytes=books.primary.slabs.backed_bytes,
+                policy=self._config.pool.policy,
+            ),
+            tiers=(primary_stats(books, self._backing.shortage or "ok"), *lower),
+            sessions=session_stats(books, now_ns),
+            leases=lease_stats(books, now_ns),
+            lookup_keys=by_suffix(counts, "lookup"),
+            lookup_tokens=counts["lookup_tokens"],
+            hit_tokens={
+                PRIMARY_TIER: counts["hit_tokens"],
+                **{below.rules.name: below.counts["hit_tokens"] for below in tiers},
+            },
+            evictions={
+                PRIMARY_TIER: by_suffix(counts, "removed"),
+                **{below.rules.name: by_suffix(below.counts, "removed") for below in tiers},
+            },
+            store_refused=by_suffix(counts, "refused"),
+            sessions_ended=by_suffix(counts, "session_ended"),
+            checksum_failures={
+                PRIMARY_TIER: counts["checksum:corrupt"],
+                **{below.rules.name: below.counts["promotion:corrupt"] for below in tiers},
+            },
+            loads_torn=counts["load:torn"],
+            credits=sum(r.key is None for r in books.reservations),
+            tenant_used_bytes=tenant_bytes(books),
+        )
