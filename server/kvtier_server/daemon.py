@@ -35,6 +35,7 @@ from kvtier_server.core_limits import core_limits
 from kvtier_server.grpc_server import Handlers, build_server
 from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
+from kvtier_server.notify import Notifier
 from kvtier_server.observer import Observer
 from kvtier_server.policies.loader import load_policy_class
 from kvtier_server.pool_slots import Backing, PoolSlots
@@ -88,6 +89,7 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._notifier = Notifier.take(os.environ, os.getpid())  # before there are child processes
         self.boot_id = secrets.token_hex(8)
         self._socket_lock = SocketLock.of(config.server.address)
         self._pool = open_pool(config)
@@ -245,12 +247,15 @@ class Daemon:
         # A full collection over a million index entries stops the loop for a third of a second.
         gc.set_threshold(50_000, 20, 1 << 30)
         self._announce(http)
+        self._notifier.ready(self._status())
+        beats = asyncio.create_task(self._notifier.beat_forever(self._status))
         ticks = asyncio.create_task(self._upkeep.tick_forever(limiter, tier_health))
         try:
             await stop.wait()
             await self._drain(server, health_servicer)
         finally:
             ticks.cancel()
+            beats.cancel()
             self._copies_hang = not await self._transfers.close(TIER_STOP_S)
             await _let_tasks_end()
             self._backing.stop()
@@ -284,6 +289,11 @@ class Daemon:
         print("\n".join(lines), flush=True)  # noqa: T201 this is the command's output
         log.info("serving", boot=self.boot_id, address=self._config.server.address, pool=str(pool.path))
 
+    def _status(self) -> str:
+        """Say how the daemon is, in the words that `systemctl status` shows."""
+        sessions = len(self._metrics.snapshot.sessions)
+        return f"{self._observer.state().phase}, {sessions} session{'' if sessions == 1 else 's'}"
+
     def _on_signal(self, stop: asyncio.Event) -> None:
         if stop.is_set():
             log.warning("stopped_at_once", why="second signal")
@@ -294,6 +304,7 @@ class Daemon:
     async def _drain(self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:
         """Refuse what is new, wait for copies that run, close the streams, stop."""
         self._observer.phase = PHASE_DRAINING
+        self._notifier.stopping(self._status())
         self.core.books.draining = True
         await health_servicer.enter_graceful_shutdown()
         deadline = time.monotonic() + self._config.drain.copies / 1e9
@@ -331,6 +342,7 @@ class Daemon:
 
     def close(self) -> None:
         """Give back the pool's and the socket's locks. The pool's file stays."""
+        self._notifier.close()
         ended = [tier.shutdown(TIER_STOP_S) for tier, _ in self._tiers]
         if not all(ended) or self._copies_hang:
             # Something hangs that may still write into a slot: the locks go with the process, not before.
