@@ -13,6 +13,7 @@ import functools
 import gc
 import os
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -277,7 +278,7 @@ class Daemon:
     def _announce(self, http: HttpServer | None) -> None:
         """Say on stdout where everything is: the first thing a person looks for."""
         pool = self._pool
-        metrics = f"http://127.0.0.1:{http.port}/metrics" if http is not None else "off"
+        metrics = f"{http.url}/metrics" if http is not None else "off"
         kept = f"warm: {self._adopted.published} chunks kept" if self._adopted is not None else "empty"
         lines = (
             f"kvtier {__version__} serving",
@@ -319,9 +320,11 @@ class Daemon:
         await self._flush_tiers()
         await server.stop(grace=1.0)
         log.info("stopped", left_copies=left_copies)
+        directory = self._config.pool.directory
+        which = f"--directory {shlex.quote(directory)}" if directory else f"--name {self._config.server.name}"
         print(  # noqa: T201 the person who stopped it should know where the memory went
-            f"kvtier stopped. The pool keeps its memory for the next start; to free it: kvtier pool remove "
-            f"--name {self._config.server.name}",
+            "kvtier stopped. The pool keeps its memory for the next start; to free it: kvtier pool remove "
+            f"{which}",
             flush=True,
         )
 
