@@ -25,13 +25,12 @@ def missing() -> str:
     return "" if tried.returncode == 0 else f"cannot make namespaces here: {tried.stderr.strip()}"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(BUILD_S + 30)
-def test_the_image_for_cpus_is_built_serves_and_stops_with_exit_code_0() -> None:
+def build_and_run(target: str) -> str:
+    """Build a target and run it; return what that said. Skips the test where this machine cannot."""
     if reason := missing():
         pytest.skip(reason)
     done = subprocess.run(
-        [*NAMESPACES, sys.executable, "-m", "tests.docker.image_steps", "cpu"],
+        [*NAMESPACES, sys.executable, "-m", "tests.docker.image_steps", target],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -39,4 +38,18 @@ def test_the_image_for_cpus_is_built_serves_and_stops_with_exit_code_0() -> None
         timeout=BUILD_S,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "-- everything as the Dockerfile says" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(BUILD_S + 30)
+def test_the_image_for_cpus_is_built_serves_and_stops_with_exit_code_0() -> None:
+    assert "-- everything as the Dockerfile says" in build_and_run("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(BUILD_S + 30)
+def test_an_engine_in_another_container_needs_two_volumes_and_leaves_nothing_when_it_is_killed() -> None:
+    said = build_and_run("demo")
+    assert "-- everything as the Dockerfile says" in said
+    assert "round 2: " in said
