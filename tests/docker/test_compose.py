@@ -187,9 +187,8 @@ def test_every_service_is_kept_small(services: dict[str, Service]) -> None:
     for name, service in services.items():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
         assert service.get("privileged") is None, name
-        if name != "vllm":
-            assert service["cap_drop"] == ["ALL"], name
-            assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
 
 
 def test_prometheus_and_grafana_get_their_files(services: dict[str, Service]) -> None:

@@ -4,6 +4,7 @@ daemon and the Pod Security Standards want.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -160,6 +161,35 @@ def test_the_directories_of_the_host_are_made_for_that_user(overlay: str, tmp_pa
     daemon, _ = rendered.container("kvtier")
     for place, volume in mounts(container, pod).items():
         assert mounts(daemon, pod)[place] == volume
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it makes directories for another user")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv here: apt-get install util-linux")
+def test_the_directories_are_made_with_the_one_capability_that_their_maker_keeps(tmp_path: Path) -> None:
+    container, _ = Rendered("daemonset").container("directories")
+    (script,) = container["args"]
+    (kept,) = container["securityContext"]["capabilities"]["add"]
+    script = script.replace("/run/kvtier", f"{tmp_path}/run").replace("/pool", f"{tmp_path}/pool")
+    capabilities = f"-all,+{kept.lower()}"
+    command = ["setpriv", "--bounding-set", capabilities, "--inh-caps", capabilities, "--no-new-privs"]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *container["command"], script], capture_output=True, text=True, check=False, timeout=30
+        )
+
+    made = [tmp_path / "run" / "daemon", tmp_path / "pool" / "default"]
+    for directory in made:
+        directory.parent.mkdir()
+    for _ in range(2):  # the second time they are there, and somebody else's
+        done = run()
+        assert done.returncode == 0, done.stderr
+        assert [(each.stat().st_uid, each.stat().st_mode & 0o777) for each in made] == [(uid(), 0o700)] * 2
+
+    os.chown(tmp_path / "pool", uid(), uid())
+    refused = run()
+    assert refused.returncode == 1
+    assert f"behind {tmp_path}/pool is not root's" in refused.stderr
 
 
 def test_every_mount_has_its_volume_and_every_volume_is_mounted(rendered: Rendered) -> None:
