@@ -11,7 +11,7 @@ MOONCAKE_READY := .venv-mooncake/.ready
 BENCH_DIR := build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-faults test-object test-mooncake test-vllm test-gpu demo-vllm lint proto bench bench-vllm bench-gpu replay clean
+.PHONY: help venv demo serve test test-faults test-object test-mooncake test-vllm test-gpu docker-check demo-vllm lint proto bench bench-vllm bench-gpu replay clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ test-mooncake: $(MOONCAKE_READY) ## Run the mooncake tier on a real mooncake_mas
 # Elsewhere each test is skipped and says what is missing.
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the two experiments (PYTHON with cupy, cuda-bindings)
 	@$(PYTHON) -m pytest -q -s -m gpu tests/gpu
+
+docker-check: $(READY) ## Check docker/, with the steps of its Dockerfile run one by one (as root)
+	@$(BIN)/python -m pytest -q tests/docker
 
 demo-vllm: $(VLLM_READY) ## Show what kvtier gives a real vLLM: hit rate and TTFT, cold and warm
 	@PYTHONPATH=. $(VLLM_BIN)/python -m tests.vllm.show

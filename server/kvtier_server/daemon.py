@@ -13,6 +13,7 @@ import functools
 import gc
 import os
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -35,6 +36,7 @@ from kvtier_server.core_limits import core_limits
 from kvtier_server.grpc_server import Handlers, build_server
 from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
+from kvtier_server.notify import Notifier
 from kvtier_server.observer import Observer
 from kvtier_server.policies.loader import load_policy_class
 from kvtier_server.pool_slots import Backing, PoolSlots
@@ -88,6 +90,7 @@ class Daemon:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._notifier = Notifier.take(os.environ, os.getpid())  # before there are child processes
         self.boot_id = secrets.token_hex(8)
         self._socket_lock = SocketLock.of(config.server.address)
         self._pool = open_pool(config)
@@ -245,12 +248,15 @@ class Daemon:
         # A full collection over a million index entries stops the loop for a third of a second.
         gc.set_threshold(50_000, 20, 1 << 30)
         self._announce(http)
+        self._notifier.ready(self._status())
+        beats = asyncio.create_task(self._notifier.beat_forever(self._status))
         ticks = asyncio.create_task(self._upkeep.tick_forever(limiter, tier_health))
         try:
             await stop.wait()
             await self._drain(server, health_servicer)
         finally:
             ticks.cancel()
+            beats.cancel()
             self._copies_hang = not await self._transfers.close(TIER_STOP_S)
             await _let_tasks_end()
             self._backing.stop()
@@ -272,7 +278,7 @@ class Daemon:
     def _announce(self, http: HttpServer | None) -> None:
         """Say on stdout where everything is: the first thing a person looks for."""
         pool = self._pool
-        metrics = f"http://127.0.0.1:{http.port}/metrics" if http is not None else "off"
+        metrics = f"{http.url}/metrics" if http is not None else "off"
         kept = f"warm: {self._adopted.published} chunks kept" if self._adopted is not None else "empty"
         lines = (
             f"kvtier {__version__} serving",
@@ -284,6 +290,11 @@ class Daemon:
         print("\n".join(lines), flush=True)  # noqa: T201 this is the command's output
         log.info("serving", boot=self.boot_id, address=self._config.server.address, pool=str(pool.path))
 
+    def _status(self) -> str:
+        """Say how the daemon is, in the words that `systemctl status` shows."""
+        sessions = len(self._metrics.snapshot.sessions)
+        return f"{self._observer.state().phase}, {sessions} session{'' if sessions == 1 else 's'}"
+
     def _on_signal(self, stop: asyncio.Event) -> None:
         if stop.is_set():
             log.warning("stopped_at_once", why="second signal")
@@ -294,6 +305,7 @@ class Daemon:
     async def _drain(self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:
         """Refuse what is new, wait for copies that run, close the streams, stop."""
         self._observer.phase = PHASE_DRAINING
+        self._notifier.stopping(self._status())
         self.core.books.draining = True
         await health_servicer.enter_graceful_shutdown()
         deadline = time.monotonic() + self._config.drain.copies / 1e9
@@ -308,9 +320,11 @@ class Daemon:
         await self._flush_tiers()
         await server.stop(grace=1.0)
         log.info("stopped", left_copies=left_copies)
+        directory = self._config.pool.directory
+        which = f"--directory {shlex.quote(directory)}" if directory else f"--name {self._config.server.name}"
         print(  # noqa: T201 the person who stopped it should know where the memory went
-            f"kvtier stopped. The pool keeps its memory for the next start; to free it: kvtier pool remove "
-            f"--name {self._config.server.name}",
+            "kvtier stopped. The pool keeps its memory for the next start; to free it: kvtier pool remove "
+            f"{which}",
             flush=True,
         )
 
@@ -331,6 +345,7 @@ class Daemon:
 
     def close(self) -> None:
         """Give back the pool's and the socket's locks. The pool's file stays."""
+        self._notifier.close()
         ended = [tier.shutdown(TIER_STOP_S) for tier, _ in self._tiers]
         if not all(ended) or self._copies_hang:
             # Something hangs that may still write into a slot: the locks go with the process, not before.

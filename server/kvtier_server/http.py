@@ -69,6 +69,12 @@ class HttpServer:
         assert self._server is not None, "asked before start"
         return int(self._server.server_address[1])
 
+    @property
+    def url(self) -> str:
+        """Where its pages are, as this machine reaches them."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
     def stop(self) -> None:
         """Stop listening. Requests that are being answered are not waited for. A second call does nothing."""
         if self._server is None or self._thread is None:

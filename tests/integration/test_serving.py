@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import stat
+import tempfile
 from pathlib import Path
 
 import grpc
@@ -94,6 +95,16 @@ def test_sigterm_stops_an_idle_daemon_with_0_and_tells_how_to_free_the_pool(
     assert f"kvtier pool remove --name {daemon.name}" in daemon.out_text()
     assert daemon.pool_file.exists()
     assert not daemon.socket.exists()
+
+
+def test_a_stopped_daemon_names_the_directory_of_a_pool_that_has_one_of_its_own(
+    start_daemon: StartDaemon,
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="kvtier-test-", dir="/dev/shm") as shm:
+        directory = f"{shm}/pool"
+        daemon = start_daemon(env={"KVTIER_POOL__DIRECTORY": directory})
+        assert daemon.stop() == 0
+        assert f"kvtier pool remove --directory {directory}\n" in daemon.out_text()
 
 
 def begin_to_drain(daemon: DaemonProcess, engine: RawEngine) -> pb.PrepareStoreResponse:

@@ -55,6 +55,21 @@ def test_metrics_are_served_in_prometheus_own_format(server: HttpServer) -> None
     assert "kvtier_build_info{" in body
 
 
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [("127.0.0.1:0", "127.0.0.1"), ("127.0.0.2:0", "127.0.0.2"), ("0.0.0.0:0", "127.0.0.1")],
+)
+def test_the_url_is_one_that_this_machine_reaches(daemon: Daemon, address: str, host: str) -> None:
+    server = HttpServer(address, daemon.metrics, daemon.state)
+    server.start()
+    assert server.url == f"http://{host}:{server.port}"
+    connection = http.client.HTTPConnection(host, server.port, timeout=30)
+    connection.request("GET", "/livez")
+    assert connection.getresponse().status == 200
+    connection.close()
+    server.stop()
+
+
 def test_the_daemon_lives_while_its_loop_comes_round(server: HttpServer, daemon: Daemon) -> None:
     assert get(server, "/livez")[0] == 200
     daemon.tick_age_s = MAX_TICK_AGE_S + 1
