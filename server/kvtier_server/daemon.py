@@ -512,6 +512,7 @@ class Daemon:
             loads_torn=counts["load:torn"],
             credits=sum(r.key is None for r in books.reservations),
             tenant_used_bytes=tenant_bytes(books),
+            transfer_bytes=self._metrics.transfer_bytes(),
         )
 
     async def _drain(self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:
