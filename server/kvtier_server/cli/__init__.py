@@ -13,17 +13,19 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from kvtier_server import __version__
-from kvtier_server.cli import admin, demo, doctor, health, pool, serve, status, verify, version
+from kvtier_server.cli import admin, bench, demo, doctor, health, pool, serve, status, top, verify, version
 from kvtier_server.cli.failure import Failure
 
 COMMANDS: dict[str, ModuleType] = {
     "serve": serve,
     "status": status,
+    "top": top,
     "health": health,
     "doctor": doctor,
     "pool": pool,
     "verify": verify,
     "admin": admin,
+    "bench": bench,
     "demo": demo,
     "version": version,
 }

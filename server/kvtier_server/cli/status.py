@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kvtier_server.cli.connection import add_connection_arguments, explain, open_channel
+from kvtier_server.cli.connection import add_connection_arguments, ask_status
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -28,18 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask once and print."""
-    address, channel = open_channel(args)
-    import grpc
-
-    from kvtier.v1 import admin_pb2, admin_pb2_grpc
-
-    with channel:
-        try:
-            status = admin_pb2_grpc.AdminServiceStub(channel).GetStatus(
-                admin_pb2.GetStatusRequest(), timeout=args.timeout
-            )
-        except grpc.RpcError as error:
-            raise explain(error, address) from None
+    status = ask_status(args)
     if args.output == "json":
         print(json.dumps(to_dict(status), indent=2))
     else:
