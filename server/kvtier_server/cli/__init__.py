@@ -13,7 +13,20 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from kvtier_server import __version__
-from kvtier_server.cli import admin, bench, demo, doctor, health, pool, serve, status, top, verify, version
+from kvtier_server.cli import (
+    admin,
+    bench,
+    config,
+    demo,
+    doctor,
+    health,
+    pool,
+    serve,
+    status,
+    top,
+    verify,
+    version,
+)
 from kvtier_server.cli.failure import Failure
 
 COMMANDS: dict[str, ModuleType] = {
@@ -22,6 +35,7 @@ COMMANDS: dict[str, ModuleType] = {
     "top": top,
     "health": health,
     "doctor": doctor,
+    "config": config,
     "pool": pool,
     "verify": verify,
     "admin": admin,
