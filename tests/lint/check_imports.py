@@ -28,6 +28,7 @@ DAEMON_LIBRARIES = (
     "pydantic_core",
     "pydantic_settings",
     "rich",
+    "shtab",
     "structlog",
 )
 GPU_LIBRARIES = ("cuda", "cupy", "torch")

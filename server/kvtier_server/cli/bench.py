@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         from kvtier_server.cli.connection import knock
 
         knock(args.address, 5.0)
-    left_out = {"command", "output"}
+    left_out = {"command", "output", "parser"}
     settings = {
         name: value for name, value in vars(args).items() if name not in left_out and value is not None
     }

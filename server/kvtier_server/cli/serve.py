@@ -1,5 +1,9 @@
 """Run the daemon in the foreground until SIGTERM or Ctrl-C.
 
+  kvtier serve --pool-bytes 64GiB
+  kvtier serve --config /etc/kvtier.toml      tiers below the pool, limits: kvtier config default
+  kvtier serve --fresh                        forget what the last daemon left in the pool
+
 Settings come from the options, else the environment (KVTIER_POOL__BYTES), else the file, else the defaults.
 Exit code: 0 stopped, 1 another daemon has the pool, 2 a mistake in the settings or too little memory.
 """

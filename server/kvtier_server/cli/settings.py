@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
-import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -23,10 +22,10 @@ from kvtier_server.config_values import unit_of
 from kvtier_server.units import write_bytes, write_duration
 
 _BOUNDS = (
-    (annotated_types.Ge, "ge", "at least"),
-    (annotated_types.Gt, "gt", "above"),
-    (annotated_types.Le, "le", "at most"),
-    (annotated_types.Lt, "lt", "below"),
+    ("ge", "at least"),
+    ("gt", "above"),
+    ("le", "at most"),
+    ("lt", "below"),
 )
 _UNBOUNDED = 1 << 40
 """A count this large is no limit that anybody meets (config_values.Count)."""
@@ -119,13 +118,11 @@ def _kind(annotation: Any) -> str:
 def _bounds(metadata: list[Any], unit: Literal["size", "duration", ""]) -> Iterator[str]:
     strictest: dict[str, float] = {}
     for found in metadata:
-        for kind, attribute, words in _BOUNDS:
-            if isinstance(found, kind):
-                bound = getattr(found, attribute)
-                if words not in strictest:
-                    strictest[words] = bound
+        for attribute, words in _BOUNDS:
+            bound = getattr(found, attribute, None)
+            if bound is not None:
                 pick = max if words in {"at least", "above"} else min
-                strictest[words] = pick(strictest[words], bound)
+                strictest[words] = pick(strictest.get(words, bound), bound)
     for words, bound in strictest.items():
         if (unit and bound <= 1) or (words == "at most" and bound >= _UNBOUNDED and not unit):
             continue  # says nothing: a size is a byte or more

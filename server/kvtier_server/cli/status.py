@@ -1,5 +1,8 @@
 """Show the daemon at one instant: pool, tiers, sessions, leases, hit rate.
 
+  kvtier status
+  kvtier status -o json | jq .lookup_keys.hit     every field, for a script
+
 Exit code: 0 serving, 1 answering but degraded, starting or draining, 2 no daemon.
 """
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
     from kvtier.v1.admin_pb2 import GetStatusResponse
 
-SUMMARY = "show pool, tiers, sessions and leases (exit 0 serving, 1 degraded, 2 down)"
+SUMMARY = "show pool, tiers, sessions and leases once"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
