@@ -69,7 +69,8 @@ def waiting(address: str, reason: str, since_s: float, columns: int) -> list[Tex
         fitted(Text(f"address  {address}"), columns),
         fitted(Text(f"for      {format_seconds(since_s)}"), columns),
         Text(""),
-        *(fitted(Text(line), columns) for line in _folded(reason, columns)),
+        # What to type stands behind a semicolon: on a line of its own.
+        *(fitted(Text(line), columns) for part in reason.split("; ") for line in _folded(part, columns)),
     ]
 
 
