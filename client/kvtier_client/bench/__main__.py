@@ -35,6 +35,8 @@ REPLAY_CHUNK_BYTES = 4096
 """Hits do not depend on it."""
 PROGRESS_AFTER_S = 1.0
 """Work that takes longer shows how far it is."""
+ATTACH_TIMEOUT_S = 5.0
+"""For a daemon that answers; one that refuses says why, and goes on refusing."""
 SPARE_SLOTS = 16
 """Of a private daemon's pool, so that no store waits for a slot."""
 
@@ -226,6 +228,7 @@ def _engine(
             f"kvtier-bench-{os.getpid()}",
             weights_id=secrets.token_hex(8),
             tensors=tensors,
+            attach_timeout_s=ATTACH_TIMEOUT_S,
         )
         if settings.address:
             stack.callback(blocks.clear)

@@ -28,8 +28,6 @@ PATIENT = ClientOptions(lookup_deadline_ms=10_000, prepare_deadline_ms=10_000)
 
 GROUP_TAIL = bytes(4)
 
-ATTACH_TIMEOUT_S = 30.0
-
 
 def chunk_key(number: int) -> bytes:
     """OffloadKey of chunk `number`: 32 bytes and group 0."""
@@ -53,10 +51,12 @@ class BlockClient:
         *,
         weights_id: str = "0",
         tensors: Sequence[TensorLayout] = (),
+        attach_timeout_s: float = 30.0,
     ) -> None:
         """`listener` is the scheduler's. `tensors`: what a chunk is made of, default one of `part_bytes`."""
         self.part_bytes = part_bytes
         self._address = address
+        self._attach_timeout_s = attach_timeout_s
         facts = NamespaceFacts(
             model="blocks",
             weights_id=weights_id,
@@ -99,9 +99,9 @@ class BlockClient:
     def wait_attached(self) -> None:
         """Wait until both sessions are open and each knows of the other."""
         for client in (self.worker, self.scheduler):
-            if not client.wait_attached(ATTACH_TIMEOUT_S):
+            if not client.wait_attached(self._attach_timeout_s):
                 raise RuntimeError(f"cannot attach: {client.away_reason}")
-        deadline = time.monotonic() + ATTACH_TIMEOUT_S
+        deadline = time.monotonic() + self._attach_timeout_s
         while not self.scheduler.ready:  # the scheduler does not know yet that its worker is attached
             if time.monotonic() > deadline:
                 raise RuntimeError("the daemon attached both sessions and does not know of both")
