@@ -137,7 +137,8 @@ def status_response(snapshot: StatsSnapshot) -> pb.GetStatusResponse:
         lookup_tokens=snapshot.lookup_tokens,
         transfers=[
             pb.TransferStatus(direction=direction, path=path, bytes=copied)
-            for (direction, path), copied in snapshot.transfer_bytes.items()
+            for direction, paths in snapshot.transfer_bytes.items()
+            for path, copied in paths.items()
         ],
         loads_torn=snapshot.loads_torn,
     )

@@ -137,13 +137,13 @@ class Metrics:
         duration.observe(seconds)
         size.observe(size_bytes)
 
-    def transfer_bytes(self) -> dict[tuple[str, str], int]:
-        """Return the bytes copied so far, by direction and path."""
-        return {
-            (sample.labels["direction"], sample.labels["path"]): int(sample.value)
-            for family in self._copied.collect()
-            for sample in family.samples
-        }
+    def transfer_bytes(self) -> dict[str, dict[str, int]]:
+        """Return the bytes copied so far, by direction, then by path."""
+        copied: dict[str, dict[str, int]] = {direction: {} for direction in DIRECTIONS}
+        for family in self._copied.collect():
+            for sample in family.samples:
+                copied[sample.labels["direction"]][sample.labels["path"]] = int(sample.value)
+        return copied
 
     def observe_promotion(self, tier: str, seconds: float) -> None:
         """Count one chunk that came up."""

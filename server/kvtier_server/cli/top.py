@@ -40,6 +40,8 @@ SUMMARY = "watch hit rate, copies, tiers and engines, live"
 
 MIN_INTERVAL_S = 0.1
 MAX_INTERVAL_S = 3600.0
+MAX_SILENCE_S = 2.0
+"""Longest wait for an answer between two pictures: keys are not read meanwhile."""
 COLUMNS = 80
 """Of what is written to a file or a pipe."""
 
@@ -140,7 +142,7 @@ class Watch:
     """The daemon over time: keeps the last two answers, and since when there is none."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
+        self._args = argparse.Namespace(**{**vars(args), "timeout": min(args.timeout, MAX_SILENCE_S)})
         self._address = client_address(args.address, os.environ)
         self._last: GetStatusResponse | None = None
         self._silent_since: float | None = None
