@@ -57,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _directory(args: argparse.Namespace) -> Path:
-    """Return the directory that `kvtier serve` would use with the same options and environment."""
+    """Return the directory that the options name, else the one of `kvtier serve` in this environment.
+
+    A name that was typed is stronger than a directory in the environment: what is removed is what was meant.
+    """
     from kvtier_ops.directory import default_pool_directory
 
     if args.directory is not None:
