@@ -37,6 +37,8 @@ PROGRESS_AFTER_S = 1.0
 """Work that takes longer shows how far it is."""
 ATTACH_TIMEOUT_S = 5.0
 """For a daemon that answers; one that refuses says why, and goes on refusing."""
+MAX_KEYS = 8192
+"""What a daemon takes in one call."""
 SPARE_SLOTS = 16
 """Of a private daemon's pool, so that no store waits for a slot."""
 
@@ -74,13 +76,14 @@ class Settings:
 def main(arguments: Sequence[str]) -> int:
     """Measure and print."""
     settings = Settings(**json.loads(arguments[0]))
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_once)
     try:
         result = KINDS[settings.kind](settings)
     except KeyboardInterrupt:
         print("kvtier bench: interrupted; everything was cleaned up", file=sys.stderr)
         return 130
-    except (BenchFailed, DaemonFailed, TraceError, WrongByte, RuntimeError) as error:
+    except (BenchFailed, DaemonFailed, WrongByte, RuntimeError, ValueError) as error:
         print(f"kvtier bench: {error}", file=sys.stderr)
         return 1
     head = {
@@ -96,7 +99,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
+def _end_once(_number: int, _frame: FrameType | None) -> None:
+    """End as Ctrl-C does; further signals would only interrupt the cleaning up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -122,6 +128,11 @@ def _copy(settings: Settings) -> dict[str, object]:
     from kvtier_client.bench import copies
 
     num_chunks = max(settings.copy_bytes // settings.chunk_bytes, 1)
+    if num_chunks > MAX_KEYS:
+        raise BenchFailed(
+            f"{num_chunks} chunks are more than the {MAX_KEYS} of one call; copy less (--bytes), "
+            "or in larger chunks (--chunk-bytes)"
+        )
     page_bytes = settings.chunk_bytes // copies.LAYERS
     # An engine may pin half of a pool.
     pool_bytes = max(2 * (num_chunks + SPARE_SLOTS) * settings.chunk_bytes, MIN_POOL_BYTES)
@@ -230,9 +241,18 @@ def _engine(
             tensors=tensors,
             attach_timeout_s=ATTACH_TIMEOUT_S,
         )
-        if settings.address:
-            stack.callback(blocks.clear)
-        yield stack.enter_context(blocks)
+        with blocks:
+            if settings.address:
+                stack.callback(_drop, blocks)
+            yield blocks
+
+
+def _drop(blocks: BlockClient) -> None:
+    if not blocks.clear():
+        print(
+            "kvtier bench: the daemon did not drop what was stored; it will be evicted in its turn",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

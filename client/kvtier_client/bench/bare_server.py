@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import secrets
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
@@ -26,6 +27,8 @@ OPTIONS = [
 
 
 def _serve(path: str, reply_bytes: Mapping[str, int], ready: Event) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started it, who ends it
+
     async def main() -> None:
         server = grpc.aio.server(options=OPTIONS)
 

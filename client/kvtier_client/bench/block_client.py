@@ -87,7 +87,12 @@ class BlockClient:
     def __enter__(self) -> Self:
         for client in (self.worker, self.scheduler):
             client.start()
-        self.wait_attached()
+        try:
+            self.wait_attached()
+        except RuntimeError:
+            self.scheduler.close()
+            self.worker.close()
+            raise
         return self
 
     def __exit__(
@@ -125,9 +130,13 @@ class BlockClient:
             if not client.flush_and_wait(30):
                 raise RuntimeError(f"the daemon has not taken the reports: {client.away_reason}")
 
-    def clear(self) -> None:
+    def clear(self) -> bool:
         """Have the daemon drop what this namespace has stored. To be called when the sessions have ended."""
         with grpc.insecure_channel(self._address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-            admin_pb2_grpc.AdminServiceStub(channel).Clear(
-                admin_pb2.ClearRequest(namespace=self.namespace, wait_ms=5000), timeout=10.0
-            )
+            try:
+                admin_pb2_grpc.AdminServiceStub(channel).Clear(
+                    admin_pb2.ClearRequest(namespace=self.namespace, wait_ms=5000), timeout=10.0
+                )
+            except grpc.RpcError:
+                return False
+        return True

@@ -25,7 +25,6 @@ from kvtier_ops.plan import ChunkCopy, plan_job
 from kvtier_ops.pool import MappedPool
 
 LAYERS = 32
-PAGE_UNIT_BYTES = 4096
 FLOOR = "numpy copy of the same bytes"
 
 Bytes = npt.NDArray[np.uint8]

@@ -139,10 +139,12 @@ def _bound(bound: float, unit: Literal["size", "duration", ""]) -> str:
 
 def shown(key: str, value: object) -> object:
     """Return what may be shown of a value: nothing of a secret, which belongs into a file."""
+    if not isinstance(value, str) or not value:
+        return value
     lowered = key.lower()
-    if value and not lowered.endswith("_file") and any(word in lowered for word in SECRET_WORDS):
+    if not lowered.endswith("_file") and any(word in lowered for word in SECRET_WORDS):
         return HIDDEN
-    if isinstance(value, str) and "://" in value:
+    if "://" in value:
         scheme, _, rest = value.partition("://")
         authority, slash, path = rest.partition("/")
         if "@" in authority:

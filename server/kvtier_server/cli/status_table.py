@@ -43,10 +43,10 @@ def print_status(status: GetStatusResponse) -> None:
     console.print(_tiers(status))
     for tier in status.tiers:
         if tier.health not in ("", "ok"):
-            console.print(Text(f"tier {tier.name}: {tier.health}", "red"))
+            console.print(Text(printable(f"tier {tier.name}: {tier.health}"), "red"))
     console.print()
     for line in _engines(status):
-        console.print(line, no_wrap=True, overflow="ellipsis")
+        console.print(printable(line), no_wrap=True, overflow="ellipsis")
     if not status.sessions:
         console.print("no sessions: no engine is attached")
     console.print()
@@ -132,6 +132,11 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def printable(text: str) -> str:
+    """Replace what a terminal would obey instead of showing it: names come from engines."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def shorten(text: str, width: int) -> str:

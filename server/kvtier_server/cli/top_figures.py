@@ -115,7 +115,7 @@ def hints(old: GetStatusResponse | None, new: GetStatusResponse) -> list[str]:
 
 def _wrong_bytes(status: GetStatusResponse) -> Iterator[str]:
     if status.checksum_failures:
-        yield f"{status.checksum_failures} chunks had a wrong checksum, none was served: kvtier verify --help"
+        yield f"checksum failures: {status.checksum_failures}; none was served, engines computed instead"
 
 
 def _held(status: GetStatusResponse) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from rich.text import Text
 
 from kvtier.v1.admin_pb2 import GetStatusResponse, LeaseStatus, TierStatus
-from kvtier_server.cli.status_table import STATE_STYLES, attached, by_engine, shorten
+from kvtier_server.cli.status_table import STATE_STYLES, attached, by_engine, printable, shorten
 from kvtier_server.cli.top_figures import Rates, copied_bytes, hit_rate, rates
 from kvtier_server.units import format_bytes, format_seconds
 
@@ -56,7 +56,8 @@ def screen(
 
 
 def fitted(line: Text, columns: int) -> Text:
-    """Cut a line to the width, so that none wraps."""
+    """Cut a line to the width, so that none wraps, and leave nothing in it that a terminal would obey."""
+    line.plain = printable(line.plain)
     line.truncate(columns, overflow="ellipsis")
     return line
 

@@ -98,6 +98,7 @@ def test_more_than_a_daemon_has_room_for_is_said(kvtier: Kvtier, start_daemon: S
         (["copy", "--chunk-bytes", "100KiB"], "multiple of 128KiB"),
         (["replay", "--pool-share", "2"], "at most 1"),
         (["replay", "--seed", "x"], "whole number"),
+        (["lookup", "--address", "nonsense"], "host:port"),
         (["disk"], "invalid choice"),
         ([], "required"),
     ],
@@ -112,6 +113,13 @@ def test_without_a_daemon_at_the_address_it_says_so(kvtier: Kvtier, tmp_path: Pa
     refused = kvtier("bench", "lookup", "--address", f"unix://{tmp_path}/none.sock")
     assert refused.returncode == 2
     assert "kvtier serve" in refused.stderr
+
+
+def test_more_chunks_than_a_call_takes_are_refused_before_anything_is_started(kvtier: Kvtier) -> None:
+    refused = kvtier("bench", "copy", "--bytes", "2GiB", "--chunk-bytes", "128KiB")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "8192" in refused.stderr
+    assert "--chunk-bytes" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -150,8 +158,8 @@ def test_a_percentile_is_a_value_that_was_measured() -> None:
     assert (percentile(values, 0.5), percentile(values, 0.99), percentile([7.0], 0.99)) == (50, 99, 7)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_bench_leaves_no_daemon_and_no_pool(number: signal.Signals) -> None:
+@pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_bench_leaves_no_daemon_and_no_pool(end: str) -> None:
     before = own_pools()
     command = [sys.executable, "-m", "kvtier_server", "bench", "lookup", "--calls", "1000000"]
     with Terminal(command, child_environment()) as terminal:
@@ -163,7 +171,10 @@ def test_an_interrupted_bench_leaves_no_daemon_and_no_pool(number: signal.Signal
             if pid.isdecimal() and pool.encode().split(b"-", 2)[2] in _command_line(int(pid))
         ]
         assert daemons
-        terminal.process.send_signal(number)
+        if end == "Ctrl-C":
+            terminal.press("\x03")
+        else:
+            terminal.process.send_signal(signal.SIGTERM)
         assert terminal.wait() == 130
         assert own_pools() <= before
         assert all(state_of(pid) in ("", "Z") for pid in daemons)

@@ -65,7 +65,7 @@ def test_hints_name_what_deserves_a_look_and_what_to_type() -> None:
     status.leases.append(LeaseStatus(kind="store", count=1, oldest_age_seconds=1200))
     status.tiers.add(name="disk", health="12 errors in a row")
     said = "\n".join(hints(None, status))
-    assert "1 chunks had a wrong checksum" in said
+    assert "checksum failures: 1" in said
     assert "tier disk: 12 errors in a row" in said
     assert "fuser -v /dev/shm/kvtier-1-default/owners/*" in said
     assert "a store lease is stuck for 20 min" in said
@@ -116,6 +116,15 @@ def test_no_line_is_wider_than_the_terminal_whatever_the_names(columns: int) -> 
         assert all(line.cell_len <= columns for line in picture)
         assert rows is None or len(picture) <= rows
     assert all(line.cell_len <= columns for line in waiting("unix:///" + "a" * 90, "why " * 50, 3, columns))
+
+
+def test_a_name_cannot_command_the_terminal() -> None:
+    status = full_status()
+    status.sessions[0].engine_id = "\x1b]0;mine\x07\x1b[2J"
+    status.tiers.add(name="disk", health="\x1b[31mred")
+    picture = screen(None, status, hints(None, status), address="x", columns=80, rows=None)
+    assert all(line.plain.isprintable() for line in picture)
+    assert any("?]0;mine?[2J" in line.plain for line in picture)
 
 
 def test_one_quarantined_slot_is_seen_in_the_bar_of_a_large_pool() -> None:
