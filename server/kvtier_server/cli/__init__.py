@@ -27,7 +27,7 @@ from kvtier_server.cli import (
     top,
     verify,
     version,
-)  # fmt: skip
+)
 from kvtier_server.cli.failure import Failure
 
 GROUPS: dict[str, dict[str, ModuleType]] = {
