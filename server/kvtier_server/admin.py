@@ -11,7 +11,7 @@ from kvtier.v1 import admin_pb2 as pb
 from kvtier_server.core.clearing import Clearing, Clearings
 from kvtier_server.core.refused import BadRequest
 from kvtier_server.rpc import CallScope
-from kvtier_server.stats import StatsSnapshot
+from kvtier_server.stats import StatsSnapshot, TierStats
 
 SERVICE = "kvtier.v1.AdminService"
 UNIMPLEMENTED = (
@@ -111,21 +111,7 @@ def status_response(snapshot: StatsSnapshot) -> pb.GetStatusResponse:
             backed_bytes=pool.backed_bytes,
             policy=pool.policy,
         ),
-        tiers=[
-            pb.TierStatus(
-                name=tier.name,
-                capacity_bytes=tier.capacity_bytes,
-                usable_bytes=tier.usable_bytes,
-                used_bytes=tier.used_bytes,
-                chunks=tier.chunks,
-                free_slots=tier.free_slots,
-                reserved_slots=tier.reserved_slots,
-                quarantined_slots=tier.quarantined_slots,
-                pinned_chunks=tier.pinned_chunks,
-                health=tier.health,
-            )
-            for tier in snapshot.tiers
-        ],
+        tiers=[_tier_status(tier, snapshot.hit_tokens.get(tier.name, 0)) for tier in snapshot.tiers],
         sessions=[
             pb.SessionStatus(
                 engine_id=session.engine_id,
@@ -148,4 +134,34 @@ def status_response(snapshot: StatsSnapshot) -> pb.GetStatusResponse:
         evictions=snapshot.evictions_by_reason(),
         store_refused=snapshot.store_refused,
         checksum_failures=sum(snapshot.checksum_failures.values()),
+        lookup_tokens=snapshot.lookup_tokens,
+        transfers=[
+            pb.TransferStatus(direction=direction, path=path, bytes=copied)
+            for direction, paths in snapshot.transfer_bytes.items()
+            for path, copied in paths.items()
+        ],
+        loads_torn=snapshot.loads_torn,
+    )
+
+
+def _tier_status(tier: TierStats, hit_tokens: int) -> pb.TierStatus:
+    return pb.TierStatus(
+        name=tier.name,
+        capacity_bytes=tier.capacity_bytes,
+        usable_bytes=tier.usable_bytes,
+        used_bytes=tier.used_bytes,
+        chunks=tier.chunks,
+        free_slots=tier.free_slots,
+        reserved_slots=tier.reserved_slots,
+        quarantined_slots=tier.quarantined_slots,
+        pinned_chunks=tier.pinned_chunks,
+        health=tier.health,
+        reserved_bytes=tier.reserved_bytes,
+        quarantined_bytes=tier.quarantined_bytes,
+        queued_bytes=tier.queued_bytes,
+        cascade_bytes=tier.cascade_bytes,
+        promotion_bytes=tier.promotion_bytes,
+        cascades=tier.cascades,
+        dropped=tier.dropped,
+        hit_tokens=hit_tokens,
     )

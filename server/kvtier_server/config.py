@@ -63,6 +63,7 @@ class ServerConfig(_Section):
     name: Name = "default"
     """Names the pool: one daemon per name and user."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important lines that are logged."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """auto = console on a terminal, JSON lines otherwise."""
 
@@ -75,7 +76,7 @@ class PoolConfig(_Section):
     policy: PolicyName = "lru"
     """Which chunk is evicted first: a name, or "package.module:Class"."""
     directory: Directory = ""
-    """"" = /dev/shm/kvtier-<uid>-<name>."""
+    """Where the pool's files lie, an absolute path; "" = /dev/shm/kvtier-<uid>-<name>."""
     fresh: bool = False
     """Drop what an earlier daemon left instead of starting warm."""
     backing_piece: Annotated[Bytes, Field(ge=4096)] = 64 << 20
@@ -92,14 +93,17 @@ class LimitsConfig(_Section):
     max_params: Bytes = 64 << 10
     """Bytes of one request's parameters."""
     engines: Count = 64
+    """Engine instances attached at once: more than run on one node."""
     sessions: Count = 1024
-    """64 engines with a scheduler and 15 ranks each."""
+    """Open sessions: 64 engines with a scheduler and 15 ranks each."""
     watchers: Count = 64
+    """Open streams of events."""
     unary_calls: Count = 256
     """Calls at once. An own counter: gRPC's maximum_concurrent_rpcs counts open streams too."""
     requests_per_instance: Count = 65_536
     """Unfinished requests of one engine instance."""
     leases_per_instance: Count = 65_536
+    """Leases that one engine instance holds: one for each of its unfinished requests."""
     remembered_keys: Count = 1 << 20
     """Keys of an instance's unfinished requests, so that recency changes once per request."""
     remembered_completions: Count = 65_536
@@ -145,7 +149,9 @@ class DrainConfig(_Section):
     """What SIGTERM waits for, each at most this long. Kubernetes kills 30 s after SIGTERM."""
 
     copies: NanosecondsOrNone = 10 * 10**9
+    """Copies of engines that run, so that they end as they began."""
     tiers: NanosecondsOrNone = 15 * 10**9
+    """Chunks on their way down to the tiers below the pool; what is left then is not kept there."""
 
 
 class Config(_Section):
@@ -226,6 +232,16 @@ def load_config(flags: Mapping[str, str], file: Path | None, env: Mapping[str, s
 
     A value that a stronger source overrides is not looked at. Raises ConfigErrors with all mistakes.
     """
+    return read_config(flags, file, env)[0]
+
+
+def read_config(
+    flags: Mapping[str, str], file: Path | None, env: Mapping[str, str]
+) -> tuple[Config, dict[str, str]]:
+    """Read a configuration as `load_config` does; also where each value was given, by dotted path.
+
+    A setting that is not among them has its default.
+    """
     errors: list[ConfigError] = []
     values: _Values = {("server", "address"): _Given(default_address(env), "default")}
     tiers: tuple[TierSettings, ...] = ()
@@ -250,7 +266,8 @@ def load_config(flags: Mapping[str, str], file: Path | None, env: Mapping[str, s
         errors += _check_together(config, values)
     if errors or config is None:
         raise ConfigErrors(errors)
-    return config.model_copy(update={"tiers": tiers})
+    sources = {f"{section}.{key}": value.source for (section, key), value in values.items()}
+    return config.model_copy(update={"tiers": tiers}), sources
 
 
 def _read_file(file: Path, errors: list[ConfigError]) -> tuple[_Values, Sequence[object]]:

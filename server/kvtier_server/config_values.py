@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -68,6 +69,14 @@ def _check_policy(policy: str) -> str:
     if not _POLICY.fullmatch(policy):
         raise ValueError(f'{policy!r} is neither a policy\'s name ("lru", "arc") nor "package.module:Class"')
     return policy
+
+
+def unit_of(metadata: Iterable[object]) -> Literal["size", "duration", ""]:
+    """Say how a field's values are written, from its pydantic metadata: with a unit, or as they are."""
+    readers = {found.func for found in metadata if isinstance(found, BeforeValidator)}
+    if _to_bytes in readers:
+        return "size"
+    return "duration" if _to_nanoseconds in readers else ""
 
 
 Bytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=1)]

@@ -148,7 +148,7 @@ class Daemon:
         )
         self._adopted = self._take_over()
         self._backing = Backing(self._pool, config.pool.backing_piece, self._on_backed)
-        self._observer = Observer(self.boot_id, config, self._pool, self.core, self._backing)
+        self._observer = Observer(self.boot_id, config, self._pool, self.core, self._backing, self._metrics)
         self._upkeep = Upkeep(
             self.core,
             self._pool,

@@ -84,7 +84,7 @@ class Metrics:
 
     def _make_transfer_metrics(self) -> None:
         labels = ("direction", "path")
-        copied = Counter(
+        self._copied = copied = Counter(
             "kvtier_transfer_bytes",
             "Bytes copied to and from the pool.",
             labels,
@@ -136,6 +136,14 @@ class Metrics:
         copied.inc(size_bytes)
         duration.observe(seconds)
         size.observe(size_bytes)
+
+    def transfer_bytes(self) -> dict[str, dict[str, int]]:
+        """Return the bytes copied so far, by direction, then by path."""
+        copied: dict[str, dict[str, int]] = {direction: {} for direction in DIRECTIONS}
+        for family in self._copied.collect():
+            for sample in family.samples:
+                copied[sample.labels["direction"]][sample.labels["path"]] = int(sample.value)
+        return copied
 
     def observe_promotion(self, tier: str, seconds: float) -> None:
         """Count one chunk that came up."""

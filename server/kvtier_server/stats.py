@@ -129,6 +129,8 @@ class StatsSnapshot:
     credits: int = 0
     """Slots reserved without a key, over all instances."""
     tenant_used_bytes: Mapping[str, int] = field(default_factory=dict)
+    transfer_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Bytes copied between engines and the pool, by direction, then by path."""
 
     def evictions_by_reason(self) -> dict[str, int]:
         """Sum the evictions of all tiers, as GetStatusResponse wants them."""

@@ -74,6 +74,22 @@ def format_bytes(size: int) -> str:
     return f"{size}B"
 
 
+def write_bytes(size: int) -> str:
+    """Write a size exactly, as `parse_bytes` reads it: 4294967296 -> "4GiB", 1500 -> "1500B"."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size and size % SIZE_UNITS[unit] == 0:
+            return f"{size // SIZE_UNITS[unit]}{unit}"
+    return f"{size}B"
+
+
+def write_duration(nanoseconds: int) -> str:
+    """Write a duration exactly, as `parse_duration` reads it: 90000000000 -> "90s"."""
+    for unit in ("h", "min", "s", "ms", "us"):
+        if nanoseconds and nanoseconds % DURATION_UNITS[unit] == 0:
+            return f"{nanoseconds // DURATION_UNITS[unit]}{unit}"
+    return f"{nanoseconds}ns"
+
+
 def format_seconds(seconds: float) -> str:
     """Write a time span for a person: 0.4 -> "0.4s", 95 -> "1m35s", 7200 -> "2h00m"."""
     if seconds < 60:

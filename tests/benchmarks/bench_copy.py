@@ -3,8 +3,9 @@
     python -m tests.benchmarks.bench_copy [--json FILE]
 
 32 layers in one allocation of shape (layers, blocks, page), 2 MiB chunks, 1 GiB a pass, scattered device
-blocks. Plain and pool passes take turns, so that both meet the same machine; the ratio is plain time / pool
-time, of medians. The plain copy goes to private memory of the process and checks nothing.
+blocks (`kvtier_client.bench.copies`, as in `kvtier bench copy`). Plain and pool passes take turns, so that
+both meet the same machine; the ratio is plain time / pool time, of medians. The plain copy goes to private
+memory of the process and checks nothing.
 """
 
 from __future__ import annotations
@@ -13,28 +14,21 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ops"))
-
-from kvtier_ops.host import HostTensors, LoadOutcome, load_part, store_part
-from kvtier_ops.layout import SLOT_UNIT_BYTES, GroupLayout, TensorLayout, slot_bytes
-from kvtier_ops.plan import ChunkCopy, plan_job
+from kvtier_client.bench.copies import LAYERS, Bytes, Case, make_device
+from kvtier_ops.layout import SLOT_UNIT_BYTES, slot_bytes
+from kvtier_ops.plan import ChunkCopy
 from kvtier_ops.pool import Pool, default_pool_directory
 
-LAYERS = 32
 TOTAL_BYTES = 1 << 30
 SHAPES = ((64 << 10, 1, "scattered"), (16 << 10, 4, "scattered"), (16 << 10, 4, "consecutive"))
 """(page bytes, blocks per chunk, how a chunk's block ids lie): every chunk is 2 MiB."""
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,68 +46,15 @@ class Row:
     """Pool speed as a share of the plain copy's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One shape of chunks, stored in the pool and beside it."""
-
-    layout: GroupLayout
-    device: Bytes
-    tensors: HostTensors
-    copies: tuple[ChunkCopy, ...]
-    slot_ids: list[int]
-    generations: list[int]
-
-    def store(self, pool: Pool, *, checksum: bool) -> list[int]:
-        checksums = []
-        for copy in self.copies:
-            i = copy.slot_index
-            slot_id, generation = self.slot_ids[i], self.generations[i]
-            outcome = store_part(pool, slot_id, generation, 0, self.layout, self.tensors, copy, checksum)
-            assert outcome.ok, outcome.reason
-            checksums.append(outcome.checksum)
-        return checksums
-
-    def load(self, pool: Pool, *, checksum: bool) -> None:
-        for copy in self.copies:
-            i = copy.slot_index
-            slot_id, generation = self.slot_ids[i], self.generations[i]
-            expected = pool.part_checksum(slot_id, 0) if checksum else None
-            outcome = load_part(pool, slot_id, generation, 0, self.layout, self.tensors, copy, expected)
-            assert outcome is LoadOutcome.OK, outcome
-
-    def plain(self, private: Bytes, *, load: bool) -> None:
-        """Copy the same bytes with the same strides; one call for each run of consecutive blocks."""
-        bpc, page = self.layout.blocks_per_chunk, self.layout.tensors[0].page_bytes
-        for copy in self.copies:
-            chunk = private[copy.slot_index].reshape(LAYERS, bpc, page)
-            ids = copy.block_ids
-            step = bpc if ids[-1] - ids[0] == bpc - 1 else 1
-            for i in range(0, bpc, step):
-                blocks, sub_blocks = self.device[:, ids[i] : ids[i] + step], chunk[:, i : i + step]
-                if load:
-                    blocks[:] = sub_blocks
-                else:
-                    sub_blocks[:] = blocks
-
-
 def make_case(pool: Pool, page_bytes: int, bpc: int, order: str) -> Case:
     """Reserve the slots and fill the device with random bytes."""
-    layout = GroupLayout(tuple(TensorLayout(f"layer.{i}", page_bytes) for i in range(LAYERS)), bpc)
-    size = slot_bytes(layout.part_bytes, 1)
+    size = slot_bytes(LAYERS * page_bytes * bpc, 1)
     num_chunks = TOTAL_BYTES // size
-    num_blocks = num_chunks * bpc
     rng = np.random.default_rng(0)
-    device = rng.integers(0, 256, (LAYERS, num_blocks, page_bytes), np.uint8)
-    if order == "scattered":
-        block_ids = rng.permutation(num_blocks).tolist()
-    else:
-        firsts = rng.permutation(num_chunks) * bpc
-        block_ids = (firsts[:, None] + np.arange(bpc)).ravel().tolist()
+    device = make_device(page_bytes, bpc, num_chunks, rng, scattered=order == "scattered")
     slot_ids = (rng.permutation(num_chunks) * (size // SLOT_UNIT_BYTES)).tolist()
     pool.back_records(slot_ids)
-    generations = pool.slots.reserve(slot_ids, 1, size)
-    copies = plan_job(block_ids, [num_blocks], [0], bpc)
-    return Case(layout, device, HostTensors([list(device)]), copies, slot_ids, generations)
+    return Case(device, pool, slot_ids, pool.slots.reserve(slot_ids, 1, size))
 
 
 def measure(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float]:
@@ -134,19 +75,26 @@ def run(pool: Pool, rounds: int) -> list[Row]:
     rows = []
     for page_bytes, bpc, order in SHAPES:
         case = make_case(pool, page_bytes, bpc, order)
-        private = np.ones((len(case.copies), case.layout.part_bytes), np.uint8)
-        for slot_id, checksum in zip(case.slot_ids, case.store(pool, checksum=True), strict=True):
-            pool.slots.publish(slot_id, 1, b"chunk", [checksum])
-        case.plain(private, load=False)
+        private = np.ones((len(case.device.copies), case.device.layout.part_bytes), np.uint8)
+        for copy in case.device.copies:
+            checksum = case.store(copy, checksum=True)
+            pool.slots.publish(case.slot_ids[copy.slot_index], 1, b"chunk", [checksum])
+            case.plain(private, copy, load=False)
         for load in (False, True):
-            for checksum in (False, True):
-                through_pool = case.load if load else case.store
+            for verified in (False, True):
+                through = case.load if load else case.store
 
                 def plain(load: bool = load, case: Case = case, private: Bytes = private) -> None:
-                    case.plain(private, load=load)
+                    for copy in case.device.copies:
+                        case.plain(private, copy, load=load)
 
-                def pooled(checksum: bool = checksum, through: Callable[..., object] = through_pool) -> None:
-                    through(pool, checksum=checksum)
+                def pooled(
+                    checksum: bool = verified,
+                    through: Callable[..., object] = through,
+                    copies: tuple[ChunkCopy, ...] = case.device.copies,
+                ) -> None:
+                    for copy in copies:
+                        through(copy, checksum=checksum)
 
                 plain_s, pool_s = measure(plain, pooled, rounds)
                 direction = "load" if load else "store"
@@ -156,7 +104,7 @@ def run(pool: Pool, rounds: int) -> list[Row]:
                         bpc,
                         order,
                         direction,
-                        checksum,
+                        verified,
                         round(gib / plain_s, 2),
                         round(gib / pool_s, 2),
                         round(plain_s / pool_s, 3),

@@ -34,13 +34,13 @@ from threading import Thread
 import numpy as np
 import numpy.typing as npt
 
+from kvtier_client.bench.block_client import BlockClient, chunk_key
 from kvtier_client.context import ReqContext
 from kvtier_client.reports import StoreReportItem
 from kvtier_server.secondary.chunk_file import HEADER_BYTES
 
 from ..daemon_process import DaemonProcess, wait_until
 from .bench_filesystem import file_system, has_direct
-from .block_client import BlockClient, chunk_key
 from .replay_tiers import PENDING, Resolutions
 
 Bytes = npt.NDArray[np.uint8]

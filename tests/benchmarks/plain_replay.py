@@ -3,22 +3,19 @@
 Owns the order of policy calls that one request makes in the daemon, and nothing of the daemon: its
 hit share is what a daemon with the same policy must reach on the same trace.
 
-    PYTHONPATH=server python tests/benchmarks/plain_replay.py --policy lru --policy arc
-
-A trace has one JSON object a line; `hash_ids` are the prefix blocks of one request, head first
-(the format of the Mooncake traces).
+    PYTHONPATH=proto:ops:server:client python tests/benchmarks/plain_replay.py --policy lru --policy arc
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvtier_client.bench.traces import load_trace, num_distinct
 from kvtier_server.policies.base import CachePolicy, ChunkId
 from kvtier_server.policies.loader import make_policy
 
@@ -38,12 +35,6 @@ class ReplayResult:
     @property
     def hit_share(self) -> float:
         return self.hit_blocks / self.input_blocks if self.input_blocks else 0.0
-
-
-def load_trace(path: Path) -> list[list[int]]:
-    """Read the prefix blocks of every request."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line)["hash_ids"] for line in lines]
 
 
 def replay(requests: Iterable[Sequence[int]], policy: CachePolicy, capacity: int) -> ReplayResult:
@@ -105,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"skipped: no trace at {options.trace}; name one with --trace", file=sys.stderr)
         return 0
     requests = load_trace(options.trace)
-    num_distinct = len({block for blocks in requests for block in blocks})
-    print(f"{len(requests)} requests, {sum(map(len, requests))} blocks, {num_distinct} distinct")
-    for capacity in options.capacity or [num_distinct * share // 100 for share in DEFAULT_SHARES]:
+    distinct = num_distinct(requests)
+    print(f"{len(requests)} requests, {sum(map(len, requests))} blocks, {distinct} distinct")
+    for capacity in options.capacity or [distinct * share // 100 for share in DEFAULT_SHARES]:
         for name in options.policy or ["lru", "arc"]:
             start = time.perf_counter()
             result = replay(requests, make_policy(name, capacity), capacity)

@@ -30,15 +30,17 @@ from pathlib import Path
 from threading import Condition
 
 from kvtier.v1 import admin_pb2, admin_pb2_grpc
+from kvtier_client.bench.block_client import BlockClient, chunk_key
+from kvtier_client.bench.replayer import MISS, Replayer, Slot, WrongByte
+from kvtier_client.bench.traces import load_trace
 from kvtier_client.context import ReqContext
 from kvtier_client.listener import ClientListener
 from kvtier_server.secondary.chunk_file import file_bytes
 
 from ..daemon_process import WAIT_S, DaemonProcess, wait_until
-from .block_client import BlockClient, chunk_key
-from .plain_replay import DEFAULT_TRACE, load_trace
+from .plain_replay import DEFAULT_TRACE
 from .plain_tiers import PlainTiers, Served
-from .replay import CHUNK_BYTES, MISS, Replayer, Slot, WrongByte, draw
+from .replay import CHUNK_BYTES, draw
 
 HIT, PENDING = 1, 3
 PROMOTION_WAIT_MS = 1_900

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tests.benchmarks.block_client import BlockClient, chunk_key
 from tests.conftest import StartDaemon
 from tests.daemon_process import DaemonProcess, state_of, wait_until
 from tests.integration.test_transfer import helper_pid
 from tests.stall import Stall
 
+from kvtier_client.bench.block_client import BlockClient, chunk_key
 from kvtier_client.context import ReqContext
 from kvtier_client.jobs import JobId, JobResult, LoadJob, StoreJob
 from kvtier_client.transfers import RemoteCopies

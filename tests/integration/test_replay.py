@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from kvtier_client.bench.traces import load_trace
 from kvtier_server.policies.loader import make_policy
 
-from ..benchmarks.plain_replay import DEFAULT_TRACE, load_trace, replay
+from ..benchmarks.plain_replay import DEFAULT_TRACE, replay
 from ..benchmarks.plain_tiers import PlainTiers
 from ..benchmarks.replay import CAPACITY, replay_through_daemon
 from ..benchmarks.replay_tiers import Moment, replay_with_tier

@@ -28,6 +28,7 @@ DAEMON_LIBRARIES = (
     "pydantic_core",
     "pydantic_settings",
     "rich",
+    "shtab",
     "structlog",
 )
 GPU_LIBRARIES = ("cuda", "cupy", "torch")
@@ -86,7 +87,7 @@ ROOMS = (
     Room(
         "client/kvtier_client",
         ours=("kvtier", "kvtier_ops", "kvtier_client"),
-        closed=("kvtier_client.demo", "kvtier_client.vllm"),
+        closed=("kvtier_client.bench", "kvtier_client.demo", "kvtier_client.vllm"),
         libraries=ENGINE_LIBRARIES,
         deferred=GPU_LIBRARIES,
         why="the client brings four libraries, loads no torch on import, and never meets the server",
@@ -94,14 +95,21 @@ ROOMS = (
     Room(
         "client/kvtier_client/vllm",
         ours=("kvtier", "kvtier_ops", "kvtier_client"),
-        closed=("kvtier_client.demo",),
+        closed=("kvtier_client.bench", "kvtier_client.demo"),
         libraries=(*ENGINE_LIBRARIES, "torch", "vllm"),
         why="the only room that knows vLLM",
     ),
     Room(
+        "client/kvtier_client/bench",
+        ours=("kvtier", "kvtier_ops", "kvtier_client"),
+        closed=("kvtier_client.demo", "kvtier_client.vllm"),
+        libraries=ENGINE_LIBRARIES,
+        why="what is measured is any engine's client, without torch",
+    ),
+    Room(
         "client/kvtier_client/demo",
         ours=("kvtier", "kvtier_ops", "kvtier_client"),
-        closed=("kvtier_client.vllm",),
+        closed=("kvtier_client.bench", "kvtier_client.vllm"),
         libraries=(*ENGINE_LIBRARIES, "torch"),
         why="the reference engine is an engine: it sees what any engine sees",
     ),

@@ -4,8 +4,9 @@ Read it to learn how an engine is wired to kvtier: `adapter.py` is the file to c
 `offload.py`, which `engine.py` calls; `cache.py` owns the blocks that are copied, `model.py` fills them,
 `chat.py` makes work for them.
 
-`kvtier demo` is `__main__.py`: it starts a daemon (`daemon.py`) and engines (`engine_process.py`), puts them
-through `scenario.py` and prints `report.py`. Nothing here imports a server or a daemon.
+`kvtier demo` is `__main__.py`: it starts daemons (`kvtier_client.private_daemon`) and engines
+(`engine_process.py`), puts them through `scenario.py` and prints `report.py`. Nothing here imports a server
+or a daemon.
 
 Import the modules by name; this package imports nothing, because torch costs more than a second.
 """

@@ -21,10 +21,10 @@ from pathlib import Path
 from types import FrameType
 
 from kvtier_client.demo import report
-from kvtier_client.demo.daemon import Daemon, DaemonFailed
 from kvtier_client.demo.engine_process import EngineEnded
 from kvtier_client.demo.scenario import QUICK, Scenario, Settings
 from kvtier_client.demo.text import load_text
+from kvtier_client.private_daemon import Daemon, DaemonFailed
 
 DESCRIPTION = """\
 Start a daemon and small real engines, and show hits against recomputing.

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvtier.v1 import admin_pb2
-from kvtier_client.demo.daemon import Daemon
 from kvtier_client.demo.engine_process import Answer, ChatSpec, EngineProcess, EngineSpec, EngineState
-from kvtier_client.demo.progress import Progress
+from kvtier_client.private_daemon import Daemon
+from kvtier_client.progress import Progress
 
 MIN_REUSE = 0.8
 """Share of what engine 2 could load that it must load."""

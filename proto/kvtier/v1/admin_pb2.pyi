@@ -42,6 +42,46 @@ class TierStatus(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CascadesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class DroppedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     USABLE_BYTES_FIELD_NUMBER: _builtins.int
@@ -52,6 +92,14 @@ class TierStatus(_message.Message):
     QUARANTINED_SLOTS_FIELD_NUMBER: _builtins.int
     PINNED_CHUNKS_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    QUARANTINED_BYTES_FIELD_NUMBER: _builtins.int
+    QUEUED_BYTES_FIELD_NUMBER: _builtins.int
+    CASCADE_BYTES_FIELD_NUMBER: _builtins.int
+    PROMOTION_BYTES_FIELD_NUMBER: _builtins.int
+    CASCADES_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    HIT_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name; "primary" is the pool."""
     capacity_bytes: _builtins.int
@@ -72,6 +120,28 @@ class TierStatus(_message.Message):
     """Chunks that cannot be evicted now."""
     health: _builtins.str
     """"ok", or why it is degraded."""
+    reserved_bytes: _builtins.int
+    """Bytes of reserved slots."""
+    quarantined_bytes: _builtins.int
+    """Bytes of quarantined slots."""
+    queued_bytes: _builtins.int
+    """Bytes of chunks that wait to go down to this tier, or do; of the pool 0."""
+    cascade_bytes: _builtins.int
+    """Bytes that went down to this tier since the daemon's start; of the pool 0."""
+    promotion_bytes: _builtins.int
+    """Bytes that came up from this tier since the daemon's start; of the pool 0."""
+    hit_tokens: _builtins.int
+    """Tokens of the keys that were hits in this tier since the daemon's start."""
+    @_builtins.property
+    def cascades(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Chunks that were to go down to this tier since the daemon's start, by outcome; those that were dropped
+        before it was tried are in `dropped`.
+        """
+
+    @_builtins.property
+    def dropped(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Chunks that did not go down to this tier since the daemon's start, by reason."""
+
     def __init__(
         self,
         *,
@@ -85,14 +155,52 @@ class TierStatus(_message.Message):
         quarantined_slots: _builtins.int = ...,
         pinned_chunks: _builtins.int = ...,
         health: _builtins.str = ...,
+        reserved_bytes: _builtins.int = ...,
+        quarantined_bytes: _builtins.int = ...,
+        queued_bytes: _builtins.int = ...,
+        cascade_bytes: _builtins.int = ...,
+        promotion_bytes: _builtins.int = ...,
+        cascades: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        dropped: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chunks", b"chunks", "free_slots", b"free_slots", "health", b"health", "name", b"name", "pinned_chunks", b"pinned_chunks", "quarantined_slots", b"quarantined_slots", "reserved_slots", b"reserved_slots", "usable_bytes", b"usable_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "cascade_bytes", b"cascade_bytes", "cascades", b"cascades", "chunks", b"chunks", "dropped", b"dropped", "free_slots", b"free_slots", "health", b"health", "hit_tokens", b"hit_tokens", "name", b"name", "pinned_chunks", b"pinned_chunks", "promotion_bytes", b"promotion_bytes", "quarantined_bytes", b"quarantined_bytes", "quarantined_slots", b"quarantined_slots", "queued_bytes", b"queued_bytes", "reserved_bytes", b"reserved_bytes", "reserved_slots", b"reserved_slots", "usable_bytes", b"usable_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TierStatus: _TypeAlias = TierStatus  # noqa: Y015
+
+@_typing.final
+class TransferStatus(_message.Message):
+    """Copies between engines and the pool, in one direction on one path."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    direction: _builtins.str
+    """"store" (device to pool) or "load" (pool to device)."""
+    path: _builtins.str
+    """"shm" or "cuda_ipc"."""
+    bytes: _builtins.int
+    """Bytes that ranks reported as copied since the daemon's start."""
+    def __init__(
+        self,
+        *,
+        direction: _builtins.str = ...,
+        path: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "direction", b"direction", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferStatus: _TypeAlias = TransferStatus  # noqa: Y015
 
 @_typing.final
 class LeaseStatus(_message.Message):
@@ -202,6 +310,9 @@ class GetStatusResponse(_message.Message):
     EVICTIONS_FIELD_NUMBER: _builtins.int
     STORE_REFUSED_FIELD_NUMBER: _builtins.int
     CHECKSUM_FAILURES_FIELD_NUMBER: _builtins.int
+    LOOKUP_TOKENS_FIELD_NUMBER: _builtins.int
+    TRANSFERS_FIELD_NUMBER: _builtins.int
+    LOADS_TORN_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.str
     """Boot of the daemon that answers."""
     version: _builtins.str
@@ -212,6 +323,10 @@ class GetStatusResponse(_message.Message):
     """Time since start."""
     checksum_failures: _builtins.int
     """Chunks whose checksum did not match."""
+    lookup_tokens: _builtins.int
+    """Tokens of the keys looked up since the daemon's start."""
+    loads_torn: _builtins.int
+    """Loads whose slot changed under the copy; engines computed instead."""
     @_builtins.property
     def pool(self) -> Global___PoolStatus:
         """The pool."""
@@ -240,6 +355,10 @@ class GetStatusResponse(_message.Message):
     def store_refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Refused stores, by reason."""
 
+    @_builtins.property
+    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferStatus]:
+        """Copies between engines and the pool, by direction and path; those that never happened too, with 0 bytes."""
+
     def __init__(
         self,
         *,
@@ -255,10 +374,13 @@ class GetStatusResponse(_message.Message):
         evictions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         store_refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         checksum_failures: _builtins.int = ...,
+        lookup_tokens: _builtins.int = ...,
+        transfers: _abc.Iterable[Global___TransferStatus] | None = ...,
+        loads_torn: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "checksum_failures", b"checksum_failures", "evictions", b"evictions", "leases", b"leases", "lookup_keys", b"lookup_keys", "pool", b"pool", "sessions", b"sessions", "state", b"state", "store_refused", b"store_refused", "tiers", b"tiers", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "checksum_failures", b"checksum_failures", "evictions", b"evictions", "leases", b"leases", "loads_torn", b"loads_torn", "lookup_keys", b"lookup_keys", "lookup_tokens", b"lookup_tokens", "pool", b"pool", "sessions", b"sessions", "state", b"state", "store_refused", b"store_refused", "tiers", b"tiers", "transfers", b"transfers", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

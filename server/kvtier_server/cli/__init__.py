@@ -13,21 +13,41 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from kvtier_server import __version__
-from kvtier_server.cli import admin, demo, doctor, health, pool, serve, status, verify, version
+from kvtier_server.cli import (
+    admin,
+    bench,
+    completion,
+    config,
+    demo,
+    doctor,
+    health,
+    pool,
+    serve,
+    status,
+    top,
+    verify,
+    version,
+)
 from kvtier_server.cli.failure import Failure
 
-COMMANDS: dict[str, ModuleType] = {
-    "serve": serve,
-    "status": status,
-    "health": health,
-    "doctor": doctor,
-    "pool": pool,
-    "verify": verify,
-    "admin": admin,
-    "demo": demo,
-    "version": version,
+GROUPS: dict[str, dict[str, ModuleType]] = {
+    "run": {"serve": serve, "config": config, "doctor": doctor},
+    "watch": {"status": status, "top": top, "health": health},
+    "look after": {"admin": admin, "pool": pool, "verify": verify},
+    "try and measure": {"demo": demo, "bench": bench},
+    "this installation": {"version": version, "completion": completion},
 }
-"""Each has SUMMARY, add_arguments(parser) and run(args) -> exit code."""
+"""Each command has SUMMARY, add_arguments(parser) and run(args) -> exit code."""
+
+COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
+
+FIRST_THINGS = """\
+first things to type:
+  kvtier doctor                     what on this machine is in the way
+  kvtier serve --pool-bytes 4GiB    run the daemon; Ctrl-C ends it
+  kvtier status                     in another shell: what it holds, who is attached
+
+`kvtier COMMAND --help` explains a command, with examples."""
 
 EXTRA_MODULES = {
     "pydantic",
@@ -37,6 +57,7 @@ EXTRA_MODULES = {
     "rich",
     "grpc_health",
     "grpc_status",
+    "shtab",
 }
 """What only the extra `server` installs; an engine's environment has the command without them."""
 
@@ -47,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["demo"]:  # its options are its own, --help included
             return demo.start(arguments[1:])
-        args = _parser().parse_args(arguments)
+        parser = make_parser()
+        args = parser.parse_args(arguments)
+        args.parser = parser  # completion is made of it
         code: int = COMMANDS[args.command].run(args)
         sys.stdout.flush()
         return code
@@ -71,15 +94,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class GroupedParser(argparse.ArgumentParser):
+    """The parser of `kvtier` itself: its help lists the commands by what they are for."""
+
+    def format_help(self) -> str:
+        """Return usage, commands by group, options, and the first things to type."""
+        groups = [
+            f"{title}:\n" + "".join(f"    {name:<12}{module.SUMMARY}\n" for name, module in commands.items())
+            for title, commands in GROUPS.items()
+        ]
+        options = "options:\n    -h, --help  show this help\n    --version   print the version\n"
+        return "\n".join([self.format_usage(), f"{self.description}\n", *groups, options, f"{self.epilog}\n"])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = GroupedParser(
         prog="kvtier",
         description="A node-local cache daemon for the KV-cache chunks of LLM inference engines.",
-        epilog="`kvtier COMMAND --help` explains a command.",
+        epilog=FIRST_THINGS,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"kvtier {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
+    )
     for name, module in COMMANDS.items():
         command = commands.add_parser(
             name,

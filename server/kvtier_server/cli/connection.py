@@ -13,6 +13,8 @@ from kvtier_server.cli.failure import Failure
 if TYPE_CHECKING:
     import grpc
 
+    from kvtier.v1.admin_pb2 import GetStatusResponse
+
 DOWN = 2
 """Exit code where no daemon answers."""
 
@@ -43,13 +45,30 @@ def open_channel(args: argparse.Namespace) -> tuple[str, grpc.Channel]:
     quicker than importing gRPC.
     """
     address = client_address(args.address, os.environ)
-    _knock(address, args.timeout)
+    knock(address, args.timeout)
     import grpc
 
     return address, grpc.insecure_channel(address)
 
 
-def _knock(address: str, timeout_s: float) -> None:
+def ask_status(args: argparse.Namespace) -> GetStatusResponse:
+    """Ask the daemon for its status, on a channel of its own. Raises Failure."""
+    address, channel = open_channel(args)
+    import grpc
+
+    from kvtier.v1 import admin_pb2, admin_pb2_grpc
+
+    with channel:
+        try:
+            return admin_pb2_grpc.AdminServiceStub(channel).GetStatus(
+                admin_pb2.GetStatusRequest(), timeout=args.timeout
+            )
+        except grpc.RpcError as error:
+            raise explain(error, address) from None
+
+
+def knock(address: str, timeout_s: float) -> None:
+    """Raise Failure if nobody listens at an address."""
     try:
         path = socket_path(address)
         if path is None:

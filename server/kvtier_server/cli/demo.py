@@ -1,4 +1,7 @@
-"""Start a daemon and a reference engine, show hits against recomputing, clean up."""
+"""Start a daemon and reference engines, show hits against recomputing, clean up.
+
+kvtier demo --quick
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,30 @@ from collections.abc import Sequence
 
 from kvtier_server.cli.failure import Failure
 
-SUMMARY = "start a daemon and a reference engine, show hits against recomputing"
+SUMMARY = "start a daemon and engines, show hits against computing"
 MODULE = "kvtier_client.demo"
 
 
-def add_arguments(_: argparse.ArgumentParser) -> None:
-    """Take none here: everything behind `demo` belongs to the demo."""
+OPTIONS = {
+    "--quick": None,
+    "--json": "FILE",
+    "--sliding-window": "TOKENS",
+    "--blocks-per-chunk": "N",
+    "--pool-bytes": "SIZE",
+    "--seed": "SEED",
+    "--text": "FILE",
+    "--keep-logs": "DIR",
+}
+"""The demo's own options with their metavars, for completion; it parses them itself."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Name the options; everything behind `demo` belongs to the demo, which explains them."""
+    for option, metavar in OPTIONS.items():
+        if metavar is None:
+            parser.add_argument(option, action="store_true")
+        else:
+            parser.add_argument(option, metavar=metavar)
 
 
 def run(_: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvtier_server.doctor.finding import Finding
     from kvtier_server.doctor.serving import Silence
 
-SUMMARY = "check machine, installation and GPUs; say what to type (exit 0 no FAIL, 1 FAIL)"
+SUMMARY = "check machine, installation, settings and GPUs"
 
 _SETTINGS = {
     "--address": (

@@ -1,5 +1,8 @@
 """Ask the daemon whether it serves, as a load balancer would (grpc.health.v1), or whether one tier works.
 
+  kvtier health                  for a probe: under 300 ms
+  kvtier health --tier disk      a tier below the pool
+
 Prints the answer. Exit code: 0 SERVING, 1 another answer, 2 no daemon.
 """
 
@@ -10,7 +13,7 @@ import argparse
 from kvtier_server.cli.connection import add_connection_arguments, explain, open_channel
 from kvtier_server.cli.failure import Failure
 
-SUMMARY = "ask whether the daemon serves (exit 0, 1 not, 2 down)"
+SUMMARY = "ask whether the daemon serves: exit code 0, 1 or 2"
 METHOD = "/grpc.health.v1.Health/Check"
 STATUSES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 
@@ -24,6 +27,7 @@ MAX_NAME_BYTES = 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("--tier", metavar="NAME", help="ask for one tier below the pool")
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="default: text")
     add_connection_arguments(parser)
 
 
@@ -43,7 +47,12 @@ def run(args: argparse.Namespace) -> int:
                     f"there is no tier {args.tier!r}; kvtier status names those there are", 2
                 ) from None
             raise explain(error, address) from None
-    print(answer)
+    if args.output == "json":
+        import json
+
+        print(json.dumps({"service": TIER_SERVICE + args.tier if args.tier else "", "status": answer}))
+    else:
+        print(answer)
     return 0 if answer == "SERVING" else 1
 
 

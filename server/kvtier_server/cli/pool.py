@@ -1,5 +1,8 @@
 """Look into a pool that daemons left in memory, or free it. Needs no daemon.
 
+  kvtier pool show
+  kvtier pool remove --yes
+
 A pool outlives its daemon on purpose, so that the next one starts warm.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,19 +34,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remove = actions.add_parser("remove", help="free its memory; refused while a daemon holds it")
     remove.add_argument("--yes", action="store_true", help="do not ask")
     for action in (show, remove):
-        action.add_argument("--name", default="default", help="name of the pool (default: default)")
-        action.add_argument("--directory", type=Path, help="where it lies, if not below /dev/shm")
+        action.add_argument(
+            "--name", help="name of the pool (else KVTIER_SERVER__NAME, else default)", metavar="NAME"
+        )
+        action.add_argument(
+            "--directory",
+            type=Path,
+            metavar="DIR",
+            help="where it lies (else KVTIER_POOL__DIRECTORY, else by its name below /dev/shm)",
+        )
 
 
 def run(args: argparse.Namespace) -> int:
     """Show or remove."""
-    from kvtier_ops.directory import PoolError, default_pool_directory
+    from kvtier_ops.directory import PoolError
 
     action: Callable[[Path, argparse.Namespace], int] = {"show": _show, "remove": _remove}[args.action]
     try:
-        return action(args.directory or default_pool_directory(args.name), args)
+        return action(_directory(args), args)
     except PoolError as error:
         raise Failure(str(error)) from None
+
+
+def _directory(args: argparse.Namespace) -> Path:
+    """Return the directory that the options name, else the one of `kvtier serve` in this environment.
+
+    A name that was typed is stronger than a directory in the environment: what is removed is what was meant.
+    """
+    from kvtier_ops.directory import default_pool_directory
+
+    if args.directory is not None:
+        return Path(args.directory)
+    if args.name is None and os.environ.get("KVTIER_POOL__DIRECTORY"):
+        return Path(os.environ["KVTIER_POOL__DIRECTORY"])
+    return default_pool_directory(args.name or os.environ.get("KVTIER_SERVER__NAME") or "default")
 
 
 def _show(directory: Path, args: argparse.Namespace) -> int:

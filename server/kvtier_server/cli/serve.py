@@ -1,5 +1,9 @@
 """Run the daemon in the foreground until SIGTERM or Ctrl-C.
 
+  kvtier serve --pool-bytes 64GiB
+  kvtier serve --config /etc/kvtier.toml      tiers below the pool, limits: kvtier config default
+  kvtier serve --fresh                        forget what the last daemon left in the pool
+
 Settings come from the options, else the environment (KVTIER_POOL__BYTES), else the file, else the defaults.
 Exit code: 0 stopped, 1 another daemon has the pool, 2 a mistake in the settings or too little memory.
 """
@@ -38,13 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def given_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Return the options that were typed, by the dotted path of their setting."""
+    return {name: value for name, value in vars(args).items() if "." in name and value is not None}
+
+
 def run(args: argparse.Namespace) -> int:
     """Read the settings, then serve."""
     from kvtier_server.config import ConfigErrors, load_config
 
-    flags = {name: value for name, value in vars(args).items() if "." in name and value is not None}
     try:
-        config = load_config(flags, args.config, os.environ)
+        config = load_config(given_flags(args), args.config, os.environ)
     except ConfigErrors as errors:
         for error in errors.errors:
             print(f"kvtier serve: {error}", file=sys.stderr)

@@ -1,5 +1,8 @@
 """Show the daemon at one instant: pool, tiers, sessions, leases, hit rate.
 
+  kvtier status
+  kvtier status -o json | jq .lookup_keys.hit     every field, for a script
+
 Exit code: 0 serving, 1 answering but degraded, starting or draining, 2 no daemon.
 """
 
@@ -10,14 +13,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kvtier_server.cli.connection import add_connection_arguments, explain, open_channel
+from kvtier_server.cli.connection import add_connection_arguments, ask_status
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from kvtier.v1.admin_pb2 import GetStatusResponse
 
-SUMMARY = "show pool, tiers, sessions and leases (exit 0 serving, 1 degraded, 2 down)"
+SUMMARY = "show pool, tiers, sessions and leases once"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,18 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask once and print."""
-    address, channel = open_channel(args)
-    import grpc
-
-    from kvtier.v1 import admin_pb2, admin_pb2_grpc
-
-    with channel:
-        try:
-            status = admin_pb2_grpc.AdminServiceStub(channel).GetStatus(
-                admin_pb2.GetStatusRequest(), timeout=args.timeout
-            )
-        except grpc.RpcError as error:
-            raise explain(error, address) from None
+    status = ask_status(args)
     if args.output == "json":
         print(json.dumps(to_dict(status), indent=2))
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -43,10 +43,10 @@ def print_status(status: GetStatusResponse) -> None:
     console.print(_tiers(status))
     for tier in status.tiers:
         if tier.health not in ("", "ok"):
-            console.print(Text(f"tier {tier.name}: {tier.health}", "red"))
+            console.print(Text(printable(f"tier {tier.name}: {tier.health}"), "red"))
     console.print()
     for line in _engines(status):
-        console.print(line, no_wrap=True, overflow="ellipsis")
+        console.print(printable(line), no_wrap=True, overflow="ellipsis")
     if not status.sessions:
         console.print("no sessions: no engine is attached")
     console.print()
@@ -93,15 +93,12 @@ def _tiers(status: GetStatusResponse) -> Table:
 
 def _engines(status: GetStatusResponse) -> Iterator[str]:
     """Two lines an engine, because pins and credits belong to the instance and not to a rank."""
-    by_engine: dict[str, list[SessionStatus]] = {}
-    for session in status.sessions:
-        by_engine.setdefault(session.engine_id, []).append(session)
-    for engine_id, sessions in by_engine.items():
+    for engine_id, sessions in by_engine(status.sessions).items():
         first = sessions[0]
         age = format_seconds(max(session.age_seconds for session in sessions))
         pinned = max(session.pinned_chunks for session in sessions)
         held = f"{pinned} pinned, {max(session.credits for session in sessions)} credits"
-        yield f"engine {shorten(engine_id, 24)}  {_attached(sessions)}  for {age}  {held}"
+        yield f"engine {shorten(engine_id, 24)}  {attached(sessions)}  for {age}  {held}"
         yield f"  {shorten(first.model, 36)}  namespace {first.namespace}  {_tenant(first)}"
 
 
@@ -109,7 +106,16 @@ def _tenant(session: SessionStatus) -> str:
     return f"tenant {session.tenant}" if session.tenant else "default tenant"
 
 
-def _attached(sessions: Sequence[SessionStatus]) -> str:
+def by_engine(sessions: Iterable[SessionStatus]) -> dict[str, list[SessionStatus]]:
+    """Put the sessions of one engine together, in the order in which the first of each attached."""
+    engines: dict[str, list[SessionStatus]] = {}
+    for session in sessions:
+        engines.setdefault(session.engine_id, []).append(session)
+    return engines
+
+
+def attached(sessions: Sequence[SessionStatus]) -> str:
+    """Say which sessions of one engine are open: scheduler + ranks 0-3."""
     ranks = sorted(session.rank for session in sessions if session.role == "worker")
     words = ["scheduler"] if len(ranks) < len(sessions) else []
     if ranks:
@@ -126,6 +132,11 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def printable(text: str) -> str:
+    """Replace what a terminal would obey instead of showing it: names come from engines."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def shorten(text: str, width: int) -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from kvtier_server.secondary.filesystem.inspection import Finding, Inspection
 
-SUMMARY = "check every chunk file of filesystem tiers (exit 0 right, 1 wrong, 2 not readable)"
+SUMMARY = "check every chunk file of filesystem tiers"
 
 MAX_SHOWN = 50
 """Wrong files that the table names; JSON has them all."""

@@ -1,4 +1,7 @@
-"""Print the version of this installation."""
+"""Print the version of this installation.
+
+kvtier version
+"""
 
 from __future__ import annotations
 

@@ -11,10 +11,10 @@ import pytest
 from kvtier.v1 import admin_pb2
 from kvtier_client.demo import text as texts
 from kvtier_client.demo.engine_process import Answer, EngineState
-from kvtier_client.demo.progress import Progress
 from kvtier_client.demo.report import check_lines, table, to_json
 from kvtier_client.demo.scenario import Check, Run, Settings, first_difference, held, hit_rate
 from kvtier_client.demo.text import load_text
+from kvtier_client.progress import Progress
 
 ANSWER = Answer(
     request_id="r",

@@ -188,3 +188,14 @@ def test_a_name_is_a_name_and_no_path(kvtier: Kvtier) -> None:
     refused = kvtier("pool", "remove", "--yes", "--name", "../../etc")
     assert refused.returncode == 1
     assert "is not allowed" in refused.stderr
+
+
+def test_the_pool_is_that_of_the_daemon_in_the_same_environment(kvtier: Kvtier, pool: Path) -> None:
+    shown = kvtier("pool", "show", "-o", "json", KVTIER_POOL__DIRECTORY=str(pool))
+    assert json.loads(shown.stdout)["path"] == str(pool / "pool")
+    named = kvtier("pool", "show", KVTIER_SERVER__NAME="not-there-1")
+    assert "kvtier-" in named.stderr
+    assert "not-there-1" in named.stderr
+    typed = kvtier("pool", "remove", "--yes", "--name", "not-there-2", KVTIER_POOL__DIRECTORY=str(pool))
+    assert "not-there-2" in typed.stderr
+    assert (pool / "pool").exists(), "a name that was typed is meant"

@@ -113,7 +113,9 @@ class FilesystemParameters(TierParameters):
     shared: bool = False
     """Other daemons store here too: what is not known is looked for, and a prompt waits for that."""
     readers: Annotated[Count, Field(le=64)] = 4
+    """Threads that load; loads never wait for stores."""
     writers: Annotated[Count, Field(le=64)] = 2
+    """Threads that store."""
     deadline: Nanoseconds = 10 * 10**9
     """For one chunk, from its submission on."""
     max_waiting: Bytes = 256 << 20

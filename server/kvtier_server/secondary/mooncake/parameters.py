@@ -78,6 +78,7 @@ class MooncakeParameters(TierParameters):
     local_hostname: Annotated[str, AfterValidator(_check_host)] = ""
     """What other nodes call this one; default: its address on the way to the master."""
     protocol: Literal["tcp", "rdma"] = "tcp"
+    """How chunks travel between nodes."""
     devices: Annotated[str, Field(max_length=256)] = ""
     """RDMA devices, as "mlx5_0,mlx5_1"; default: what the engine finds."""
     replicas: Annotated[Count, Field(le=16)] = 1
@@ -85,8 +86,9 @@ class MooncakeParameters(TierParameters):
     buffer: Annotated[Bytes, Field(ge=1 << 20, le=1 << 36)] = 16 << 20
     """The engine's own buffer in each of its two processes; chunks do not go through it."""
     readers: Annotated[Count, Field(le=64)] = 8
+    """Chunks that are loaded at a time; what is asked for together travels together."""
     writers: Annotated[Count, Field(le=64)] = 8
-    """Chunks under way at a time; what is asked for together travels together."""
+    """Chunks that are stored at a time."""
     timeout: Annotated[Nanoseconds, Field(ge=SECOND, le=600 * SECOND)] = 5 * SECOND
     """For one call of the engine; what does not answer in it is ended and begun again."""
     deadline: Annotated[Nanoseconds, Field(le=3600 * SECOND)] = 10 * SECOND

@@ -81,10 +81,12 @@ class ObjectParameters(TierParameters):
     endpoint: str = ""
     """Of a store that is not the cloud's own, as "https://ceph.example:443"."""
     session_token_file: Directory = ""
+    """File of the session token, where the credentials are temporary ones."""
     secret_key_file: Directory = ""
+    """File of the secret key; of Azure that of the account's key."""
     access_key_file: Annotated[Directory, Field(validate_default=True)] = ""
-    """Files of the credentials, read again every few minutes; without them the environment's or the
-    machine's own are used."""
+    """File of the access key's id. Files of credentials are read again every few minutes; without them the
+    environment's or the machine's own are used."""
     account: str = ""
     """Of Azure; its key is in `secret_key_file`."""
     service_account_file: Directory = ""
@@ -92,8 +94,9 @@ class ObjectParameters(TierParameters):
     ca_file: Directory = ""
     """Certificates (PEM) to trust beyond the system's."""
     readers: Annotated[Count, Field(le=256)] = 16
+    """Loads under way at once."""
     writers: Annotated[Count, Field(le=256)] = 4
-    """Requests under way at once."""
+    """Stores under way at once."""
     deadline: Nanoseconds = 10 * 10**9
     """For one chunk, from its submission on, with all that is tried again."""
     max_waiting: Bytes = 256 << 20

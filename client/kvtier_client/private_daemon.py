@@ -1,4 +1,4 @@
-"""A daemon for the demo: `kvtier serve` as a process, its pool removed at the end whatever happened.
+"""A daemon for demo and bench: `kvtier serve` as a process, its pool removed at the end whatever happened.
 
 Owns the process and the pool's directory. Knows the daemon by its command line and its gRPC services only.
 """
@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,7 +29,7 @@ POLL_S = 0.02
 
 
 class DaemonFailed(RuntimeError):
-    """The daemon does not do what the demo needs; the message names its log."""
+    """The daemon does not do what is needed; the message names its log."""
 
 
 class Daemon:
@@ -43,8 +43,12 @@ class Daemon:
         pool_bytes: str,
         logs: Path,
         tier: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
-        """`label`: of its socket and its log. `tier`: the keys of a tier below the pool; None = no tier."""
+        """`label`: of its socket and its log. `tier`: the keys of a tier below the pool; None = no tier.
+
+        `options`: more of `kvtier serve`.
+        """
         self.address = f"unix://{directory}/{label}.sock"
         self.log_file = logs / f"{label}.log"
         self._pool_directory = default_pool_directory(name)
@@ -54,6 +58,7 @@ class Daemon:
             "--name", name,
             "--pool-bytes", pool_bytes,
             "--metrics-address", "",
+            *options,
         ]  # fmt: skip
         if tier is not None:
             config = directory / f"{label}.toml"
@@ -74,7 +79,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                process_group=0,  # Ctrl-C is for the demo, which stops its daemon last
+                process_group=0,  # Ctrl-C is for whoever started it, who stops it last
             )
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
@@ -96,6 +101,16 @@ class Daemon:
             return self._ask()
         except grpc.RpcError as error:
             raise DaemonFailed(f"the daemon does not tell its status: {error};{self._log_tail()}") from None
+
+    def wait_backed(self) -> None:
+        """Return when the whole pool has its memory. Raises DaemonFailed where there is too little."""
+        while True:
+            status = self.status()
+            if status.pool.backed_bytes == status.pool.data_bytes:
+                return
+            if status.state == "degraded":
+                raise DaemonFailed(f"the pool cannot have all of its memory;{self._log_tail()}")
+            time.sleep(POLL_S)
 
     def _ask(self) -> admin_pb2.GetStatusResponse:
         options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]

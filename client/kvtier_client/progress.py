@@ -1,18 +1,23 @@
-"""A progress bar on a terminal, and silence elsewhere."""
+"""A progress bar on a terminal, and silence elsewhere, for demo and bench."""
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import TextIO
 
 BAR_COLUMNS = 30
 
 
 class Progress:
-    """One line on stderr that is rewritten: a label, a bar, a count."""
+    """One line on stderr that is rewritten: a label, a bar, a count.
 
-    def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
+    `after_s`: work that ends earlier shows nothing.
+    """
+
+    def __init__(self, label: str, total: int, stream: TextIO | None = None, after_s: float = 0.0) -> None:
         self._stream = stream or sys.stderr
+        self._from_s = time.monotonic() + after_s
         self._shown = self._stream.isatty()
         self._label = label
         self._total = total
@@ -36,7 +41,7 @@ class Progress:
             self._stream.flush()
 
     def _draw(self) -> None:
-        if self._shown:
+        if self._shown and time.monotonic() >= self._from_s:
             filled = BAR_COLUMNS * self._done // max(1, self._total)
             bar = "#" * filled + "." * (BAR_COLUMNS - filled)
             self._stream.write(f"\r\033[K{self._label}  [{bar}] {self._done}/{self._total}")
