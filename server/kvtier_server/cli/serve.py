@@ -1,4 +1,4 @@
-"""Run the daemon in the foreground until SIGTERM or Ctrl-C.
+"""Run the daemon in the foreground until SIGTERM or Ctrl-C; SIGHUP makes it read its settings again.
 
 Settings come from the options, else the environment (KVTIER_POOL__BYTES), else the file, else the defaults.
 Exit code: 0 stopped, 1 another daemon has the pool, 2 a mistake in the settings or too little memory.
@@ -7,6 +7,7 @@ Exit code: 0 stopped, 1 another daemon has the pool, 2 a mistake in the settings
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -43,12 +44,13 @@ def run(args: argparse.Namespace) -> int:
     from kvtier_server.config import ConfigErrors, load_config
 
     flags = {name: value for name, value in vars(args).items() if "." in name and value is not None}
+    read = functools.partial(load_config, flags, args.config, os.environ)
     try:
-        config = load_config(flags, args.config, os.environ)
+        config = read()
     except ConfigErrors as errors:
         for error in errors.errors:
             print(f"kvtier serve: {error}", file=sys.stderr)
         return 2
     from kvtier_server.daemon import run as serve_daemon
 
-    return serve_daemon(config)
+    return serve_daemon(config, read)
