@@ -244,6 +244,8 @@ def tiered(tiered_daemon: DaemonProcess, make_engine: MakeEngine) -> RawEngine:
         ("Evict", pb.EvictRequest(bytes=1, tier="x"), "tier", "tiers are primary, spare"),
         ("Drain", pb.DrainRequest(deadline_ms=3_600_001), "deadline_ms", "at most 3600000"),
         ("Explain", pb.ExplainRequest(namespace="a"), "key", "missing"),
+        ("Explain", pb.ExplainRequest(namespace="a", key=b"1234"), "key", "4 bytes; 5 to 128"),
+        ("Explain", pb.ExplainRequest(namespace="a", keys=[b"1"] * 1025), "keys", "1025 keys; 1 to 1024"),
         (
             "Explain",
             pb.ExplainRequest(namespace="a", key=b"12345", keys=[b"12345"]),

@@ -58,26 +58,25 @@ async def list_sessions(core: Core, now_ns: int) -> pb.ListSessionsResponse:
 async def list_namespaces(core: Core) -> pb.ListNamespacesResponse:
     """List the namespaces of engines in order of their first Attach, then those that only chunks have."""
     sums = {digest: _Sum() for digest in core.names.namespaces()}
+    reply = pb.ListNamespacesResponse()
 
     def steps() -> Iterator[None]:
         for number, space in enumerate(list(core.books.primary.spaces), 1):
             _add(sums.setdefault(space.name.namespace, _Sum()), len(space.chunks), space.used_bytes)
             if not number % STEP_ITEMS:
                 yield
-
-    await run_in_slices(steps())
-    reply = pb.ListNamespacesResponse()
-    for digest, total in sums.items():
-        known = core.namespaces.get(digest)
-        reply.namespaces.append(
-            pb.NamespaceStatus(
+        for digest, total in sums.items():
+            known = core.namespaces.get(digest)
+            reply.namespaces.add(
                 digest=digest,
                 facts=facts_message(known.facts) if known is not None else None,
                 chunks=total.chunks,
                 used_bytes=total.used_bytes,
                 engines=known.num_engines if known is not None else 0,
             )
-        )
+            yield
+
+    await run_in_slices(steps())
     return reply
 
 

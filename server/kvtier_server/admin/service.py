@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeAlias, TypeVar
 
 import grpc
@@ -21,6 +21,7 @@ from kvtier_server.admin.slices import run_in_slices
 from kvtier_server.core.clearing import Clearing, Clearings
 from kvtier_server.core.evicting import Evictions
 from kvtier_server.core.explaining import Explainer
+from kvtier_server.core.namespaces import MAX_KEY_BYTES, MIN_KEY_BYTES
 from kvtier_server.core.refused import BadRequest
 from kvtier_server.core.tiering import Core
 from kvtier_server.rpc import CallScope
@@ -75,19 +76,23 @@ async def _explain(explainer: Explainer, request: pb.ExplainRequest, now_ns: int
         raise BadRequest("keys", "given beside key; give one of the two")
     if not request.key and not request.keys:
         raise BadRequest("key", "missing; give the key that is to be explained, or a request's keys")
+    if request.key and not MIN_KEY_BYTES <= len(request.key) <= MAX_KEY_BYTES:
+        raise BadRequest("key", f"{len(request.key)} bytes; {MIN_KEY_BYTES} to {MAX_KEY_BYTES} are allowed")
     keys = [request.key] if request.key else list(request.keys)
     explanation = explainer.begin(request.namespace, request.tenant, keys, now_ns)
     await run_in_slices(explanation.steps)
     told = next((key for key in explanation.keys if not key.is_hit), explanation.keys[0])
-    return pb.ExplainResponse(
-        verdict=told.verdict,
-        details=told.details,
-        keys=[
-            pb.KeyExplanation(key=each.key, verdict=each.verdict, details=each.details)
-            for each in explanation.keys
-        ],
-        leading_hits=explanation.num_leading_hits,
+    reply = pb.ExplainResponse(
+        verdict=told.verdict, details=told.details, leading_hits=explanation.num_leading_hits
     )
+
+    def translate() -> Iterator[None]:
+        for each in explanation.keys:
+            reply.keys.add(key=each.key, verdict=each.verdict, details=each.details)
+            yield
+
+    await run_in_slices(translate())
+    return reply
 
 
 async def _evict(evictions: Evictions, request: pb.EvictRequest) -> pb.EvictResponse:

@@ -18,7 +18,7 @@ from kvtier_server.primary.size_classes import SizeClass
 from kvtier_server.primary.tier import SLICE_ITEMS
 from kvtier_server.secondary.base import ClearResult
 
-STEP_CHUNKS, STEP_CHUNKS_OF_MANY = 128, 16
+STEP_CHUNKS, STEP_CHUNKS_OF_MANY = 64, 16
 """Chunks of the pool that go in one go, a fraction of a slice; fewer where size classes take turns, so that
 the coldest of all of them go first."""
 

@@ -24,6 +24,9 @@ from kvtier_server.secondary.base import Presence
 STEP_ITEMS = 2_048
 """Keys of events, or reservations, that are looked at in one step."""
 
+MAX_EXPLAINED_KEYS = 1_024
+"""Keys of one question: the prompt of a request in chunks of 16 tokens, up to 16,384."""
+
 STEP_KEYS = 32
 """Asked keys that are looked up in one step."""
 
@@ -113,7 +116,7 @@ class Explainer:
 
     def begin(self, namespace: str, tenant: str, keys: Sequence[bytes], now_ns: int) -> Explanation:
         """Begin to explain keys of one namespace and tenant, over all its epochs. Raises BadRequest."""
-        check_keys(keys, self._books.limits.max_keys)
+        check_keys(keys, MAX_EXPLAINED_KEYS)
         if not namespace:
             raise BadRequest("namespace", f"none is given; {self._names.which_namespaces()}")
         digest = self._names.digest(namespace, may_be_unknown=bool(self._below.tiers))

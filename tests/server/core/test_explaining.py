@@ -149,7 +149,7 @@ def test_a_log_that_has_forgotten_says_how_far_back_it_goes() -> None:
 def test_a_chunk_of_a_lower_tier_is_resident_there_and_pending_on_its_way_up() -> None:
     rig = Rig(64, num_tiers=2)
     engine = rig.engine()
-    store_and_evict(rig, engine, [1])
+    store_and_evict(rig, engine, range(1, 2))
     assert verdict(rig, engine) == "resident"
     lines = details(rig, engine).splitlines()
     assert lines[:3] == ["primary: not resident", "tier0: has it", "tier1: has it"]
