@@ -114,7 +114,7 @@ def test_after_a_restart_chunks_without_an_engine_are_listed_with_what_is_known(
     (row,) = asked(daemon, "namespaces")["namespaces"]
     assert (row["digest"][:12], row["chunks"], row["engines"]) == (digest, 1, 0)
     shown = kvtier("admin", "namespaces", "--address", daemon.address).stdout
-    assert f"{digest}   ?" in shown
+    assert f"{digest}  ? " in shown
     assert (
         asked(daemon, "explain", "--namespace", digest, "--tenant", "team-a", "--key", to_key(1).hex())[
             "verdict"
@@ -242,6 +242,7 @@ def tiered(tiered_daemon: DaemonProcess, make_engine: MakeEngine) -> RawEngine:
     [
         ("Evict", pb.EvictRequest(), "bytes", "say how much"),
         ("Evict", pb.EvictRequest(bytes=1, tier="x"), "tier", "tiers are primary, spare"),
+        ("Evict", pb.EvictRequest(bytes=1, tier="x" * 100_000), "tier", "xx...'; tiers are primary, spare"),
         ("Drain", pb.DrainRequest(deadline_ms=3_600_001), "deadline_ms", "at most 3600000"),
         ("Explain", pb.ExplainRequest(namespace="a"), "key", "missing"),
         ("Explain", pb.ExplainRequest(namespace="a", key=b"1234"), "key", "4 bytes; 5 to 128"),

@@ -20,6 +20,8 @@ DIGEST_DIGITS = 32
 MAX_NAMED = 8
 """Names that a refusal lists; of the others it says how many they are."""
 
+MAX_QUOTED_CHARS = 64
+
 
 class Names:
     """Looks names up. `namespaces` are those of attached engines, and of engines whose chunks are there."""
@@ -57,11 +59,12 @@ class Names:
         if not found:
             raise BadRequest(
                 "namespace",
-                f"no namespace of the pool begins with {beginning!r}; {self.which_namespaces()}. One that "
-                f"only a tier below holds is named by all {DIGEST_DIGITS} digits",
+                f"no namespace of the pool begins with {quoted(beginning)}; {self.which_namespaces()}. One "
+                f"that only a tier below holds is named by all {DIGEST_DIGITS} digits",
             )
         if len(found) > 1:
-            raise BadRequest("namespace", f"{beginning!r} begins {', '.join(found)}; write more digits")
+            problem = f"{quoted(beginning)} begins {named(found)}; write more digits"
+            raise BadRequest("namespace", problem)
         return found[0]
 
     def check_tenant(self, tenant: str) -> None:
@@ -69,9 +72,8 @@ class Names:
         known = self.tenants()
         if tenant not in known:
             which = f"there are {named(map(repr, known))}" if known else "there is none yet"
-            raise BadRequest(
-                "tenant", f'no engine and no chunk has tenant {tenant!r}; {which} ("" = default)'
-            )
+            problem = f'no engine and no chunk has tenant {quoted(tenant)}; {which} ("" = default)'
+            raise BadRequest("tenant", problem)
 
     def tier(self, name: str) -> LowerTier | None:
         """Return the tier below the pool of this name, None for the pool. Raises BadRequest."""
@@ -80,8 +82,13 @@ class Names:
         below = next((below for below in self._below.tiers if below.rules.name == name), None)
         if below is None:
             names = ", ".join([POOL, *(below.rules.name for below in self._below.tiers)])
-            raise BadRequest("tier", f"there is no tier {name!r}; tiers are {names}")
+            raise BadRequest("tier", f"there is no tier {quoted(name)}; tiers are {names}")
         return below
+
+
+def quoted(name: str) -> str:
+    """Repeat what was given, not more of it than a trailer has room for."""
+    return repr(name if len(name) <= MAX_QUOTED_CHARS else name[:MAX_QUOTED_CHARS] + "...")
 
 
 def named(names: Iterable[str]) -> str:

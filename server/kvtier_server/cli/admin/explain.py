@@ -75,13 +75,14 @@ def told(reply: ExplainResponse) -> Sequence[str]:
     """Write the answer for a person."""
     lines = []
     if len(reply.keys) > 1:
-        lines += [f"{short(explained.key):<22} {explained.verdict}" for explained in reply.keys[:MAX_SHOWN]]
+        for number, explained in enumerate(reply.keys[:MAX_SHOWN], 1):
+            lines.append(f"{number:>4}  {short(explained.key):<22}  {explained.verdict}")
         if len(reply.keys) > MAX_SHOWN:
             lines.append(f"... and {len(reply.keys) - MAX_SHOWN} more; -o json has them all")
         lines.append(f"the first {reply.leading_hits} of {len(reply.keys)} keys are there")
         if reply.leading_hits == len(reply.keys):
             return lines
-        lines += ["", f"{short(reply.keys[reply.leading_hits].key)}:"]
+        lines += ["", f"key {reply.leading_hits + 1}:"]
     return [*lines, reply.verdict, *(f"  {detail}" for detail in reply.details)]
 
 

@@ -80,7 +80,7 @@ def _session(session: SessionStatus) -> Sequence[str]:
     from kvtier_server.units import format_seconds
 
     return (
-        _shorten(session.engine_id, 18),
+        _shorten(session.engine_id, 16),
         session.role if session.role == "scheduler" else f"{session.role} {session.rank}",
         _tenant_name(session.tenant),
         session.namespace,
@@ -96,8 +96,8 @@ def _namespace(namespace: NamespaceStatus) -> Sequence[str]:
     facts = namespace.facts if namespace.HasField("facts") else None
     return (
         namespace.digest[:DIGITS],
-        _shorten(facts.model, 24) if facts is not None else "?",
-        facts.kv_dtype if facts is not None else "?",
+        _shorten(facts.model, 22) if facts is not None else "?",
+        _shorten(facts.kv_dtype, 8) if facts is not None else "?",
         str(facts.tensor_parallel_size) if facts is not None else "?",
         str(namespace.engines),
         str(namespace.chunks),
@@ -131,7 +131,7 @@ def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=True)
     for row in rows:
