@@ -954,8 +954,9 @@ class ExplainResponse(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     LEADING_HITS_FIELD_NUMBER: _builtins.int
     verdict: _builtins.str
-    """"resident" (in the pool or a tier below), "pending", "quarantined", "filtered", "wanted", "evicted", "dropped" or
-    "never seen"; of several keys that of the first one that is not resident.
+    """"resident" (in the pool or a tier below), "pending", "stale" (of an epoch that engines have left),
+    "quarantined", "filtered", "wanted", "evicted", "dropped" or "never seen"; of several keys that of the first
+    one that is not resident.
     """
     leading_hits: _builtins.int
     """Leading keys that are resident."""

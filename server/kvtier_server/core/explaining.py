@@ -38,6 +38,8 @@ class Verdict(StrEnum):
     """In the pool, or in a tier below it."""
     PENDING = "pending"
     """An engine is storing it, or a tier is bringing it up."""
+    STALE = "stale"
+    """In the pool, but of an epoch that no attached engine is in: a reset made it unreachable."""
     QUARANTINED = "quarantined"
     """What there was of it lies in a slot that is set aside: its engine died while it wrote, or it rotted."""
     FILTERED = "filtered"
@@ -99,6 +101,8 @@ class _Search:
     found: dict[bytes, KeyExplanation]
     is_known: bool
     """Whether the pool or an engine has this namespace."""
+    current: set[SpaceName]
+    """Those of `names` in which engines look now; all of them where no engine is attached."""
     pending: dict[bytes, list[str]] = field(default_factory=dict)
     unfinished: dict[bytes, list[str]] = field(default_factory=dict)
     last: dict[tuple[bytes, str], OffloadingEvent] = field(default_factory=dict)
@@ -131,7 +135,10 @@ class Explainer:
         # What only a tier holds was stored by engines that are gone, most likely in the first epoch.
         names = [space.name for space in spaces] or [SpaceName(digest, tenant, 0)]
         explanations = [KeyExplanation(key) for key in keys]
-        search = _Search(now_ns, spaces, names, {each.key: each for each in explanations}, is_known)
+        engines = (instance.space.name for instance in self._books.instances)
+        current = set(names).intersection(engines) or set(names)
+        found = {each.key: each for each in explanations}
+        search = _Search(now_ns, spaces, names, found, is_known, current)
         return Explanation([search.found[key] for key in keys], self._explain(search))
 
     def _explain(self, search: _Search) -> Iterator[None]:
@@ -211,7 +218,7 @@ class Explainer:
         key, details = explanation.key, explanation.details
         if not search.is_known:
             details.append("namespace: the pool has nothing of it, and no engine of it is attached")
-        resident = self._in_pool(search, key, details)
+        resident, stale = self._in_pool(search, key, details)
         for below in self._below.tiers:
             resident = self._in_tier(search, below, key, details) or resident
         pending = search.pending.get(key, [])
@@ -232,6 +239,8 @@ class Explainer:
             explanation.verdict = Verdict.RESIDENT
         elif pending:
             explanation.verdict = Verdict.PENDING
+        elif stale:
+            explanation.verdict = Verdict.STALE
         elif unfinished or (removed is not None and removed.reason == "corrupt"):
             explanation.verdict = Verdict.QUARANTINED
         elif removed is not None:
@@ -239,24 +248,27 @@ class Explainer:
         elif self._books.filter.is_active and offers:
             explanation.verdict = Verdict.FILTERED if offers < threshold else Verdict.WANTED
 
-    def _in_pool(self, search: _Search, key: bytes, details: list[str]) -> bool:
-        is_there = False
+    def _in_pool(self, search: _Search, key: bytes, details: list[str]) -> tuple[bool, bool]:
+        """Say whether the pool has it where engines look, and whether it has it where none does any more."""
+        resident = stale = False
         for space in search.spaces:
             chunk = space.chunks.get(key)
-            if chunk is not None:
-                is_there = True
-                pins = f"pinned {chunk.pins} times" if chunk.pins else "not pinned"
-                epoch = f", epoch {space.name.epoch:x}" if len(search.spaces) > 1 else ""
-                details.append(
-                    f"{POOL}: resident in slot {chunk.slot_id}, published, generation {chunk.generation}, "
-                    f"{pins}{epoch}"
-                )
-        if not is_there:
+            if chunk is None:
+                continue
+            is_current = space.name in search.current
+            resident, stale = resident or is_current, stale or not is_current
+            pins = f"pinned {chunk.pins} times" if chunk.pins else "not pinned"
+            epoch = "" if is_current else f"; of epoch {space.name.epoch:x}, in which no engine is any more"
+            details.append(
+                f"{POOL}: resident in slot {chunk.slot_id}, published, generation {chunk.generation}, "
+                f"{pins}{epoch}"
+            )
+        if not resident and not stale:
             details.append(f"{POOL}: not resident")
-        return is_there
+        return resident, stale
 
     def _in_tier(self, search: _Search, below: LowerTier, key: bytes, details: list[str]) -> bool:
-        known = {below.tier.lookup(name, (key,))[0] for name in search.names}
+        known = {below.tier.lookup(name, (key,))[0] for name in search.current}
         if Presence.YES in known:
             details.append(f"{below.rules.name}: has it")
         elif Presence.UNKNOWN in known:

@@ -185,15 +185,28 @@ def test_a_request_is_told_where_its_hits_end_and_why() -> None:
     ]
 
 
-def test_every_epoch_of_a_tenant_is_looked_at_and_no_other_tenant() -> None:
+def test_what_a_reset_has_made_unreachable_is_stale_and_no_hit() -> None:
+    rig = Rig(64)
+    engine = rig.engine()
+    engine.store([1])
+    engine.finish()
+    engine.reset()
+    assert engine.hits([1]) == []
+    assert verdict(rig, engine) == "stale"
+    assert "; of epoch 0, in which no engine is any more" in details(rig, engine)
+    engine.store([1], "again")
+    assert verdict(rig, engine) == "resident"
+    assert details(rig, engine).count("primary: resident in slot") == 2
+    engine.die()
+    rig.tick()
+    assert verdict(rig, engine) == "resident", "nobody is attached, so it depends on who comes"
+
+
+def test_the_chunk_of_another_tenant_is_another_chunk() -> None:
     rig = Rig(64)
     engine, other = rig.engine("a", tenant="mine"), rig.engine("b", tenant="yours")
     engine.store([1])
-    engine.reset()
-    engine.store([1])
-    assert engine.hits([1]) == [1]
-    assert details(rig, engine).count("primary: resident in slot") == 2
-    assert verdict(rig, other) == "never seen"
+    assert (verdict(rig, engine), verdict(rig, other)) == ("resident", "never seen")
     assert other.statuses(to_keys([1])) == [MISS]
 
 

@@ -1,4 +1,4 @@
-"""Limits that change while engines are attached: nothing is taken away, and what comes goes by the new ones."""
+"""Limits that change while engines are attached: nothing is taken away, what comes goes by the new ones."""
 
 from __future__ import annotations
 

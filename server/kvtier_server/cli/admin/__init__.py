@@ -33,7 +33,7 @@ ACTIONS: dict[str, ModuleType] = {
     "clear": clear,
     "drain": drain,
 }
-"""Each has SUMMARIES by action, descriptions(action), add_arguments(parser) and run(args) -> exit code."""
+"""Each has SUMMARIES and DESCRIPTIONS by action, add_arguments(parser) and run(args) -> exit code."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

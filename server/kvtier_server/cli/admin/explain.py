@@ -19,6 +19,7 @@ DESCRIPTIONS = {
 
 resident     in the pool or in a tier below it: a lookup finds it
 pending      an engine is storing it, or a tier is bringing it up
+stale        in the pool, but of an epoch that engines have left: their weights were updated
 quarantined  its bytes rotted, or its engine died while it wrote them
 filtered     offered, but not often enough for admission.store_threshold
 wanted       offered often enough; the next engine that computes it stores it

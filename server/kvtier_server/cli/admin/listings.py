@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvtier_server.cli.admin.asking import ask, print_json
@@ -119,8 +119,7 @@ def _tenant_name(tenant: str, width: int = 10) -> str:
 def _shorten(text: str, width: int) -> str:
     from kvtier_server.cli.status_table import shorten
 
-    cut: Callable[[str, int], str] = shorten
-    return cut(text, width)
+    return shorten(text, width)
 
 
 def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
