@@ -51,6 +51,19 @@ class ReuseFilter:
         return len(self._offers)
 
     @property
+    def threshold(self) -> int:
+        """Offers until a chunk is wanted; 0 and 1 = always. A change counts from the next offer on."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: int) -> None:
+        self._threshold = threshold
+
+    def num_offers(self, chunk_id: bytes) -> int:
+        """Return how often a chunk was offered, as far as that is remembered; counts nothing."""
+        return len(self._offers.get(chunk_id, ()))
+
+    @property
     def is_active(self) -> bool:
         """Whether any chunk can be unwanted."""
         return self._threshold > 1

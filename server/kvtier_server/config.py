@@ -2,6 +2,9 @@
 
 Owns reading them (command line > environment > file > default) and saying all that is wrong at once. Inside,
 sizes are bytes and durations nanoseconds; outside both are written with units ("64GiB", "250ms").
+
+A setting that a reload (SIGHUP) applies has LIVE or AT_ATTACH in its type; every other one needs a restart:
+the daemon has built something on it, or attached engines were told it and would run into a smaller one.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from kvtier_ops.directory import default_pool_directory
 from kvtier_server.address import default_address
 from kvtier_server.config_tiers import TierProblem, TierSettings, read_tiers
 from kvtier_server.config_values import (
+    AT_ATTACH,
+    LIVE,
     Bytes,
     Count,
     CountOrNone,
@@ -62,7 +67,7 @@ class ServerConfig(_Section):
     """host:port of /metrics and the health pages; port 0 = any free one, "" = none."""
     name: Name = "default"
     """Names the pool: one daemon per name and user."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], LIVE] = "info"
     """The least important lines that are logged."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """auto = console on a terminal, JSON lines otherwise."""
@@ -92,33 +97,33 @@ class LimitsConfig(_Section):
     """Bytes of one gRPC message: 8,192 keys of 128 bytes and 6,144 more each; gRPC's own default is 4 MiB."""
     max_params: Bytes = 64 << 10
     """Bytes of one request's parameters."""
-    engines: Count = 64
+    engines: Annotated[Count, LIVE] = 64
     """Engine instances attached at once: more than run on one node."""
-    sessions: Count = 1024
+    sessions: Annotated[Count, LIVE] = 1024
     """Open sessions: 64 engines with a scheduler and 15 ranks each."""
     watchers: Count = 64
     """Open streams of events."""
-    unary_calls: Count = 256
+    unary_calls: Annotated[Count, LIVE] = 256
     """Calls at once. An own counter: gRPC's maximum_concurrent_rpcs counts open streams too."""
-    requests_per_instance: Count = 65_536
+    requests_per_instance: Annotated[Count, AT_ATTACH] = 65_536
     """Unfinished requests of one engine instance."""
-    leases_per_instance: Count = 65_536
+    leases_per_instance: Annotated[Count, LIVE] = 65_536
     """Leases that one engine instance holds: one for each of its unfinished requests."""
-    remembered_keys: Count = 1 << 20
+    remembered_keys: Annotated[Count, AT_ATTACH] = 1 << 20
     """Keys of an instance's unfinished requests, so that recency changes once per request."""
     remembered_completions: Count = 65_536
     """Ended leases kept, so that a repeated report is answered ALREADY."""
-    tombstone: Nanoseconds = 60 * 10**9
+    tombstone: Annotated[Nanoseconds, LIVE] = 60 * 10**9
     """How long the release of an unknown lease is remembered: longer than a call that could grant it."""
-    pin_share: Share = 0.5
+    pin_share: Annotated[Share, LIVE] = 0.5
     """Part of the pool that one instance may pin; beyond it a lookup answers HIT_UNLEASED."""
-    credit_share: Share = 1 / 16
+    credit_share: Annotated[Share, LIVE] = 1 / 16
     """Part of the pool that one instance may hold as credits."""
-    min_credit_slots: Count = 64
+    min_credit_slots: Annotated[Count, LIVE] = 64
     """Credits that one instance may hold even where its share of a small pool is less."""
     events: Count = 65_536
     """Events kept for watchers that come back."""
-    session_events: Count = 65_536
+    session_events: Annotated[Count, LIVE] = 65_536
     """Unread events of one session; a session that reads slower is ended (SLOW_READER). A writer's death
     resolves all keys of a call (max_keys) at once, and sending takes 65 us an event: room for eight calls."""
 
@@ -126,20 +131,20 @@ class LimitsConfig(_Section):
 class LeasesConfig(_Section):
     """How long leases live. Guards against leaks; correctness rests on generations, never on these."""
 
-    lookup: Nanoseconds = 30 * 10**9
-    """Renewed every third of it by the client."""
-    copy_: Annotated[Nanoseconds, Field(alias="copy")] = 300 * 10**9
+    lookup: Annotated[Nanoseconds, AT_ATTACH] = 30 * 10**9
+    """Renewed every third of it by the client, which was told it at Attach."""
+    copy_: Annotated[Nanoseconds, Field(alias="copy"), LIVE] = 300 * 10**9
     """Load and store leases: far above any copy."""
-    pending_wait: Nanoseconds = 2 * 10**9
+    pending_wait: Annotated[Nanoseconds, LIVE] = 2 * 10**9
     """Longest wait for a PENDING key that a client may ask for."""
-    promotion: Nanoseconds = 10 * 10**9
+    promotion: Annotated[Nanoseconds, LIVE] = 10 * 10**9
     """Longest way from a tier into the pool; then the key is free again, and what comes later is dropped."""
 
 
 class AdmissionConfig(_Section):
     """Which chunks are worth storing."""
 
-    store_threshold: Annotated[CountOrNone, Field(le=255)] = 0
+    store_threshold: Annotated[CountOrNone, Field(le=255), LIVE] = 0
     """A chunk is stored when it is offered for this many times; 0 and 1 = always."""
     max_tracked: Count = 64_000
     """Chunks whose offers are counted, the oldest forgotten first."""
@@ -148,9 +153,9 @@ class AdmissionConfig(_Section):
 class DrainConfig(_Section):
     """What SIGTERM waits for, each at most this long. Kubernetes kills 30 s after SIGTERM."""
 
-    copies: NanosecondsOrNone = 10 * 10**9
+    copies: Annotated[NanosecondsOrNone, LIVE] = 10 * 10**9
     """Copies of engines that run, so that they end as they began."""
-    tiers: NanosecondsOrNone = 15 * 10**9
+    tiers: Annotated[NanosecondsOrNone, LIVE] = 15 * 10**9
     """Chunks on their way down to the tiers below the pool; what is left then is not kept there."""
 
 

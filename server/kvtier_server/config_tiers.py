@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from kvtier_server.config_values import Bytes, Count, Nanoseconds, Share
+from kvtier_server.config_values import LIVE, Bytes, Count, Nanoseconds, Share
 from kvtier_server.secondary.base import TierError
 from kvtier_server.secondary.factory import BUILTIN_TIERS
 from kvtier_server.secondary.parameters import ParameterErrors, TierParameters
@@ -42,7 +42,7 @@ def _check_tier_name(name: str) -> str:
 
 
 class TierConfig(BaseModel):
-    """What every tier has."""
+    """What every tier has. LIVE: a reload applies it; the rest, and the tiers' own keys, need a restart."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,15 +55,15 @@ class TierConfig(BaseModel):
     cascade: Literal["published", "used", "cold", "never"] = "published"
     """When chunks go down: at once when they are published, after `min_uses` uses, before they are evicted,
     or never (read only)."""
-    min_uses: Annotated[Count, Field(le=255)] = 1
+    min_uses: Annotated[Count, Field(le=255), LIVE] = 1
     """With cascade = "used": so many requests must have used a chunk after it was stored."""
-    clean_share: Annotated[Share, Field(le=0.5)] = 0.125
+    clean_share: Annotated[Share, Field(le=0.5), LIVE] = 0.125
     """With cascade = "cold": so much of the pool is free or has a copy below, for the stores to come."""
-    max_queued: Bytes = 1 << 30
+    max_queued: Annotated[Bytes, LIVE] = 1 << 30
     """Chunks that wait to go down, without holding their slots; what comes beyond it is dropped."""
-    max_running: Bytes = 64 << 20
+    max_running: Annotated[Bytes, LIVE] = 64 << 20
     """Chunks that are being written down; they cannot be evicted meanwhile."""
-    probe_wait: Nanoseconds = 20 * 10**6
+    probe_wait: Annotated[Nanoseconds, LIVE] = 20 * 10**6
     """How long a request waits to hear whether a chunk is there that others may have stored."""
 
 

@@ -8,13 +8,25 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from enum import Enum
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from kvtier_ops.directory import PoolDirectoryError, default_pool_directory
 from kvtier_server.address import check_listen_address, parse_host_port
-from kvtier_server.units import UnitError, parse_bytes, parse_duration
+from kvtier_server.units import UnitError, exact_bytes, exact_duration, parse_bytes, parse_duration
+
+
+class Reload(Enum):
+    """Stands in a setting's Annotated: a reload (SIGHUP) applies it. What has no mark needs a restart."""
+
+    LIVE = "at once"
+    AT_ATTACH = "for engines that attach from then on"
+    """Those that are attached go by what they were told."""
+
+
+LIVE, AT_ATTACH = Reload.LIVE, Reload.AT_ATTACH
 
 
 def _to_bytes(raw: object) -> int:
@@ -91,3 +103,13 @@ ListenAddress = Annotated[str, AfterValidator(_check_address)]
 MetricsAddress = Annotated[str, AfterValidator(_check_metrics_address)]
 Directory = Annotated[str, AfterValidator(_check_directory)]
 PolicyName = Annotated[str, AfterValidator(_check_policy)]
+
+
+def written(metadata: Iterable[object], value: object) -> str:
+    """Write a value of a type above, whose field has this metadata, as it may stand in the file."""
+    readers = {mark.func for mark in metadata if isinstance(mark, BeforeValidator)}
+    if isinstance(value, int) and _to_nanoseconds in readers:
+        return exact_duration(value)
+    if isinstance(value, int) and _to_bytes in readers:
+        return exact_bytes(value)
+    return str(value)

@@ -17,6 +17,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -25,12 +26,13 @@ from grpc_health.v1 import health, health_pb2
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.locks import owner_lock_is_free
-from kvtier_server import __version__, admin, events, logs, service
+from kvtier_server import __version__, events, logs, service
+from kvtier_server.admin import service as admin
+from kvtier_server.admin.methods import METHODS as ADMIN_METHODS
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.config import Config
 from kvtier_server.core.adoption import Adopted
 from kvtier_server.core.instances import Session
-from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.tiering import Core
 from kvtier_server.core_limits import core_limits
 from kvtier_server.grpc_server import Handlers, build_server
@@ -41,13 +43,15 @@ from kvtier_server.observer import Observer
 from kvtier_server.policies.loader import load_policy_class
 from kvtier_server.pool_slots import Backing, PoolSlots
 from kvtier_server.pool_start import open_pool
+from kvtier_server.reload import Reloads
 from kvtier_server.rpc import CallScope
 from kvtier_server.service import OffloadService, boottime_ns
 from kvtier_server.sessions import Sessions
 from kvtier_server.socket_lock import SocketLock, StartError
 from kvtier_server.stats import PHASE_DRAINING, PHASE_SERVING
+from kvtier_server.stopping import Stopping, held
 from kvtier_server.tier_health import TierHealth
-from kvtier_server.tiers_start import TIER_STOP_S, make_tiers
+from kvtier_server.tiers_start import TIER_STOP_S, make_tiers, rules_of
 from kvtier_server.transfer import service as transfer
 from kvtier_server.transfer.service import TransferService
 from kvtier_server.upkeep import TICK_S, Upkeep
@@ -58,6 +62,9 @@ log = structlog.get_logger("kvtier.daemon")
 LAST_CALLS_S = 1.0
 """Longest wait for calls that began while the server stopped; none of them waits for anything."""
 
+STDIN = 0
+"""By number: a daemon may have been started without one."""
+
 FLUSH_POLL_S = 0.01
 """Between two looks at what goes down while the daemon stops."""
 
@@ -67,11 +74,14 @@ UNARY_METHODS = (
 )  # fmt: skip
 
 
-def run(config: Config) -> int:
-    """Serve in the foreground until SIGTERM or SIGINT. Returns the exit code of `kvtier serve`."""
+def run(config: Config, reread: Callable[[], Config]) -> int:
+    """Serve in the foreground until SIGTERM, SIGINT or a Drain. Returns the exit code of `kvtier serve`.
+
+    `reread` reads the configuration's sources again, for SIGHUP.
+    """
     limiter = logs.setup(config.server.log_level, config.server.log_format)
     try:
-        daemon = Daemon(config)
+        daemon = Daemon(config, reread)
     except StartError as error:
         print(f"kvtier serve: {error}", file=sys.stderr)  # noqa: T201 for the person at the terminal
         return error.exit_code
@@ -88,7 +98,7 @@ def run(config: Config) -> int:
 class Daemon:
     """One daemon. Construction takes locks and pool; `serve` runs it; `close` gives everything back."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reread: Callable[[], Config]) -> None:
         self._config = config
         self._notifier = Notifier.take(os.environ, os.getpid())  # before there are child processes
         self.boot_id = secrets.token_hex(8)
@@ -111,8 +121,7 @@ class Daemon:
             version=__version__,
             methods=[
                 *(f"OffloadService/{method}" for method in UNARY_METHODS),
-                "AdminService/GetStatus",
-                "AdminService/Clear",
+                *(f"AdminService/{method}" for method in ADMIN_METHODS),
                 "TransferService/RegisterMemory",
             ],
             limits=config.limit_values(),
@@ -158,6 +167,8 @@ class Daemon:
             self._observer,
             self._threads,
         )
+        self._stopping = Stopping(lambda: self._config.drain.copies)
+        self._reloads = Reloads(config, reread, self._apply, self._metrics, self._threads)
         self._copies_hang = False
 
     def _lock_is_free(self, name: str) -> bool:
@@ -183,6 +194,17 @@ class Daemon:
 
     def _after_call(self) -> None:
         self._upkeep.after_call()
+
+    def _apply(self, config: Config) -> None:
+        """Go by what a reload may change of the configuration; `config` has the rest as it was."""
+        self._config = config
+        self.core.books.set_limits(core_limits(config))
+        self.core.books.filter.threshold = config.admission.store_threshold
+        self._scope.max_unary_calls = config.limits.unary_calls
+        self._sessions.max_events = config.limits.session_events
+        for below, (common, _) in zip(self.core.below.tiers, config.tiers, strict=True):
+            below.rules = rules_of(common)
+        self._metrics.limits = config.limit_values()
 
     def _take_over(self) -> Adopted | None:
         """Serve what an earlier daemon left, if it left a pool. Raises StartError."""
@@ -211,7 +233,7 @@ class Daemon:
             max_keys=books.limits.max_keys,
             max_message_bytes=self._config.limits.max_message,
             max_params_bytes=books.limits.max_params_bytes,
-            lookup_lease_ms=books.limits.lookup_lease_ns // 1_000_000,
+            lookup_lease_ms=session.instance.lookup_lease_ns // 1_000_000,
             copy_lease_ms=books.limits.copy_lease_ns // 1_000_000,
             max_credit_bytes=books.max_credit_bytes(session.instance),
             max_pinned_bytes=books.max_pinned_bytes(session.instance),
@@ -221,17 +243,19 @@ class Daemon:
         """Return every service of the wire contract, those included that say they are UNIMPLEMENTED."""
         return {
             service.SERVICE: self._service.handlers() | {"Attach": self._sessions.handler()},
-            admin.SERVICE: admin.handlers(self._scope, self._observer.snapshot, self.core.clearings),
+            admin.SERVICE: admin.handlers(
+                self._scope, self._observer.snapshot, self.core, self._stopping, boottime_ns
+            ),
             transfer.SERVICE: self._transfers.handlers(),
             events.SERVICE: events.handlers(self._scope),
         }
 
     async def serve(self, limiter: logs.RepeatLimit) -> None:
-        """Run until a signal asks to stop, then drain. Raises StartError if the address cannot be had."""
+        """Run until somebody asks to stop, then drain. Raises StartError if the address cannot be had."""
         loop = self._loop = asyncio.get_running_loop()
-        stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, stop)
+            loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup, os.isatty(STDIN))
         server, health_servicer = build_server(
             self._config.server.address, self._config.limits.max_message, self._services()
         )
@@ -252,7 +276,7 @@ class Daemon:
         beats = asyncio.create_task(self._notifier.beat_forever(self._status))
         ticks = asyncio.create_task(self._upkeep.tick_forever(limiter, tier_health))
         try:
-            await stop.wait()
+            await self._stopping.wait()
             await self._drain(server, health_servicer)
         finally:
             ticks.cancel()
@@ -295,12 +319,18 @@ class Daemon:
         sessions = len(self._metrics.snapshot.sessions)
         return f"{self._observer.state().phase}, {sessions} session{'' if sessions == 1 else 's'}"
 
-    def _on_signal(self, stop: asyncio.Event) -> None:
-        if stop.is_set():
+    def _on_signal(self) -> None:
+        if self._stopping.by_signal():
             log.warning("stopped_at_once", why="second signal")
             self._socket_lock.unlink()
             os._exit(0)
-        stop.set()
+
+    def _on_hangup(self, had_terminal: bool) -> None:
+        """Read the configuration again; but where it means that the terminal was closed, stop."""
+        if had_terminal and not os.isatty(STDIN):
+            self._stopping.ask()
+        else:
+            self._reloads.ask()
 
     async def _drain(self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:
         """Refuse what is new, wait for copies that run, close the streams, stop."""
@@ -308,25 +338,24 @@ class Daemon:
         self._notifier.stopping(self._status())
         self.core.books.draining = True
         await health_servicer.enter_graceful_shutdown()
-        deadline = time.monotonic() + self._config.drain.copies / 1e9
-        self._sessions.tell_all(
-            pb.AttachResponse(draining=pb.Draining(deadline_ms=self._config.drain.copies // 1_000_000))
-        )
-        log.info("draining", copies=self._running_copies())
-        while self._running_copies() and time.monotonic() < deadline:  # noqa: ASYNC110 the core is asked
+        deadline_ms = self._stopping.copies_ms
+        self._sessions.tell_all(pb.AttachResponse(draining=pb.Draining(deadline_ms=deadline_ms)))
+        log.info("draining", copies=held(self.core).copies, deadline_ms=deadline_ms)
+        while held(self.core).copies and self._stopping.left_ms:  # noqa: ASYNC110 the core is asked
             await asyncio.sleep(TICK_S)
-        left_copies = self._running_copies()  # asked before the sessions end, and their leases with them
+        left_copies = held(self.core).copies  # asked before the sessions end, and their leases with them
         self._sessions.end_all()
         await self._flush_tiers()
         await server.stop(grace=1.0)
         log.info("stopped", left_copies=left_copies)
         directory = self._config.pool.directory
         which = f"--directory {shlex.quote(directory)}" if directory else f"--name {self._config.server.name}"
-        print(  # noqa: T201 the person who stopped it should know where the memory went
-            "kvtier stopped. The pool keeps its memory for the next start; to free it: kvtier pool remove "
-            f"{which}",
-            flush=True,
-        )
+        with contextlib.suppress(OSError):  # its terminal may be what was closed
+            print(  # noqa: T201 the person who stopped it should know where the memory went
+                "kvtier stopped. The pool keeps its memory for the next start; to free it: "
+                f"kvtier pool remove {which}",
+                flush=True,
+            )
 
     async def _flush_tiers(self) -> None:
         """Let what is on its way down arrive, as far as `drain.tiers` allows."""
@@ -337,11 +366,6 @@ class Daemon:
             await asyncio.sleep(FLUSH_POLL_S)
         if self.core.below.has_work:
             log.warning("tiers_not_flushed", waited_s=self._config.drain.tiers / 1e9)
-
-    def _running_copies(self) -> int:
-        books = self.core.books
-        loads = sum(lease.kind is LeaseKind.LOAD for lease in books.leases)
-        return loads + sum(reservation.key is not None for reservation in books.reservations)
 
     def close(self) -> None:
         """Give back the pool's and the socket's locks. The pool's file stays."""

@@ -98,6 +98,34 @@ def facts_of(request: pb.AttachRequest) -> NamespaceFacts:
     return facts
 
 
+def facts_message(facts: NamespaceFacts) -> pb.NamespaceFacts:
+    """Translate the namespace back."""
+    return pb.NamespaceFacts(
+        model=facts.model,
+        weights_id=facts.weights_id,
+        kv_dtype=facts.kv_dtype,
+        hash_algorithm=facts.hash_algorithm,
+        tokens_per_hash=facts.tokens_per_hash,
+        blocks_per_chunk=facts.blocks_per_chunk,
+        kv_cache_layout=facts.kv_cache_layout,
+        groups=[
+            pb.GroupFacts(
+                tokens_per_block=group.tokens_per_block,
+                part_bytes=group.part_bytes,
+                sliding_window_tokens=group.sliding_window_tokens,
+                layer_names=group.layer_names,
+            )
+            for group in facts.groups
+        ],
+        num_parts=facts.num_parts,
+        tensor_parallel_size=facts.tensor_parallel_size,
+        pipeline_parallel_size=facts.pipeline_parallel_size,
+        prefill_context_parallel_size=facts.prefill_context_parallel_size,
+        decode_context_parallel_size=facts.decode_context_parallel_size,
+        extra=facts.extra,
+    )
+
+
 def _geometry_of(request: pb.AttachRequest) -> Geometry:
     for index, group in enumerate(request.geometry):
         for position, tensor in enumerate(group.tensors):

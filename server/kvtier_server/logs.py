@@ -142,6 +142,11 @@ def setup(level: str, log_format: str, stream: TextIO | None = None) -> RepeatLi
     return limit
 
 
+def set_level(level: str) -> None:
+    """Write lines of this level and above from now on."""
+    logging.getLogger().setLevel(LEVELS[level])
+
+
 def _wants_color(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR")
 

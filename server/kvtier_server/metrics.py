@@ -9,7 +9,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -39,6 +46,9 @@ TRANSFER_BUCKETS_S = (1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.
 TRANSFER_BUCKETS_BYTES = tuple(float(4**power << 10) for power in range(3, 12))
 """64 KiB to 4 GiB in steps of four."""
 
+RELOAD_RESULTS = ("applied", "unchanged", "needs_restart", "failed")
+"""`needs_restart`: something has changed that cannot be applied, the rest was; `failed`: nothing was."""
+
 DIRECTIONS = ("store", "load")
 PATHS = ("shm", "cuda_ipc")
 
@@ -61,7 +71,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._snapshot = StatsSnapshot()
         info = {"version": version, "python": platform.python_version(), "cuda": cuda}
-        self.registry.register(_StateCollector(self, info, dict(limits)))
+        self.limits = dict(limits)
+        """Configured limits by dotted path, in base units; replaced when they change."""
+        self.registry.register(_StateCollector(self, info))
         self._rpc = Histogram(
             "kvtier_rpc_duration_seconds",
             "Time to answer an RPC, by method and gRPC status code.",
@@ -72,6 +84,7 @@ class Metrics:
         # Only OK: each further code would be 18 series per method that mostly stay 0.
         self._rpc_children = {(method, "OK"): self._rpc.labels(method, "OK") for method in methods}
         self._make_transfer_metrics()
+        self._make_reload_metrics()
         self._promotion = Histogram(
             "kvtier_promotion_duration_seconds",
             "Time from the lookup until a chunk of a lower tier is in the pool.",
@@ -113,6 +126,32 @@ class Metrics:
             for direction in DIRECTIONS
             for path in PATHS
         }
+
+    def _make_reload_metrics(self) -> None:
+        self._reloads = Counter(
+            "kvtier_config_reloads", "Configurations read again.", ("result",), registry=self.registry
+        )
+        for result in RELOAD_RESULTS:
+            self._reloads.labels(result)
+        self._reload_ok = Gauge(
+            "kvtier_config_last_reload_successful",
+            "1 unless the configuration could not be read when it was last read.",
+            registry=self.registry,
+        )
+        self._reload_ok.set(1)
+        self._reload_time = Gauge(
+            "kvtier_config_last_reload_success_timestamp_seconds",
+            "Unix time at which a configuration was last read without a mistake; at first that of the start.",
+            registry=self.registry,
+        )
+        self._reload_time.set_to_current_time()
+
+    def config_reloaded(self, result: str, unix_time_s: float | None) -> None:
+        """Count a reload; `result` is one of RELOAD_RESULTS, the time None if nothing was applied."""
+        self._reloads.labels(result).inc()
+        self._reload_ok.set(unix_time_s is not None)
+        if unix_time_s is not None:
+            self._reload_time.set(unix_time_s)
 
     @property
     def snapshot(self) -> StatsSnapshot:
@@ -157,15 +196,14 @@ class Metrics:
 class _StateCollector(Collector):
     """Turns the last snapshot into metrics. Each counter family begins with its known labels at 0."""
 
-    def __init__(self, metrics: Metrics, info: dict[str, str], limits: Mapping[str, float]) -> None:
+    def __init__(self, metrics: Metrics, info: dict[str, str]) -> None:
         self._metrics = metrics
         self._info = info
-        self._limits = limits
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._metrics.snapshot
         yield _gauge("build_info", "Versions.", tuple(self._info), {tuple(self._info.values()): 1})
-        yield _gauge("limit", "Configured limits, in base units.", ("name",), _by_name(self._limits))
+        yield _gauge("limit", "Configured limits, in base units.", ("name",), _by_name(self._metrics.limits))
         yield from _process(snapshot)
         yield from _lookups(snapshot)
         yield from _tiers(snapshot)

@@ -32,6 +32,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "WORKERS_MISSING": grpc.StatusCode.FAILED_PRECONDITION,
     "CUDA_IPC_IMPORT": grpc.StatusCode.FAILED_PRECONDITION,
     "CANNOT_CLEAR": grpc.StatusCode.FAILED_PRECONDITION,
+    "CANNOT_EVICT": grpc.StatusCode.FAILED_PRECONDITION,
     "PROTOCOL_VERSION": grpc.StatusCode.FAILED_PRECONDITION,
     "SESSION_UNKNOWN": grpc.StatusCode.NOT_FOUND,
     "LEASE_UNKNOWN": grpc.StatusCode.NOT_FOUND,
@@ -79,7 +80,8 @@ class CallScope:
         self, boot_id: str, max_unary_calls: int, metrics: Metrics, after_call: Callable[[], None]
     ) -> None:
         self.boot_id = boot_id
-        self._max_unary_calls = max_unary_calls
+        self.max_unary_calls = max_unary_calls
+        """Calls at once; more are refused."""
         self._metrics = metrics
         self._after_call = after_call
         self._in_progress = 0
@@ -102,9 +104,9 @@ class CallScope:
             start = clock()
             self._in_progress += 1
             try:
-                if self._in_progress > self._max_unary_calls:
+                if self._in_progress > self.max_unary_calls:
                     raise TooManyCalls(
-                        f"{self._max_unary_calls} calls are in progress, the limit (limits.unary_calls)"
+                        f"{self.max_unary_calls} calls are in progress, the limit (limits.unary_calls)"
                     )
                 answer = handler(parse(raw))
                 message = answer if isinstance(answer, Message) else await answer

@@ -48,7 +48,8 @@ class Sessions:
         self._pool_info = pool_info
         self._limits_of = limits_of
         self._clock = clock
-        self._max_events = max_events
+        self.max_events = max_events
+        """Unread events of one session; one that has more is ended."""
         self._on_spaces_changed = on_spaces_changed
         self._drained = drained
         self._queues: dict[str, asyncio.Queue[pb.AttachResponse | None]] = {}
@@ -128,7 +129,7 @@ class Sessions:
             queue = self._queues.get(notice.session_id)
             if queue is None:
                 continue
-            if queue.qsize() >= self._max_events:
+            if queue.qsize() >= self.max_events:
                 log.warning("session_ended", session=notice.session_id, reason="SLOW_READER")
                 del self._queues[notice.session_id]
                 queue.put_nowait(None)

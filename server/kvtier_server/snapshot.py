@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from kvtier_server.core.books import Books
+from kvtier_server.core.instances import Session
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.lower_tiers import LowerTier
 from kvtier_server.stats import LEASE_KINDS, PRIMARY_TIER, LeaseStats, SessionStats, TierStats
@@ -72,24 +73,24 @@ def lower_stats(below: LowerTier) -> TierStats:
 
 def session_stats(books: Books, now_ns: int) -> tuple[SessionStats, ...]:
     """The open sessions in order of Attach; pins and credits are their instance's."""
-    rows = []
-    for session in books.instances.sessions.values():
-        instance = session.instance
-        slot_bytes = max(c.slot_bytes for c in instance.namespace.classes)
-        rows.append(
-            SessionStats(
-                engine_id=instance.engine_id,
-                role=str(session.role),
-                rank=session.rank,
-                tenant=instance.tenant,
-                namespace=instance.namespace.digest[:NAMESPACE_DIGITS],
-                model=instance.namespace.facts.model,
-                age_s=(now_ns - session.attached_ns) / 1e9,
-                pinned_chunks=instance.pinned_bytes // slot_bytes,
-                credits=instance.credit_bytes // slot_bytes,
-            )
-        )
-    return tuple(rows)
+    return tuple([session_row(session, now_ns) for session in books.instances.sessions.values()])
+
+
+def session_row(session: Session, now_ns: int) -> SessionStats:
+    """One session."""
+    instance = session.instance
+    slot_bytes = max(c.slot_bytes for c in instance.namespace.classes)
+    return SessionStats(
+        engine_id=instance.engine_id,
+        role=str(session.role),
+        rank=session.rank,
+        tenant=instance.tenant,
+        namespace=instance.namespace.digest[:NAMESPACE_DIGITS],
+        model=instance.namespace.facts.model,
+        age_s=(now_ns - session.attached_ns) / 1e9,
+        pinned_chunks=instance.pinned_bytes // slot_bytes,
+        credits=instance.credit_bytes // slot_bytes,
+    )
 
 
 def lease_stats(books: Books, now_ns: int) -> tuple[LeaseStats, ...]:
@@ -103,12 +104,8 @@ def lease_stats(books: Books, now_ns: int) -> tuple[LeaseStats, ...]:
 
 
 def tenant_bytes(books: Books) -> dict[str, int]:
-    """Bytes of published chunks' slots by tenant. O(spaces) where a space has one size, else O(chunks)."""
+    """Bytes of published chunks' slots by tenant. O(spaces)."""
     used: Counter[str] = Counter()
-    sizes = list(books.primary.slabs.classes)
     for space in books.primary.spaces:
-        if len(sizes) == 1:
-            used[space.name.tenant] += len(space.chunks) * sizes[0]
-        else:
-            used[space.name.tenant] += sum(c.size_class.slot_bytes for c in space.chunks.values())
+        used[space.name.tenant] += space.used_bytes
     return dict(used)

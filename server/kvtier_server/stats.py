@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 LOOKUP_RESULTS = ("hit", "hit_unleased", "pending", "miss")
 STORE_REFUSALS = ("resident", "pending", "filtered", "quota", "full", "inflight")
-EVICTION_REASONS = ("evict", "slab_move", "corrupt", "missing", "clear")
-"""`evict` is the policy's choice; the others are drops."""
+EVICTION_REASONS = ("evict", "slab_move", "corrupt", "missing", "clear", "admin")
+"""`evict` is the policy's choice, `admin` likewise, when an operator asks for it; the others are drops."""
 SESSION_ENDS = ("closed", "replaced", "instance_lost", "draining", "slow_reader")
 SESSION_ROLES = ("scheduler", "worker")
 LEASE_KINDS = ("lookup", "load", "store", "credit")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_ops.pool import Pool
 from kvtier_server.config import Config
+from kvtier_server.config_tiers import TierConfig
 from kvtier_server.core.lower_tiers import CascadeWhen, TierRules
 from kvtier_server.core.namespaces import MAX_KEY_BYTES
 from kvtier_server.secondary.base import OffloadingSpec, SecondaryTier, TierError
@@ -37,14 +38,18 @@ def make_tiers(
             for other, _ in made:
                 other.shutdown(TIER_STOP_S)
             raise StartError(f"tier {common.name!r}: {error}", 2) from error
-        rules = TierRules(
-            common.name,
-            CascadeWhen(common.cascade),
-            max_queued_bytes=common.max_queued,
-            max_running_bytes=common.max_running,
-            min_uses=common.min_uses,
-            clean_share=common.clean_share,
-            probe_wait_ns=common.probe_wait,
-        )
-        made.append((tier, rules))
+        made.append((tier, rules_of(common)))
     return made
+
+
+def rules_of(common: TierConfig) -> TierRules:
+    """Return how the core uses a tier."""
+    return TierRules(
+        common.name,
+        CascadeWhen(common.cascade),
+        max_queued_bytes=common.max_queued,
+        max_running_bytes=common.max_running,
+        min_uses=common.min_uses,
+        clean_share=common.clean_share,
+        probe_wait_ns=common.probe_wait,
+    )

@@ -66,6 +66,22 @@ def _suggest(number: str, unit: str, units: dict[str, int]) -> str:
     return f"the units are {', '.join(units)}"
 
 
+def exact_bytes(size: int) -> str:
+    """Write a size so that `parse_bytes` reads the same: 4294967296 -> "4GiB", 1500 -> "1500B"."""
+    return _exact(size, {unit: SIZE_UNITS[unit] for unit in ("TiB", "GiB", "MiB", "KiB", "B")})
+
+
+def exact_duration(nanoseconds: int) -> str:
+    """Write a duration so that `parse_duration` reads the same: 1500000000 -> "1500ms"."""
+    return _exact(nanoseconds, {unit: DURATION_UNITS[unit] for unit in ("h", "min", "s", "ms", "us", "ns")})
+
+
+def _exact(quantity: int, units: dict[str, int]) -> str:
+    unit = next((unit for unit, size in units.items() if quantity and not quantity % size), "")
+    unit = unit or ("s" if "s" in units else "B")
+    return f"{quantity // units[unit]}{unit}"
+
+
 def format_bytes(size: int) -> str:
     """Write a size with the largest binary unit: 4294967296 -> "4GiB", 1500 -> "1.5KiB"."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):

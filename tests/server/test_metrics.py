@@ -2,7 +2,14 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvtier_server.metrics import DIRECTIONS, MAX_TENANTS, PATHS, Metrics, largest_tenants
+from kvtier_server.metrics import (
+    DIRECTIONS,
+    MAX_TENANTS,
+    PATHS,
+    RELOAD_RESULTS,
+    Metrics,
+    largest_tenants,
+)
 from kvtier_server.stats import (
     EVICTION_REASONS,
     LEASE_KINDS,
@@ -57,6 +64,7 @@ def test_before_anything_happens_every_label_set_is_there_at_0() -> None:
             expected.append(sample("transfer_bytes_total", direction=direction, path=path))
             expected.append(sample("transfer_duration_seconds_count", direction=direction, path=path))
     expected.append(sample("rpc_duration_seconds_count", method=LOOKUP, code="OK"))
+    expected += [sample("config_reloads_total", result=result) for result in RELOAD_RESULTS]
     assert {name: samples.get(name) for name in expected} == dict.fromkeys(expected, 0.0)
 
 
@@ -66,6 +74,22 @@ def test_the_build_and_the_limits_are_told() -> None:
     assert build["version"] == "1.2.3"
     assert build.keys() == {"version", "python", "cuda"}
     assert samples[sample("limit", name="limits.engines")] == 64
+
+
+def test_limits_that_change_and_reloads_are_what_the_next_scrape_shows() -> None:
+    metrics = make_metrics()
+    before = scrape(metrics)
+    assert before[sample("config_last_reload_successful")] == 1
+    assert before[sample("config_last_reload_success_timestamp_seconds")] > 0
+    metrics.limits = {"limits.engines": 5}
+    metrics.config_reloaded("applied", 1234.5)
+    metrics.config_reloaded("failed", None)
+    samples = scrape(metrics)
+    assert samples[sample("limit", name="limits.engines")] == 5
+    assert samples[sample("config_reloads_total", result="applied")] == 1
+    assert samples[sample("config_reloads_total", result="failed")] == 1
+    assert samples[sample("config_last_reload_successful")] == 0
+    assert samples[sample("config_last_reload_success_timestamp_seconds")] == 1234.5
 
 
 def test_a_published_snapshot_is_what_the_next_scrape_shows() -> None:

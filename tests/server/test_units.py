@@ -8,6 +8,8 @@ from kvtier_server.units import (
     DURATION_UNITS,
     SIZE_UNITS,
     UnitError,
+    exact_bytes,
+    exact_duration,
     format_bytes,
     format_seconds,
     parse_bytes,
@@ -88,6 +90,17 @@ def test_any_text_is_either_a_number_or_refused_with_a_message(text: str) -> Non
         except UnitError as error:
             problem = str(error)
         assert not problem or repr(text) in problem
+
+
+@given(st.integers(0, 1 << 50))
+def test_what_is_written_exactly_is_read_as_the_same(number: int) -> None:
+    assert parse_bytes(exact_bytes(number)) == number
+    assert parse_duration(exact_duration(number)) == number
+
+
+def test_the_largest_unit_that_leaves_a_whole_number_is_written() -> None:
+    assert [exact_bytes(size) for size in (0, 1500, 4 << 30, 3 << 29)] == ["0B", "1500B", "4GiB", "1536MiB"]
+    assert [exact_duration(ns) for ns in (0, 1_500_000_000, 300 * 10**9)] == ["0s", "1500ms", "5min"]
 
 
 def test_sizes_and_times_are_written_for_people() -> None:

@@ -550,14 +550,14 @@ class NamespaceStatus(_message.Message):
     digest: _builtins.str
     """Digest, 32 hex digits."""
     chunks: _builtins.int
-    """Chunks over all tenants and epochs."""
+    """Chunks in the pool, over all tenants and epochs."""
     used_bytes: _builtins.int
     """Bytes of these chunks' slots."""
     engines: _builtins.int
     """Engines attached."""
     @_builtins.property
     def facts(self) -> _offload_pb2.NamespaceFacts:
-        """Facts as attached."""
+        """Facts as attached; not set where only chunks of an earlier daemon are left, and no engine has attached since."""
 
     def __init__(
         self,
@@ -585,7 +585,7 @@ class ListNamespacesResponse(_message.Message):
     NAMESPACES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def namespaces(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamespaceStatus]:
-        """In order of first Attach."""
+        """In order of first Attach, then by digest those that no engine has attached with."""
 
     def __init__(
         self,
@@ -627,14 +627,17 @@ class TenantStatus(_message.Message):
     USED_BYTES_FIELD_NUMBER: _builtins.int
     QUOTA_BYTES_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
+    ENGINES_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """Name; empty = the default tenant."""
     used_bytes: _builtins.int
-    """Bytes in use."""
+    """Bytes of its chunks' slots in the pool."""
     quota_bytes: _builtins.int
-    """Quota; 0 = none."""
+    """Quota; 0 = none, as always until quotas are enforced."""
     chunks: _builtins.int
-    """Chunks."""
+    """Chunks in the pool."""
+    engines: _builtins.int
+    """Engines attached."""
     def __init__(
         self,
         *,
@@ -642,10 +645,11 @@ class TenantStatus(_message.Message):
         used_bytes: _builtins.int = ...,
         quota_bytes: _builtins.int = ...,
         chunks: _builtins.int = ...,
+        engines: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "quota_bytes", b"quota_bytes", "tenant", b"tenant", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "engines", b"engines", "quota_bytes", b"quota_bytes", "tenant", b"tenant", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -677,25 +681,33 @@ Global___ListTenantsResponse: _TypeAlias = ListTenantsResponse  # noqa: Y015
 
 @_typing.final
 class EvictRequest(_message.Message):
-    """Evicts."""
+    """Evicts the chunks that were used longest ago, whole ones. Of the pool what a lease or a copy holds stays.
+
+    BAD_REQUEST: 0 bytes, an unknown tier. CANNOT_EVICT: the tier does not evict at a word. INFLIGHT: too many
+    evictions wait for a tier that hangs.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BYTES_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
-    """Bytes to free, at least."""
+    """Bytes to free, at least, as far as there is so much."""
     tier: _builtins.str
-    """Tier; empty = the pool."""
+    """Tier; empty or "primary" = the pool."""
+    wait_ms: _builtins.int
+    """Longest wait for a tier below the pool; 0 = none. The daemon waits 60,000 at most."""
     def __init__(
         self,
         *,
         bytes: _builtins.int = ...,
         tier: _builtins.str = ...,
+        wait_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "tier", b"tier", "wait_ms", b"wait_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -709,19 +721,31 @@ class EvictResponse(_message.Message):
 
     FREED_BYTES_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
+    KEPT_CHUNKS_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     freed_bytes: _builtins.int
-    """Bytes freed."""
+    """Bytes freed: of the pool those of slots; of a tier below 0 until it is over."""
     chunks: _builtins.int
-    """Chunks evicted."""
+    """Chunks evicted, likewise."""
+    kept_chunks: _builtins.int
+    """Of the pool: chunks that cannot go now, because something holds them."""
+    over: _builtins.bool
+    """False while a tier below the pool goes on in the background."""
+    tier: _builtins.str
+    """The tier's name."""
     def __init__(
         self,
         *,
         freed_bytes: _builtins.int = ...,
         chunks: _builtins.int = ...,
+        kept_chunks: _builtins.int = ...,
+        over: _builtins.bool = ...,
+        tier: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "freed_bytes", b"freed_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "freed_bytes", b"freed_bytes", "kept_chunks", b"kept_chunks", "over", b"over", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -900,13 +924,13 @@ Global___SetQuotaResponse: _TypeAlias = SetQuotaResponse  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):
-    """Drains."""
+    """Drains. A repeat is no error: it tells how far the daemon is, and with a deadline of its own replaces the first."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     deadline_ms: _builtins.int
-    """Longest wait for running copies; 0 = the configured one."""
+    """Longest wait for running copies, from now on; 0 = the configured one, or in a repeat as it was. At most an hour."""
     def __init__(
         self,
         *,
@@ -922,21 +946,49 @@ Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
 
 @_typing.final
 class DrainResponse(_message.Message):
-    """Draining has begun."""
+    """Draining has begun, and this is what is still held."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASES_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    STORES_FIELD_NUMBER: _builtins.int
+    QUEUED_BYTES_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
     leases: _builtins.int
-    """Leases still held."""
+    """Leases still held, of all kinds."""
+    boot_id: _builtins.str
+    """Boot of the daemon that drains: another one is its successor."""
+    pid: _builtins.int
+    """Process id of the daemon."""
+    sessions: _builtins.int
+    """Open sessions."""
+    loads: _builtins.int
+    """Copies from the pool that run."""
+    stores: _builtins.int
+    """Chunks that are being copied into the pool."""
+    queued_bytes: _builtins.int
+    """Bytes of chunks that wait to go down to tiers, or do."""
+    deadline_ms: _builtins.int
+    """Longest further wait for copies, in milliseconds."""
     def __init__(
         self,
         *,
         leases: _builtins.int = ...,
+        boot_id: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        sessions: _builtins.int = ...,
+        loads: _builtins.int = ...,
+        stores: _builtins.int = ...,
+        queued_bytes: _builtins.int = ...,
+        deadline_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "deadline_ms", b"deadline_ms", "leases", b"leases", "loads", b"loads", "pid", b"pid", "queued_bytes", b"queued_bytes", "sessions", b"sessions", "stores", b"stores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -944,57 +996,111 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class ExplainRequest(_message.Message):
-    """Asks about a key."""
+    """Asks about one key, or about the keys of a request.
+
+    BAD_REQUEST: a namespace or tenant that is not there, no key, both `key` and `keys`, a bad length, too many.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMESPACE_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Namespace digest, or its unique beginning."""
     tenant: _builtins.str
-    """Tenant."""
+    """Tenant; empty = the default tenant."""
     key: _builtins.bytes
     """The key."""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Instead of `key`: the keys of a request, in their order."""
+
     def __init__(
         self,
         *,
         namespace: _builtins.str = ...,
         tenant: _builtins.str = ...,
         key: _builtins.bytes = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "namespace", b"namespace", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "keys", b"keys", "namespace", b"namespace", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
 
 @_typing.final
+class KeyExplanation(_message.Message):
+    """What is known of one key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """The key."""
+    verdict: _builtins.str
+    """As in ExplainResponse."""
+    @_builtins.property
+    def details(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Facts behind it, in the order in which a lookup meets them; for a person."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        verdict: _builtins.str = ...,
+        details: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "key", b"key", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyExplanation: _TypeAlias = KeyExplanation  # noqa: Y015
+
+@_typing.final
 class ExplainResponse(_message.Message):
-    """The answer, for a person."""
+    """The answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     VERDICT_FIELD_NUMBER: _builtins.int
     DETAILS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    LEADING_HITS_FIELD_NUMBER: _builtins.int
     verdict: _builtins.str
-    """Resident, pending, filtered, evicted at ..., never seen."""
+    """"resident" (in the pool or a tier below), "pending", "stale" (of an epoch that engines have left),
+    "quarantined", "filtered", "wanted", "evicted", "dropped" or "never seen"; of several keys that of the first
+    one that is not resident.
+    """
+    leading_hits: _builtins.int
+    """Leading keys that are resident."""
     @_builtins.property
     def details(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Facts behind it, in order."""
+        """Facts behind it, of that key; for a person."""
+
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeyExplanation]:
+        """Every key that was asked for, in order."""
 
     def __init__(
         self,
         *,
         verdict: _builtins.str = ...,
         details: _abc.Iterable[_builtins.str] | None = ...,
+        keys: _abc.Iterable[Global___KeyExplanation] | None = ...,
+        leading_hits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "keys", b"keys", "leading_hits", b"leading_hits", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it yet.
+    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it; SetQuota always does.
+    What is named and not there is BAD_REQUEST, and the message says what there is.
+
+    Calls that change something are Evict, Clear, SetQuota and Drain; the others only look.
     """
 
     def __init__(self, channel):
@@ -83,7 +86,10 @@ class AdminServiceStub(object):
 
 
 class AdminServiceServicer(object):
-    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it yet.
+    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it; SetQuota always does.
+    What is named and not there is BAD_REQUEST, and the message says what there is.
+
+    Calls that change something are Evict, Clear, SetQuota and Drain; the others only look.
     """
 
     def GetStatus(self, request, context):
@@ -129,14 +135,14 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SetQuota(self, request, context):
-        """Sets a tenant's quota.
+        """Sets a tenant's quota. UNIMPLEMENTED: no quota is enforced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Stops granting, waits for copies, then stops the daemon.
+        """Does what SIGTERM does: grants nothing new, waits for copies, flushes tiers, and ends the daemon.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,7 +212,10 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it yet.
+    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it; SetQuota always does.
+    What is named and not there is BAD_REQUEST, and the message says what there is.
+
+    Calls that change something are Evict, Clear, SetQuota and Drain; the others only look.
     """
 
     @staticmethod

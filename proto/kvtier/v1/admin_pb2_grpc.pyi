@@ -27,7 +27,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it yet."""
+    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it; SetQuota always does.
+    What is named and not there is BAD_REQUEST, and the message says what there is.
+
+    Calls that change something are Evict, Clear, SetQuota and Drain; the others only look.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -46,15 +50,19 @@ class AdminServiceStub:
     Clear: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ClearRequest, _admin_pb2.ClearResponse]
     """Drops chunks of a namespace, a tenant or a tier."""
     SetQuota: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetQuotaRequest, _admin_pb2.SetQuotaResponse]
-    """Sets a tenant's quota."""
+    """Sets a tenant's quota. UNIMPLEMENTED: no quota is enforced."""
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
-    """Stops granting, waits for copies, then stops the daemon."""
+    """Does what SIGTERM does: grants nothing new, waits for copies, flushes tiers, and ends the daemon."""
     Explain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.ExplainResponse]
     """Says why a key would hit or miss."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it yet."""
+    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it; SetQuota always does.
+    What is named and not there is BAD_REQUEST, and the message says what there is.
+
+    Calls that change something are Evict, Clear, SetQuota and Drain; the others only look.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -70,14 +78,18 @@ class AdminServiceAsyncStub(AdminServiceStub):
     Clear: _aio.UnaryUnaryMultiCallable[_admin_pb2.ClearRequest, _admin_pb2.ClearResponse]  # type: ignore[assignment]
     """Drops chunks of a namespace, a tenant or a tier."""
     SetQuota: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetQuotaRequest, _admin_pb2.SetQuotaResponse]  # type: ignore[assignment]
-    """Sets a tenant's quota."""
+    """Sets a tenant's quota. UNIMPLEMENTED: no quota is enforced."""
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
-    """Stops granting, waits for copies, then stops the daemon."""
+    """Does what SIGTERM does: grants nothing new, waits for copies, flushes tiers, and ends the daemon."""
     Explain: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.ExplainResponse]  # type: ignore[assignment]
     """Says why a key would hit or miss."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it yet."""
+    """Operator calls. Every call may fail with UNIMPLEMENTED in a daemon that does not have it; SetQuota always does.
+    What is named and not there is BAD_REQUEST, and the message says what there is.
+
+    Calls that change something are Evict, Clear, SetQuota and Drain; the others only look.
+    """
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -133,7 +145,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.SetQuotaRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.SetQuotaResponse, _abc.Awaitable[_admin_pb2.SetQuotaResponse]]:
-        """Sets a tenant's quota."""
+        """Sets a tenant's quota. UNIMPLEMENTED: no quota is enforced."""
 
     @_abc_1.abstractmethod
     def Drain(
@@ -141,7 +153,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.DrainResponse, _abc.Awaitable[_admin_pb2.DrainResponse]]:
-        """Stops granting, waits for copies, then stops the daemon."""
+        """Does what SIGTERM does: grants nothing new, waits for copies, flushes tiers, and ends the daemon."""
 
     @_abc_1.abstractmethod
     def Explain(

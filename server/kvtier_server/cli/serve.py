@@ -1,4 +1,4 @@
-"""Run the daemon in the foreground until SIGTERM or Ctrl-C.
+"""Run the daemon in the foreground until SIGTERM or Ctrl-C; SIGHUP makes it read its settings again.
 
   kvtier serve --pool-bytes 64GiB
   kvtier serve --config /etc/kvtier.toml      tiers below the pool, limits: kvtier config default
@@ -11,6 +11,7 @@ Exit code: 0 stopped, 1 another daemon has the pool, 2 a mistake in the settings
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -51,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     """Read the settings, then serve."""
     from kvtier_server.config import ConfigErrors, load_config
 
+    read = functools.partial(load_config, given_flags(args), args.config, os.environ)
     try:
-        config = load_config(given_flags(args), args.config, os.environ)
+        config = read()
     except ConfigErrors as errors:
         for error in errors.errors:
             print(f"kvtier serve: {error}", file=sys.stderr)
         return 2
     from kvtier_server.daemon import run as serve_daemon
 
-    return serve_daemon(config)
+    return serve_daemon(config, read)

@@ -18,7 +18,7 @@ from kvtier_server.core.lower_tiers import LowerTier, ShapeOf, TierRules
 from kvtier_server.core.promotions import Promotions
 from kvtier_server.core.requests import Request
 from kvtier_server.primary.index import Chunk, KeySpace
-from kvtier_server.secondary.base import ClearJob, ClearResult, Removal, SecondaryTier
+from kvtier_server.secondary.base import ClearJob, ClearResult, EvictJob, Removal, SecondaryTier
 
 SLICE_CHUNKS = 16
 """Chunks of cascades that are looked at in one go, so that a flood of stores never holds the core."""
@@ -61,6 +61,8 @@ class Below:
             books, self.tiers, shape_of, self._job_ids, self._cascades.published, self.used
         )
         self._clears: dict[int, _Clear] = {}
+        self._evictions: dict[int, Callable[[ClearResult], None]] = {}
+        """Under way because an operator wants room in a tier."""
         self._uses: deque[tuple[KeySpace, Request, Sequence[bytes], Sequence[int]]] = deque()
         self._num_uses = 0
 
@@ -86,7 +88,8 @@ class Below:
                 else:
                     self.promotions.take_end(below, job, now_ns)
             for result in below.tier.get_cleared():
-                self._clears.pop(result.job_id).on_ended(result)
+                on_ended = self._evictions.pop(result.job_id, None)
+                (on_ended or self._clears.pop(result.job_id).on_ended)(result)
         self.promotions.go_on()
 
     def _removed(self, below: LowerTier, removal: Removal) -> None:
@@ -170,6 +173,14 @@ class Below:
         for clear in list(self._clears.values()):
             clear.behind.discard(job_id)
             self._begin_clear(clear)
+
+    def evict(self, below: LowerTier, num_bytes: int, on_ended: Callable[[ClearResult], None]) -> bool:
+        """Have a tier remove what would go next; `on_ended` is called once, within `collect`. False = no."""
+        job = EvictJob(next(self._job_ids), num_bytes)
+        if len(self._evictions) >= MAX_CLEARS or not below.tier.submit_evict(job):
+            return False
+        self._evictions[job.id] = on_ended
+        return True
 
     # What there is
 

@@ -102,6 +102,15 @@ class Books:
         self._unpinning: deque[list[Chunk]] = deque()
         self._put_off: deque[Iterator[int]] = deque()
 
+    def set_limits(self, limits: Limits) -> None:
+        """Go by other limits from now on; what is beyond them stays as it is.
+
+        The size of the log of events, and what instances that exist may remember, stay as they were.
+        """
+        self.limits = limits
+        self.instances.set_limits(limits)
+        self.leases.tombstone_ns = limits.tombstone_ns
+
     def check_may_lease(self, instance: Instance) -> None:
         """Raise Draining, or WorkersMissing before all ranks are attached.
 

@@ -6,7 +6,7 @@ pinned, or that is on its way up to somebody, stays: a clearing takes nothing ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,16 +15,13 @@ from kvtier_server.core.below import MAX_CLEARS, Below
 from kvtier_server.core.books import Books
 from kvtier_server.core.events import POOL
 from kvtier_server.core.lower_tiers import LowerTier
-from kvtier_server.core.namespaces import Namespace
-from kvtier_server.core.refused import BadRequest, Inflight, Refused
+from kvtier_server.core.naming import Names
+from kvtier_server.core.refused import Inflight, Refused
 from kvtier_server.primary.index import Chunk
 from kvtier_server.secondary.base import ClearResult
 
 STEP_CHUNKS = 256
 """Chunks of the pool that are dropped in one go, a fraction of a slice."""
-
-DIGEST_DIGITS = 32
-"""Of a whole namespace digest."""
 
 
 class CannotClear(Refused):
@@ -71,13 +68,13 @@ class Clearings:
         self,
         books: Books,
         below: Below,
-        namespaces: Mapping[str, Namespace],
+        names: Names,
         forget_unused: Callable[[], None],
     ) -> None:
         """`forget_unused` is called when the pool has been cleared."""
         self._books = books
         self._below = below
-        self._namespaces = namespaces
+        self._names = names
         self._forget_unused = forget_unused
 
     def begin(
@@ -99,7 +96,7 @@ class Clearings:
             raise Inflight(
                 f"{MAX_CLEARS} clearings wait for tier {busy[0]}; see what holds it: kvtier status"
             )
-        clearing = Clearing(self._digest(namespace), tenant)
+        clearing = Clearing(self._names.digest(namespace, may_be_unknown=True), tenant)
         begin_tiers: list[Callable[[], None]] = []
         for below in lower:
             cleared = Cleared(below.rules.name)
@@ -121,31 +118,14 @@ class Clearings:
         return clearing
 
     def _tiers(self, tier: str) -> list[LowerTier]:
-        if tier == POOL:
+        if not tier:
+            return self._below.tiers
+        below = self._names.tier(tier)
+        if below is None:
             return []
-        named = [below for below in self._below.tiers if tier in ("", below.rules.name)]
-        if not named and tier:
-            names = ", ".join([POOL, *(below.rules.name for below in self._below.tiers)])
-            raise BadRequest("tier", f"there is no tier {tier!r}; tiers are {names}")
-        if tier and not named[0].tier.can_clear:
+        if not below.tier.can_clear:
             raise CannotClear(f"tier {tier!r} has no way to remove chunks: its class has no submit_clear")
-        return named
-
-    def _digest(self, beginning: str) -> str:
-        """Complete the beginning of a namespace's digest. A whole one need not be known: tiers keep more."""
-        known = {space.name.namespace for space in self._books.primary.spaces}.union(self._namespaces)
-        if not beginning or len(beginning) == DIGEST_DIGITS or beginning in known:
-            return beginning
-        found = sorted(digest for digest in known if digest.startswith(beginning))
-        if not found:
-            raise BadRequest(
-                "namespace",
-                f"no namespace of the pool begins with {beginning!r}; `kvtier status` shows those of "
-                f"engines, and one that only a tier below holds is named by all {DIGEST_DIGITS} digits",
-            )
-        if len(found) > 1:
-            raise BadRequest("namespace", f"{beginning!r} begins {', '.join(found)}; write more digits")
-        return found[0]
+        return [below]
 
     def _clear_pool(
         self, clearing: Clearing, cleared: Cleared, begin_tiers: Sequence[Callable[[], None]]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from kvtier_server.core.books import Books
 from kvtier_server.core.instances import Instance
 from kvtier_server.core.leases import Lease
+from kvtier_server.core.quarantine import Unfinished
 from kvtier_server.primary.size_classes import SizeClass
 
 STEP_SLOTS = 256
@@ -61,15 +62,19 @@ class Endings:
         """End reservations unpublished."""
         books = self._books
         per_class: dict[SizeClass, list[int]] = {}
+        unfinished: dict[SizeClass, list[Unfinished]] = {}
         for slot_id in slot_ids:
             reservation = books.reservations.get(slot_id)
             assert reservation is not None, f"slot {slot_id} is under a lease, but not reserved"
             per_class.setdefault(reservation.size_class, []).append(slot_id)
+            if reservation.key is not None:
+                what = Unfinished(reservation.space.name, reservation.key, lease.instance.engine_id)
+                unfinished.setdefault(reservation.size_class, []).append(what)
             if books.reservations.remove(reservation) and reservation.key is not None:
                 books.resolve(reservation.space, reservation.key, None)
         for size_class, in_class in per_class.items():
             if guards:
                 books.primary.quarantine_reserved(size_class, in_class, lease.instance.nonce)
-                books.quarantine.add(size_class, in_class, guards)
+                books.quarantine.add(size_class, in_class, guards, unfinished.get(size_class, ()))
             else:
                 books.primary.free_reserved(size_class, in_class)

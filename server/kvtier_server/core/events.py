@@ -17,7 +17,10 @@ POOL = "primary"
 
 @dataclass(frozen=True, slots=True)
 class OffloadingEvent:
-    """`kind` is "stored" or "removed"; `sequence` ascends by one within a boot."""
+    """`kind` is "stored" or "removed"; `sequence` ascends by one within a boot.
+
+    `at_ns`: when the log last heard of the time before it, a tick earlier at most.
+    """
 
     sequence: int
     kind: str
@@ -25,6 +28,7 @@ class OffloadingEvent:
     tier: str
     reason: str
     keys: tuple[bytes, ...]
+    at_ns: int = 0
 
 
 class EventLog:
@@ -39,16 +43,23 @@ class EventLog:
         self._max_keys = max_keys
         self._num_keys = 0
         self.next_sequence = 1
+        self.now_ns = 0
+        """What events are dated with; whoever lets time pass sets it."""
 
     def record(
         self, kind: str, space: SpaceName, reason: str, keys: Sequence[bytes], tier: str = POOL
     ) -> None:
         """Append one event."""
-        self._events.append(OffloadingEvent(self.next_sequence, kind, space, tier, reason, tuple(keys)))
+        event = OffloadingEvent(self.next_sequence, kind, space, tier, reason, tuple(keys), self.now_ns)
+        self._events.append(event)
         self.next_sequence += 1
         self._num_keys += len(keys)
         while len(self._events) > self._max_events or self._num_keys > self._max_keys:
             self._num_keys -= len(self._events.popleft().keys)
+
+    def kept(self) -> list[OffloadingEvent]:
+        """Return all events that are kept, the oldest first."""
+        return list(self._events)
 
     def since(self, sequence: int) -> list[OffloadingEvent] | None:
         """Events from `sequence` on, or None if the first of them is no longer kept."""

@@ -93,6 +93,7 @@ class Instance:
         namespace: Namespace,
         space: KeySpace,
         requests: Requests,
+        lookup_lease_ns: int,
     ) -> None:
         self.serial = serial
         self.engine_id = applicant.engine_id
@@ -103,6 +104,8 @@ class Instance:
         self.space = space
         self.sessions: dict[tuple[Role, int], Session] = {}
         self.requests = requests
+        self.lookup_lease_ns = lookup_lease_ns
+        """What its sessions were told at Attach, and count on."""
         self.num_leases = 0
         self.pinned_bytes = 0
         self.credit_bytes = 0
@@ -156,6 +159,10 @@ class Instances:
         self.sessions: dict[str, Session] = {}
         self._serial = 0
         self._requests = itertools.count(1)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Go by other limits from now on. What is beyond them stays."""
+        self._limits = limits
 
     def __iter__(self) -> Iterator[Instance]:
         return iter(self._by_name.values())
@@ -219,7 +226,9 @@ class Instances:
             requests = Requests(
                 self._limits.max_requests, self._limits.max_remembered_keys, self._requests.__next__
             )
-            instance = self._by_name[name] = Instance(self._serial, applicant, namespace, space, requests)
+            ttl_ns = self._limits.lookup_lease_ns
+            instance = Instance(self._serial, applicant, namespace, space, requests, ttl_ns)
+            self._by_name[name] = instance
         session = Session(session_id, instance, applicant, now_ns)
         self.sessions[session_id] = session
         instance.sessions[(applicant.role, applicant.rank)] = session

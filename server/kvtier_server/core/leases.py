@@ -77,7 +77,8 @@ class LeaseBook:
         """In the order they were made, so that the oldest is the first."""
         self._expiry: list[tuple[int, int, Lease]] = []
         self._tombstones: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._tombstone_ns = tombstone_ns
+        self.tombstone_ns = tombstone_ns
+        """How long an id is remembered that was released before it was known."""
         self._serial = 0
 
     def __iter__(self) -> Iterator[Lease]:
@@ -155,7 +156,7 @@ class LeaseBook:
     def bury(self, instance: Instance, lease_id: int, now_ns: int) -> None:
         """Remember that this unknown id was released."""
         key = (instance.serial, lease_id)
-        self._tombstones[key] = now_ns + self._tombstone_ns
+        self._tombstones[key] = now_ns + self.tombstone_ns
         self._tombstones.move_to_end(key)
 
     def is_buried(self, instance: Instance, lease_id: int) -> bool:

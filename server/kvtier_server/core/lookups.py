@@ -245,7 +245,7 @@ class Lookups:
         unwanted = [index for index in unwanted if statuses[index] == _MISS]
         runs, chunks = self._runs(found, fitting)
         waiting = pending and {k for first, end in fitting for k in keys[first:end] if k in pending}
-        lease = Lease(lease_id, LeaseKind.LOOKUP, instance, now_ns, self._books.limits.lookup_lease_ns)
+        lease = Lease(lease_id, LeaseKind.LOOKUP, instance, now_ns, instance.lookup_lease_ns)
         lease.request_id = request.id
         self._books.pin(lease, chunks)  # before room is made for what comes up
         if below:

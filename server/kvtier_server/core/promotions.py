@@ -460,6 +460,14 @@ class Promotions:
         """Whether anything is queued or under way."""
         return bool(self._batches or self._queue)
 
+    def coming_from(self, space: KeySpace, key: bytes) -> tuple[str, str] | None:
+        """Say which tier is to bring a chunk, and how far that is; None if none is."""
+        promotion = self._promotions.get((space, key))
+        if promotion is None:
+            return None
+        how = "it is asked whether it has it" if promotion.probing else "it is being read"
+        return promotion.below.rules.name, "it waits for a slot" if promotion.is_queued else how
+
     def num_coming(self, covers: Callable[[SpaceName], bool]) -> int:
         """Count the chunks of some spaces that are on their way up."""
         return sum(covers(space.name) for space, _ in self._promotions)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from kvtier_ops.namespace import SpaceName
 from kvtier_server.primary.size_classes import SizeClass
 from kvtier_server.primary.tier import SLICE_ITEMS, PrimaryTier
 
@@ -17,15 +19,31 @@ BATCH_SLOTS = 256
 """Slots that are freed in one go, a fraction of a slice."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """What was being stored into a quarantined slot, and by whom."""
+
+    space: SpaceName
+    key: bytes
+    engine_id: str
+
+
 class _Batch:
-    """Slots of one class with the same guards."""
+    """Slots of one class with the same guards. `unfinished`: as far as it is known what they were for."""
 
-    __slots__ = ("guards", "size_class", "slot_ids")
+    __slots__ = ("guards", "size_class", "slot_ids", "unfinished")
 
-    def __init__(self, size_class: SizeClass, slot_ids: Sequence[int], guards: set[str]) -> None:
+    def __init__(
+        self,
+        size_class: SizeClass,
+        slot_ids: Sequence[int],
+        guards: set[str],
+        unfinished: Sequence[Unfinished],
+    ) -> None:
         self.size_class = size_class
         self.slot_ids = slot_ids
         self.guards = guards
+        self.unfinished = unfinished
 
 
 class Quarantine:
@@ -42,11 +60,26 @@ class Quarantine:
         """Names of the locks that somebody should try."""
         return list(self._batches_of)
 
-    def add(self, size_class: SizeClass, slot_ids: Sequence[int], guards: set[str]) -> None:
-        """Note slots that are quarantined in the tier already; `guards` must not be empty."""
+    def unfinished(self) -> list[Sequence[Unfinished]]:
+        """Return what quarantined slots were for, as far as it is known, a batch of slots each."""
+        batches = [batch for batches in self._batches_of.values() for batch in batches]
+        return [batch.unfinished for batch in {id(batch): batch for batch in batches}.values()]
+
+    def add(
+        self,
+        size_class: SizeClass,
+        slot_ids: Sequence[int],
+        guards: set[str],
+        unfinished: Sequence[Unfinished] = (),
+    ) -> None:
+        """Note slots that are quarantined in the tier already; `guards` must not be empty.
+
+        `unfinished` says what they were for, for people who ask.
+        """
         assert guards, "a quarantine without guards would never end"
         for first in range(0, len(slot_ids), BATCH_SLOTS):
-            batch = _Batch(size_class, slot_ids[first : first + BATCH_SLOTS], set(guards))
+            some = slot_ids[first : first + BATCH_SLOTS]
+            batch = _Batch(size_class, some, set(guards), () if first else unfinished)
             self._num_slots += len(batch.slot_ids)
             for guard in guards:
                 self._batches_of.setdefault(guard, []).append(batch)

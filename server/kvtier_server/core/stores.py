@@ -76,6 +76,8 @@ class Reservations:
 
     def __init__(self) -> None:
         self._by_slot: dict[int, Reservation] = {}
+        self.num_named = 0
+        """Of those that have a key, which is what is being stored."""
 
     def __len__(self) -> int:
         return len(self._by_slot)
@@ -117,9 +119,9 @@ class Reservations:
         elif reservation.key != key:
             reservation.failed = True
 
-    @staticmethod
-    def _name(reservation: Reservation, key: bytes) -> None:
+    def _name(self, reservation: Reservation, key: bytes) -> None:
         reservation.key = key
+        self.num_named += 1
         writers = reservation.space.writers
         writers[key] = writers.get(key, 0) + 1
 
@@ -131,6 +133,7 @@ class Reservations:
         if reservation.key is None:
             reservation.instance.credit_bytes -= reservation.size_class.slot_bytes
             return False
+        self.num_named -= 1
         writers = reservation.space.writers
         writers[reservation.key] -= 1
         if writers[reservation.key]:

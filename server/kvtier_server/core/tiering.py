@@ -17,6 +17,8 @@ from kvtier_server.core.books import Books, Notice
 from kvtier_server.core.clearing import Clearings
 from kvtier_server.core.completions import Completions
 from kvtier_server.core.endings import Endings
+from kvtier_server.core.evicting import Evictions
+from kvtier_server.core.explaining import Explainer
 from kvtier_server.core.grants import Grants
 from kvtier_server.core.instances import Applicant, Instance, LockIsFree, Role, Session
 from kvtier_server.core.leases import Lease, LeaseKind
@@ -24,6 +26,7 @@ from kvtier_server.core.limits import Limits
 from kvtier_server.core.lookups import Lookups
 from kvtier_server.core.lower_tiers import CascadeWhen, ChunkShape, TierRules
 from kvtier_server.core.namespaces import Geometry, Namespace
+from kvtier_server.core.naming import Names
 from kvtier_server.core.refused import BadRequest, Draining, Refused
 from kvtier_server.core.transfers import Transfers
 from kvtier_server.policies.base import CachePolicy
@@ -73,7 +76,10 @@ class Core:
         self.transfers = Transfers(self.books)
         self._endings = Endings(self.books, self._forget_unused)
         self.namespaces: dict[str, Namespace] = {}
-        self.clearings = Clearings(self.books, self.below, self.namespaces, self._forget_unused)
+        self.names = Names(self.books, self.below, self.namespaces)
+        self.clearings = Clearings(self.books, self.below, self.names, self._forget_unused)
+        self.evictions = Evictions(self.books, self.below, self.names)
+        self.explainer = Explainer(self.books, self.below, self.names)
         self.known_geometries: dict[str, dict[int, Geometry]] = {}
         self._lock_is_free = lock_is_free
         self._random64 = random64
@@ -88,6 +94,7 @@ class Core:
         """
         if self.books.draining:
             raise Draining("the daemon is stopping; attach again when it is back")
+        self.books.events.now_ns = now_ns
         try:
             session = self._attach(session_id, applicant, facts, now_ns)
         except Refused:
@@ -247,7 +254,7 @@ class Core:
         for lease_id in lease_ids:
             lease = self.books.leases.get(instance, lease_id)
             if lease is not None and lease.kind is LeaseKind.LOOKUP:
-                self.books.leases.renew(lease, now_ns, self.books.limits.lookup_lease_ns)
+                self.books.leases.renew(lease, now_ns, instance.lookup_lease_ns)
             renewed.append(lease is not None)
         return renewed
 
@@ -296,6 +303,7 @@ class Core:
     def tick(self, now_ns: int) -> None:
         """Let time pass: expire leases, tombstones and waits, and try the locks of processes that left."""
         left = SLICE_ITEMS
+        self.books.events.now_ns = now_ns
         for lease in self.books.leases.expired(now_ns):
             self._expire(lease)
             left -= 1 + len(lease.slot_ids)
@@ -337,6 +345,7 @@ class Core:
         reserved.update(size_class.slot_bytes for _, _, size_class in promotions.coming() if size_class)
         reserved.update(size_class.slot_bytes for size_class in promotions.late())
         self.below.check_integrity()
+        assert self.books.reservations.num_named == sum(r.key is not None for r in self.books.reservations)
         for slot_bytes, size_class in self.books.primary.slabs.classes.items():
             assert reserved[slot_bytes] == size_class.num_reserved, (
                 slot_bytes,

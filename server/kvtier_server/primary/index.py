@@ -20,9 +20,12 @@ SPACE_TAG_BYTES = 8
 
 
 class KeySpace:
-    """The keys of one SpaceName: `chunks` are resident, `writers` counts unfinished stores."""
+    """The keys of one SpaceName: `chunks` are resident, `writers` counts unfinished stores.
 
-    __slots__ = ("chunks", "id", "name", "tag", "writers")
+    `used_bytes`: of the slots of `chunks`.
+    """
+
+    __slots__ = ("chunks", "id", "name", "tag", "used_bytes", "writers")
 
     def __init__(self, space_id: int, name: SpaceName) -> None:
         self.id = space_id
@@ -30,6 +33,7 @@ class KeySpace:
         self.tag = space_id.to_bytes(SPACE_TAG_BYTES, "big")
         self.chunks: dict[bytes, Chunk] = {}
         self.writers: dict[bytes, int] = {}
+        self.used_bytes = 0
 
     def chunk_id(self, key: bytes) -> ChunkId:
         """Name `key` uniquely over all spaces."""

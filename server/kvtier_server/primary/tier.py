@@ -220,6 +220,7 @@ class PrimaryTier:
         chunk.user = user
         self._table.publish(slot_id, space.id, key, checksums)
         space.chunks[key] = chunk
+        space.used_bytes += size_class.slot_bytes
         self.by_slot[slot_id] = chunk
         size_class.num_reserved -= 1
         size_class.num_published += 1
@@ -234,6 +235,7 @@ class PrimaryTier:
         chunk = Chunk(space, key, slot_id, generation, size_class, slab, self.issue_stamps(1))
         slab.num_chunks += 1
         space.chunks[key] = chunk
+        space.used_bytes += slot_bytes
         self.by_slot[slot_id] = chunk
         size_class.num_published += 1
         size_class.policy.insert(chunk.id, chunk.stamp)
@@ -311,7 +313,22 @@ class PrimaryTier:
                 self.slabs.add_free(size_class, leaving)
         return slot_ids
 
-    def _take_victims(self, size_class: SizeClass, count: int, protected: object | None) -> list[Chunk]:
+    def evict(self, size_class: SizeClass, count: int, reason: str) -> list[Chunk]:
+        """Evict up to `count` chunks, the coldest, though nobody needs their room; their slots are free then.
+
+        Fewer means that the others are pinned. Readers that come late fail: the generations are raised.
+        """
+        self.settle()
+        chunks = self._take_victims(size_class, count, None, reason)
+        if chunks:
+            slot_ids = [chunk.slot_id for chunk in chunks]
+            self._table.retire(slot_ids)
+            self.slabs.add_free(size_class, slot_ids)
+        return chunks
+
+    def _take_victims(
+        self, size_class: SizeClass, count: int, protected: object | None, reason: str = "evict"
+    ) -> list[Chunk]:
         """Take the coldest chunks out of index and policy; their slots are the caller's.
 
         With `prefers_below` some of the coldest are spared that no lower tier holds: they would be lost.
@@ -338,12 +355,13 @@ class PrimaryTier:
         for chunk_id in victims:
             space, key = self.spaces.of(chunk_id)
             chunk = space.chunks.pop(key)
+            space.used_bytes -= size_class.slot_bytes
             chunk.dropped = True
             chunk.slab.num_chunks -= 1
             del self.by_slot[chunk.slot_id]
             chunks.append(chunk)
         size_class.num_published -= len(chunks)
-        self._tell_removed(chunks, "evict")
+        self._tell_removed(chunks, reason)
         return chunks
 
     def drop(self, chunks: Iterable[Chunk], reason: str) -> list[Chunk]:
@@ -356,6 +374,7 @@ class PrimaryTier:
             if chunk.dropped:
                 continue
             del chunk.space.chunks[chunk.key]
+            chunk.space.used_bytes -= chunk.size_class.slot_bytes
             chunk.size_class.policy.remove(chunk.id)
             chunk.dropped = True
             dropped.append(chunk)
@@ -377,6 +396,7 @@ class PrimaryTier:
         if chunk.dropped:
             return
         del chunk.space.chunks[chunk.key], self.by_slot[chunk.slot_id]
+        chunk.space.used_bytes -= chunk.size_class.slot_bytes
         chunk.size_class.policy.remove(chunk.id)
         self._table.quarantine([chunk.slot_id], owner)
         chunk.slab.num_chunks -= 1
@@ -414,6 +434,9 @@ class PrimaryTier:
         assert all(self.by_slot[chunk.slot_id] is chunk for chunk in filed)
         resident = {chunk for chunk in self.by_slot.values() if not chunk.dropped}
         assert resident == set(filed), "a slot holds a chunk that no space files"
+        for space in self.spaces:
+            slot_bytes = sum(chunk.size_class.slot_bytes for chunk in space.chunks.values())
+            assert space.used_bytes == slot_bytes, (space.name, space.used_bytes, slot_bytes)
         for size_class in self.slabs.classes.values():
             policy = size_class.policy
             policy.check_integrity()

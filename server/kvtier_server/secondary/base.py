@@ -143,7 +143,7 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Chunks that are not in the tier any more, and why: evict, corrupt, missing, clear."""
+    """Chunks that are not in the tier any more, and why: evict, corrupt, missing, clear, admin."""
 
     space: SpaceName
     keys: tuple[bytes, ...]
@@ -169,8 +169,19 @@ class ClearJob:
 
 
 @dataclass(frozen=True, slots=True)
+class EvictJob:
+    """So much an operator wants out of the tier, the chunks used longest ago. Ids as those of ClearJob."""
+
+    id: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ClearResult:
-    """The end of a clearing. `num_kept`: covered and still there, as somebody else's or for an error."""
+    """The end of a clearing, or of an operator's eviction.
+
+    `num_kept`: covered and still there, as somebody else's or for an error; of an eviction 0.
+    """
 
     job_id: int
     num_removed: int
@@ -209,6 +220,8 @@ class SecondaryTier(ABC):
     """Whether others store here too: then UNKNOWN is worth a probe, for which a prompt may wait."""
     can_clear: bool = False
     """Whether `submit_clear` is there; an operator who asks for it is told so otherwise."""
+    can_evict: bool = False
+    """Whether `submit_evict` is there, likewise."""
 
     def __init__(
         self,
@@ -271,8 +284,16 @@ class SecondaryTier(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no submit_clear; see can_clear")
 
+    # Not abstract on purpose: a tier without an order of eviction has nothing that goes first.
+    def submit_evict(self, job: EvictJob) -> bool:
+        """Begin to remove the chunks that would go next, `num_bytes` of them or a little more; False = no.
+
+        What is gone is told as Removal with the reason `admin`, the end by `get_cleared`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no submit_evict; see can_evict")
+
     def get_cleared(self) -> Sequence[ClearResult]:
-        """Return the clearings that have ended since the last call, each exactly once."""
+        """Return the clearings and evictions that have ended since the last call, each exactly once."""
         return ()
 
     @abstractmethod

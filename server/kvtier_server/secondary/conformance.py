@@ -27,6 +27,7 @@ from kvtier_ops.namespace import SpaceName
 from kvtier_server.secondary.base import (
     ClearJob,
     ClearResult,
+    EvictJob,
     JobKind,
     JobResult,
     OffloadingSpec,
@@ -125,6 +126,14 @@ class Bench:
     def clear(self, job: ClearJob) -> ClearResult:
         """Clear, and wait for the end; what the tier lets go of meanwhile is left for `get_removed`."""
         assert self.tier.submit_clear(job)
+        return self._end_of(job.id)
+
+    def evict(self, job: EvictJob) -> ClearResult:
+        """Evict, and wait for the end, likewise."""
+        assert self.tier.submit_evict(job)
+        return self._end_of(job.id)
+
+    def _end_of(self, job_id: int) -> ClearResult:
         ended: list[ClearResult] = []
 
         def has_ended() -> bool:
@@ -133,7 +142,7 @@ class Bench:
 
         until(has_ended, "the clearing ends")
         (result,) = ended
-        assert result.job_id == job.id
+        assert result.job_id == job_id
         return result
 
     def store(self, number: int, slot: int = 0, *, space: SpaceName = SPACE) -> bytes:
@@ -316,6 +325,26 @@ class TierConformance(TierBench):
             assert bench.clear(ClearJob(8)) == ClearResult(8, 0, 0)
             stats = bench.tier.stats()
             assert (stats.num_chunks, stats.used_bytes) == (0, 0)
+            bench.store(1)
+
+    def test_what_is_evicted_at_a_word_was_used_longest_ago_and_is_told(self) -> None:
+        with self.bench() as bench:
+            if not bench.tier.can_evict:
+                return
+            for number in range(4):
+                bench.store(number, slot=number)
+            bench.tier.touch(SPACE, [key_of(0)], [1 << 30])
+            before = bench.tier.stats().used_bytes
+            result = bench.evict(EvictJob(7, before // 4 + 1))
+            assert (result.num_removed, result.num_kept) == (2, 0)
+            assert result.removed_bytes == before - bench.tier.stats().used_bytes == before // 2
+            gone = {(r.space, key, r.reason) for r in bench.tier.get_removed() for key in r.keys}
+            assert gone == {(SPACE, key_of(number), "admin") for number in (1, 2)}
+            assert bench.run(JobKind.LOAD, bench.chunk(1, slot=5)).outcomes == (Outcome.MISSING,)
+            for number in (0, 3):
+                assert bench.run(JobKind.LOAD, bench.chunk(number, slot=5)).outcomes == (Outcome.DONE,)
+            assert bench.evict(EvictJob(8, 1 << 40)).num_removed == 2
+            assert bench.evict(EvictJob(9, 1)) == ClearResult(9, 0, 0)
             bench.store(1)
 
     def test_it_says_what_it_holds(self) -> None:

@@ -21,6 +21,7 @@ from kvtier_server.config_values import Bytes
 from kvtier_server.secondary.base import (
     ClearJob,
     ClearResult,
+    EvictJob,
     JobKind,
     Locality,
     Medium,
@@ -61,6 +62,7 @@ class ExampleTier(WorkedTier):
     medium = Medium.CPU
     locality = Locality.LOCAL
     can_clear = True
+    can_evict = True
     Parameters = ExampleParameters
 
     def __init__(
@@ -113,6 +115,16 @@ class ExampleTier(WorkedTier):
             for name in covered:
                 self._remove(name, "clear")
             self._cleared.append(ClearResult(job.id, len(covered), used_bytes - self._used_bytes))
+        self.on_finished()
+        return True
+
+    def submit_evict(self, job: EvictJob) -> bool:
+        with self._lock:
+            used_bytes, num_chunks = self._used_bytes, len(self._stored)
+            while self._stored and used_bytes - self._used_bytes < job.num_bytes:
+                self._remove(next(iter(self._stored)), "admin")
+            removed = (num_chunks - len(self._stored), used_bytes - self._used_bytes)
+            self._cleared.append(ClearResult(job.id, *removed))
         self.on_finished()
         return True
 

@@ -105,6 +105,12 @@ class Index:
     def __len__(self) -> int:
         return self._num_chunks
 
+    def size_of(self, name: Name) -> int:
+        """Return the bytes of a chunk; 0 if it is not known."""
+        with self._lock:
+            entry = self._get(name)
+            return 0 if entry is None else entry.num_bytes
+
     def knows(self, space: SpaceName, keys: Sequence[bytes]) -> list[bool]:
         """Tell which keys are known."""
         known = self._spaces.get(space)

@@ -21,6 +21,7 @@ from kvtier_server.secondary.backpressure import Backpressure
 from kvtier_server.secondary.base import (
     ClearJob,
     ClearResult,
+    EvictJob,
     JobKind,
     JobResult,
     OffloadingSpec,
@@ -106,7 +107,7 @@ class KeptTier(WorkedTier):
         self._removed: list[Removal] = []
         self._cleared: list[ClearResult] = []
         self._changed = Condition()
-        self._clearing: list[ClearJob] = []
+        self._clearing: list[ClearJob | EvictJob] = []
         self._stopped = False
 
     def get_removed(self) -> Sequence[Removal]:
@@ -117,6 +118,12 @@ class KeptTier(WorkedTier):
         return removed
 
     def submit_clear(self, job: ClearJob) -> bool:
+        return self._submit_clearing(job)
+
+    def submit_evict(self, job: EvictJob) -> bool:
+        return self._submit_clearing(job)
+
+    def _submit_clearing(self, job: ClearJob | EvictJob) -> bool:
         with self._changed:
             if self._stopped or len(self._clearing) >= MAX_CLEARINGS:
                 return False
@@ -131,20 +138,27 @@ class KeptTier(WorkedTier):
             cleared, self._cleared = self._cleared, []
         return cleared
 
-    def _take_clearing(self, wait_s: float) -> list[ClearJob]:
+    def _take_clearing(self, wait_s: float) -> list[ClearJob | EvictJob]:
         """Take what is to be cleared, for the keeper; wait until there is something, or the tier ends."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or bool(self._clearing), wait_s)
             clearing, self._clearing = self._clearing, []
         return clearing
 
-    def _clear_all(self, jobs: Sequence[ClearJob]) -> None:
+    def _clear_all(self, jobs: Sequence[ClearJob | EvictJob]) -> None:
         for job in jobs:
             try:
-                self._clear(job)
+                if isinstance(job, ClearJob):
+                    self._clear(job)
+                else:
+                    self._tell_cleared(ClearResult(job.id, *self._evict_coldest(job.num_bytes)))
             except Exception:
                 logger.exception("tier %s: clearing failed; this is a bug", self.tier_type)
                 self._tell_cleared(ClearResult(job.id, 0, 0, self.stats().num_chunks))
+
+    def _evict_coldest(self, num_bytes: int) -> tuple[int, int]:
+        """Remove what goes first, for an operator, on the keeper's thread. Returns chunks and bytes."""
+        raise NotImplementedError(f"{type(self).__name__} evicts nothing by order; see can_evict")
 
     @abstractmethod
     def _clear(self, job: ClearJob) -> None:

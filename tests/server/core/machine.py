@@ -13,9 +13,10 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.core.lower_tiers import CascadeWhen, TierRules
-from kvtier_server.core.refused import Inflight
+from kvtier_server.core.refused import BadRequest, Inflight
 from kvtier_server.core.stores import ItemStatus
 
 from .engine import HIT, HIT_UNLEASED, MISS, Engine, facts, to_keys
@@ -360,6 +361,28 @@ class CoreMachine(World, RuleBasedStateMachine):
         self.rig.hash_asked()
         if which > 4:
             self.rig.back(self.num_units)
+
+    @rule(which=WHICH, num_units=st.sampled_from([1, 5, 1_000]))
+    def operate(self, which: int, num_units: int) -> None:
+        """Evict a part of the pool; then what a key is said to be is what it is."""
+        eviction = self.rig.core.evictions.begin(num_units * SLOT_UNIT_BYTES, "", lambda: None)
+        for _ in eviction.pool:
+            pass
+        assert eviction.is_over
+        user = self.users[which % len(self.users)]
+        engine, keys = user.engine, self.keys(user, 0, 20)
+        resident = self.rig.resident()
+        try:
+            asked = self.rig.core.explainer.begin(
+                engine.namespace.digest(), engine.tenant, keys, self.rig.clock.now_ns
+            )
+        except BadRequest:  # nobody is attached, and nothing is left
+            assert not any(space == engine.space for space, _ in resident)
+            return
+        for _ in asked.steps:
+            pass
+        for told in asked.keys:
+            assert told.is_hit or (engine.space, told.key) not in resident, told
 
     # Tiers below the pool.
 

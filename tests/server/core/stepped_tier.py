@@ -15,6 +15,7 @@ from kvtier_ops.namespace import SpaceName
 from kvtier_server.secondary.base import (
     ClearJob,
     ClearResult,
+    EvictJob,
     JobKind,
     JobResult,
     OffloadingSpec,
@@ -56,7 +57,7 @@ class SteppedTier(SecondaryTier):
         self.hidden: set[Name] = set()
         """Stored by somebody else: only a probe finds it."""
         self.running: deque[Running] = deque()
-        self.clearing: deque[ClearJob] = deque()
+        self.clearing: deque[ClearJob | EvictJob] = deque()
         self.refuses = False
         self.touched: list[tuple[SpaceName, Sequence[bytes], Sequence[int]]] = []
         self._finished: list[JobResult] = []
@@ -87,8 +88,13 @@ class SteppedTier(SecondaryTier):
         self.touched.append((space, keys, stamps))
 
     can_clear = True
+    can_evict = True
 
     def submit_clear(self, job: ClearJob) -> bool:
+        self.clearing.append(job)
+        return True
+
+    def submit_evict(self, job: EvictJob) -> bool:
         self.clearing.append(job)
         return True
 
@@ -97,8 +103,14 @@ class SteppedTier(SecondaryTier):
         return cleared
 
     def finish_clear(self) -> None:
-        """Do the oldest clearing."""
+        """Do the oldest clearing or eviction; a chunk counts as one byte."""
         job = self.clearing.popleft()
+        if isinstance(job, EvictJob):
+            coldest = list(self.stored)[: job.num_bytes]
+            for name in coldest:
+                self.lose(name, "admin")
+            self._cleared.append(ClearResult(job.id, len(coldest), len(coldest)))
+            return
         covered = [name for name in self.stored if job.covers(name[0])]
         for name in covered:
             self.lose(name, "clear")

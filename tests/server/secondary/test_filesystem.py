@@ -17,6 +17,7 @@ import pytest
 from kvtier_server.secondary.base import (
     ClearJob,
     ClearResult,
+    EvictJob,
     JobKind,
     OffloadingSpec,
     Outcome,
@@ -489,6 +490,19 @@ class TestClear(OnDisk):
             self.disk.mend()
             assert bench.clear(ClearJob(2)) == ClearResult(2, 1, FILE_BYTES)
             assert self.files() == []
+
+    def test_a_file_that_cannot_be_removed_is_passed_over_by_an_eviction_and_may_go_later(self) -> None:
+        with self.complete() as bench:
+            for number in range(3):
+                bench.store(number, slot=number)
+            self.disk.calls = ("unlink",)
+            self.disk.break_with("EROFS")
+            assert bench.evict(EvictJob(1, FILE_BYTES)) == ClearResult(1, 0, 0)
+            assert bench.tier.stats().num_chunks == 3
+            self.disk.mend()
+            assert bench.evict(EvictJob(2, FILE_BYTES)) == ClearResult(2, 1, FILE_BYTES)
+            gone = [key for removal in bench.tier.get_removed() for key in removal.keys]
+            assert gone == [key_of(0)], "it is still the one that goes first"
 
     def test_what_was_cleared_is_gone_for_the_next_daemon_too(self) -> None:
         with self.complete() as bench:

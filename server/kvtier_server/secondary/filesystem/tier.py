@@ -76,6 +76,12 @@ INDEX_EVERY_S = 1.0
 STALE_TEMPORARY_S = 3_600.0
 """A file that has been written for so long is nobody's any more."""
 
+EVICT_PIECE_BYTES = 64 << 20
+"""What is taken out of the order in one go where an operator wants room."""
+
+MAX_UNREMOVED = 16
+"""Files that cannot be removed, after which an operator's eviction ends."""
+
 FREE_CHECK_S = 0.2
 """How old the figure of free space may be."""
 
@@ -133,6 +139,7 @@ class FilesystemTier(KeptTier):
 
     medium = Medium.STORAGE
     locality = Locality.LOCAL
+    can_evict = True
     Parameters = FilesystemParameters
 
     def __init__(
@@ -486,6 +493,25 @@ class FilesystemTier(KeptTier):
             num_removed += 1
             removed_bytes += num_bytes
         self._tell_cleared(ClearResult(job.id, num_removed, removed_bytes, num_kept))
+
+    def _evict_coldest(self, num_bytes: int) -> tuple[int, int]:
+        num_removed = removed_bytes = 0
+        stay: list[Name] = []
+        # In pieces: a million victims at once would be out of the order for minutes.
+        while removed_bytes < num_bytes and len(stay) < MAX_UNREMOVED and not self._stopped:
+            victims = self._index.victims(min(num_bytes - removed_bytes, EVICT_PIECE_BYTES))
+            if not victims:
+                break
+            for name in victims:
+                size = self._index.size_of(name)
+                if len(stay) >= MAX_UNREMOVED or not self._unlink(name):
+                    stay.append(name)
+                    continue
+                self._remove(name, "admin", unlink=False)
+                num_removed += 1
+                removed_bytes += size
+        self._index.keep(stay)
+        return num_removed, removed_bytes
 
     def _unlink(self, name: Name) -> bool:
         """Remove a chunk's file; False if that cannot be. Not being there is as good."""

@@ -29,6 +29,7 @@ from kvtier_ops.namespace import SpaceName
 from kvtier_server.secondary.base import (
     ClearJob,
     ClearResult,
+    EvictJob,
     JobKind,
     Locality,
     Medium,
@@ -150,7 +151,7 @@ class MooncakeTier(KeptTier):
     # The keeper
 
     def _keep(self) -> None:
-        clearing: list[ClearJob] = []
+        clearing: list[ClearJob | EvictJob] = []
         while not self._stopped:
             self._note(self._store.keep())
             self._clear_all(clearing)

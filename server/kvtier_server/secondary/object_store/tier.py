@@ -66,6 +66,9 @@ INDEX_EVERY_S = 1.0
 FIRST_CHECK_S, LONGEST_CHECK_S = 1.0, 30.0
 """Between questions to a store that seems not to be there; doubled up to the longest."""
 
+EVICT_PIECE_BYTES = 256 << 20
+"""What is taken out of the order in one go where an operator wants room."""
+
 CLEAR_OBJECTS = 1_000
 """Removed with one request, where the store has such a request."""
 
@@ -86,6 +89,7 @@ class ObjectTier(KeptTier):
 
     medium = Medium.STORAGE
     locality = Locality.REMOTE
+    can_evict = True
     Parameters = ObjectParameters
     is_shared = True
 
@@ -321,6 +325,24 @@ class ObjectTier(KeptTier):
             num_removed += len(some)
             removed_bytes += sum(num_bytes for _, num_bytes in some)
         self._tell_cleared(ClearResult(job.id, num_removed, removed_bytes, len(covered) - num_removed))
+
+    def _evict_coldest(self, num_bytes: int) -> tuple[int, int]:
+        num_removed = removed_bytes = 0
+        while removed_bytes < num_bytes and not (self._unreachable or self._stopped):
+            victims = self._index.victims(min(num_bytes - removed_bytes, EVICT_PIECE_BYTES))
+            sizes = [self._index.size_of(name) for name in victims]
+            try:
+                self._bucket.delete([object_path(name) for name in victims])
+            except OSError as error:
+                self._index.keep(victims)
+                logger.warning("tier %s: what is evicted stays: %s", self.tier_type, error.strerror)
+                break
+            if not victims:
+                break
+            self._forget(victims, "admin")
+            num_removed += len(victims)
+            removed_bytes += sum(sizes)
+        return num_removed, removed_bytes
 
     # The thread of the index
 

@@ -1,0 +1,101 @@
+"""Reading the configuration again while the daemon runs (SIGHUP).
+
+Owns the order: read on a thread, compare, apply what can be, say what was done. A configuration with a
+mistake changes nothing. What a setting means is its room's; `apply` hands the new one out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+import structlog
+
+from kvtier_server import logs
+from kvtier_server.config import Config, ConfigErrors
+from kvtier_server.config_changes import Changes, compare
+from kvtier_server.config_values import AT_ATTACH
+from kvtier_server.metrics import Metrics
+
+log = structlog.get_logger("kvtier.reload")
+
+
+class Reloads:
+    """Reloads of one daemon, one at a time. All on the loop's thread, but for reading the file.
+
+    `on_begin` and `on_end` are called around each, whatever comes of it: for whoever supervises the daemon.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        reread: Callable[[], Config],
+        apply: Callable[[Config], None],
+        metrics: Metrics,
+        threads: Executor,
+        on_begin: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`reread` reads all sources again and raises ConfigErrors. `apply` must not fail half way."""
+        self._config = config
+        self._reread = reread
+        self._apply = apply
+        self._metrics = metrics
+        self._threads = threads
+        self._on_begin = on_begin
+        self._on_end = on_end
+        self._task: asyncio.Task[None] | None = None
+        self._again = False
+
+    def ask(self) -> None:
+        """Begin a reload; one that is asked for during another comes after it, and stands for all such."""
+        if self._task is not None:
+            self._again = True
+            return
+        self._task = asyncio.get_running_loop().create_task(self._reload())
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, _: asyncio.Task[None]) -> None:
+        self._task = None
+        if self._again:
+            self._again = False
+            self.ask()
+
+    async def _reload(self) -> None:
+        self._on_begin()
+        try:
+            loop = asyncio.get_running_loop()
+            self._take(compare(self._config, await loop.run_in_executor(self._threads, self._reread)))
+        except ConfigErrors as errors:
+            self._refuse([str(error) for error in errors.errors])
+        except Exception:  # a bug of ours must be seen, and the daemon goes on as it was
+            self._metrics.config_reloaded("failed", None)
+            log.exception("config_reload_failed", effect="the daemon goes on with its configuration")
+        finally:
+            self._on_end()
+
+    def _refuse(self, mistakes: list[str]) -> None:
+        self._metrics.config_reloaded("failed", None)
+        effect = "nothing has changed; mend it and send SIGHUP again"
+        log.error("config_reload_failed", mistakes=mistakes, effect=effect)
+
+    def _take(self, changes: Changes) -> None:
+        old_level, new_level = self._config.server.log_level, changes.config.server.log_level
+        self._apply(changes.config)
+        self._config = changes.config
+        # Said at whichever level says more: who turns the log down, or up, wants to see that it worked.
+        logs.set_level(min(old_level, new_level, key=logs.LEVELS.__getitem__))
+        if changes.restart:
+            log.warning(
+                "config_needs_restart", settings=changes.restart, effect="these go on with their old values"
+            )
+        log.info(
+            "config_reloaded",
+            changed={change.path: str(change) for change in changes.applied},
+            for_new_engines=[change.path for change in changes.applied if change.when is AT_ATTACH],
+        )
+        logs.set_level(new_level)
+        result = "needs_restart" if changes.restart else "applied" if changes.applied else "unchanged"
+        self._metrics.config_reloaded(result, time.time())
