@@ -44,12 +44,16 @@ from kvtier_ops.ipc import (
 )
 from kvtier_ops.layout import GroupLayout
 from kvtier_ops.pool import MappedPool
+from kvtier_ops.timeline import open_timeline
 
 MAX_MEMORIES = 1024
 """Open registrations of one engine: ranks of the instances on one device."""
 
 MAX_QUEUED_JOBS = 4096
 """Jobs that have not ended, both directions together."""
+
+TIMELINE_POLL_S = 0.0005
+"""Between two looks whether an engine's compute has come to a value; a device needs no look."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -67,6 +71,8 @@ class CopyJob:
     direction: Direction
     memory_id: int
     copies: tuple[PlacedCopy, ...]
+    wait_value: int = 0
+    """What the memory's timeline is to reach before the copy begins; an event of a device has no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,8 @@ class Memory:
     handles: tuple[MemoryHandle, ...]
     event: int = 0
     """The engine's event, 0 = it has synchronized before it asks."""
+    timeline: npt.NDArray[np.uint64] | None = None
+    """The same where memory is shared memory; None = it has synchronized."""
     tensors: HostTensors | None = None
     unfinished: int = 0
     closing: bool = False
@@ -133,6 +141,16 @@ class CopyEngine(ABC):
         self._threads: list[threading.Thread] = []
         self._broken = ""
         self._closed = False
+
+    @property
+    def pinned_bytes(self) -> int:
+        """How much of the pool's front is known to the device; 0 where there is none."""
+        return 0
+
+    @property
+    def pin_problem(self) -> str:
+        """Why the rest will not be; copies from there are staged by the driver, and slower."""
+        return ""
 
     @property
     def broken(self) -> str:
@@ -386,8 +404,6 @@ class HostCopyEngine(CopyEngine):
         layouts: Sequence[GroupLayout],
         event_handle: bytes,
     ) -> Memory:
-        if event_handle:
-            raise HandleError("event_handle: shared memory has no events; synchronize, and leave it empty")
         mapped: dict[bytes, Bytes] = {}
         for handles in groups:
             for handle in handles:
@@ -416,15 +432,25 @@ class HostCopyEngine(CopyEngine):
                 )
             )
         opened = tuple({handle.handle: handle for handles in groups for handle in handles}.values())
-        return Memory(memory_id, tuple(places), opened, tensors=HostTensors(arrays))
+        timeline = None
+        if event_handle:
+            named, timeline = open_timeline(event_handle)
+            opened += (named,)
+        return Memory(memory_id, tuple(places), opened, timeline=timeline, tensors=HostTensors(arrays))
 
     def _close(self, memory: Memory) -> None:
-        memory.tensors = None  # unmapped with the last view
+        memory.tensors = memory.timeline = None  # unmapped with the last view
         for handle in memory.handles:
             remove_orphan(handle)
 
     def _copy(self, admitted: Admitted) -> None:
         began = time.monotonic()
+        timeline = admitted.memory.timeline
+        while timeline is not None and timeline[0] < admitted.job.wait_value:
+            # As long as a device would wait: see `oldest_s`. A memory that is being closed waits no more.
+            if admitted.memory.closing:
+                raise RuntimeError("the memory was closed before the engine's compute was done")
+            time.sleep(TIMELINE_POLL_S)
         self._move(admitted)
         self._finish(admitted, seconds=time.monotonic() - began)
 

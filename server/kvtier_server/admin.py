@@ -137,6 +137,7 @@ def status_response(snapshot: StatsSnapshot) -> pb.GetStatusResponse:
                 age_seconds=session.age_s,
                 pinned_chunks=session.pinned_chunks,
                 credits=session.credits,
+                path=session.path,
             )
             for session in snapshot.sessions
         ],
@@ -148,4 +149,16 @@ def status_response(snapshot: StatsSnapshot) -> pb.GetStatusResponse:
         evictions=snapshot.evictions_by_reason(),
         store_refused=snapshot.store_refused,
         checksum_failures=sum(snapshot.checksum_failures.values()),
+        copy_devices=[
+            pb.CopyDeviceStatus(
+                device=each.device,
+                state=each.state,
+                restarts=each.restarts,
+                memories=each.memories,
+                jobs=each.jobs,
+                pinned_bytes=each.pinned_bytes,
+                problem=each.problem,
+            )
+            for each in snapshot.copy_devices
+        ],
     )

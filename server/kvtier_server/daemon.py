@@ -162,7 +162,13 @@ class Daemon:
             self._registry.write,
         )
         self._transfers = TransferService(
-            self.core, self._scope, str(self._pool.path), self._pool.pool_id, self._pool.lock_fd
+            self.core,
+            self._scope,
+            self._metrics,
+            config.limits,
+            str(self._pool.path),
+            self._pool.pool_id,
+            self._pool.lock_fd,
         )
         self._sessions = Sessions(
             self.core,
@@ -491,7 +497,8 @@ class Daemon:
                 policy=self._config.pool.policy,
             ),
             tiers=(replace(primary), *lower),
-            sessions=session_stats(books, now_ns),
+            sessions=session_stats(books, now_ns, self._transfers.path_of),
+            copy_devices=self._transfers.devices(),
             leases=lease_stats(books, now_ns),
             lookup_keys=by_suffix(counts, "lookup"),
             lookup_tokens=counts["lookup_tokens"],

@@ -40,7 +40,9 @@ TRANSFER_BUCKETS_BYTES = tuple(float(4**power << 10) for power in range(3, 12))
 """64 KiB to 4 GiB in steps of four."""
 
 DIRECTIONS = ("store", "load")
-PATHS = ("shm", "cuda_ipc")
+SHM, CUDA_IPC, REMOTE_HOST = PATHS = ("shm", "cuda_ipc", "remote_host")
+"""Who copied: the engine itself through the mapped pool, the daemon's process of a GPU, and that of shared
+memory, which is the same path without a GPU."""
 
 
 class Metrics:
@@ -162,6 +164,7 @@ class _StateCollector(Collector):
         yield from _lookups(snapshot)
         yield from _tiers(snapshot)
         yield from _lower_tiers(snapshot)
+        yield from _copies(snapshot)
         yield from _sessions(snapshot)
 
 
@@ -263,6 +266,24 @@ def _lower_tiers(snapshot: StatsSnapshot) -> Iterator[Metric]:
     )
     healthy: dict[tuple[str, ...], float] = {(tier.name,): tier.health == "ok" for tier in tiers}
     yield _gauge("tier_healthy", "1 where a tier below the pool is in order.", ("tier",), healthy)
+
+
+def _copies(snapshot: StatsSnapshot) -> Iterator[Metric]:
+    devices = snapshot.copy_devices
+    yield _gauge(
+        "pinned_bytes",
+        "Bytes of the pool that a device's copy process has pinned.",
+        ("device",),
+        {(each.device,): each.pinned_bytes for each in devices},
+    )
+    serving: dict[tuple[str, ...], float] = {(each.device,): each.state == "serving" for each in devices}
+    yield _gauge("copy_helper_up", "1 where a device's copy process serves.", ("device",), serving)
+    yield _counter(
+        "copy_helper_restarts",
+        "How often a device's copy process was begun anew after one that had ended.",
+        ("device",),
+        {(each.device,): each.restarts for each in devices},
+    )
 
 
 def _sessions(snapshot: StatsSnapshot) -> Iterator[Metric]:

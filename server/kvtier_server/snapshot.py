@@ -6,9 +6,10 @@ Owns the counting over the books, nothing of the books. Runs on the loop's threa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from kvtier_server.core.books import Books
+from kvtier_server.core.instances import Role, Session
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.lower_tiers import LowerTier
 from kvtier_server.stats import LEASE_KINDS, PRIMARY_TIER, LeaseStats, SessionStats, TierStats
@@ -70,8 +71,8 @@ def lower_stats(below: LowerTier) -> TierStats:
     )
 
 
-def session_stats(books: Books, now_ns: int) -> tuple[SessionStats, ...]:
-    """The open sessions in order of Attach; pins and credits are their instance's."""
+def session_stats(books: Books, now_ns: int, path_of: Callable[[Session], str]) -> tuple[SessionStats, ...]:
+    """The open sessions in order of Attach; pins and credits are their instance's. `path_of` a worker."""
     rows = []
     for session in books.instances.sessions.values():
         instance = session.instance
@@ -87,6 +88,7 @@ def session_stats(books: Books, now_ns: int) -> tuple[SessionStats, ...]:
                 age_s=(now_ns - session.attached_ns) / 1e9,
                 pinned_chunks=instance.pinned_bytes // slot_bytes,
                 credits=instance.credit_bytes // slot_bytes,
+                path=path_of(session) if session.role is Role.WORKER else "",
             )
         )
     return tuple(rows)

@@ -14,6 +14,7 @@ import pytest
 from tests.daemon_process import WAIT_S, state_of
 
 from kvtier_ops.ipc import SharedAllocation, export_shared
+from kvtier_ops.locks import CopyGate
 from kvtier_ops.pool import Pool
 from kvtier_server.transfer import device_process
 from kvtier_server.transfer.device_process import DeviceProcess
@@ -40,7 +41,7 @@ def test_a_helper_that_is_silent_is_ended_its_jobs_fail_and_the_next_one_has_the
     monkeypatch.setattr(device_process, "HANG_S", ALIVE_S + 1)
     memory = SharedAllocation(PAGE_BYTES)
     handle = export_shared(memory, 0, PAGE_BYTES, PAGE_BYTES, 1)
-    register = Register(1, 1, 0, 1, ((handle,),), ((PAGE_BYTES,),), b"")
+    register = Register(1, 1, 0, 1, ((handle,),), ((PAGE_BYTES,),), b"", CopyGate.create(pool.directory))
 
     def children() -> list[int]:
         tasks = Path("/proc/self/task").iterdir()

@@ -78,6 +78,7 @@ class KVTierOffloadingSpec(OffloadingSpec):
             self._facts,
             kv_caches,
             part=0 if self._facts.num_parts == 1 else self.config.parallel.rank,
+            transfer=self._settings.transfer,
             verify_loads=self._settings.verify_loads,
             options=self._settings.client_options(),
         )

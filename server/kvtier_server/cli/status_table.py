@@ -49,6 +49,8 @@ def print_status(status: GetStatusResponse) -> None:
         console.print(line, no_wrap=True, overflow="ellipsis")
     if not status.sessions:
         console.print("no sessions: no engine is attached")
+    for line in _copy_devices(status):
+        console.print(line)
     console.print()
     if any(lease.count for lease in status.leases):
         console.print(_leases(status))
@@ -102,7 +104,24 @@ def _engines(status: GetStatusResponse) -> Iterator[str]:
         pinned = max(session.pinned_chunks for session in sessions)
         held = f"{pinned} pinned, {max(session.credits for session in sessions)} credits"
         yield f"engine {shorten(engine_id, 24)}  {_attached(sessions)}  for {age}  {held}"
-        yield f"  {shorten(first.model, 36)}  namespace {first.namespace}  {_tenant(first)}"
+        paths = sorted({session.path for session in sessions if session.path})
+        by = f"  by {', '.join(paths)}" if paths else ""
+        yield f"  {shorten(first.model, 36)}  namespace {first.namespace}  {_tenant(first)}{by}"
+
+
+def _copy_devices(status: GetStatusResponse) -> Iterator[str]:
+    for device in status.copy_devices:
+        parts = [f"copies by device {device.device}", device.state]
+        if device.state == "serving":
+            parts.append(f"{device.memories} memories, {device.jobs} jobs")
+        if device.device != "host" and device.state == "serving":
+            of = format_bytes(status.pool.data_bytes)
+            parts.append(f"pinned {format_bytes(device.pinned_bytes)} of {of}")
+        if device.restarts:
+            parts.append(f"begun anew {device.restarts} times")
+        yield "  ".join(parts)
+        if device.problem:
+            yield f"  {device.problem}"
 
 
 def _tenant(session: SessionStatus) -> str:
