@@ -454,10 +454,9 @@ class WorkerShim(ClientListener):
             same_session = progress.session == self._session
             if progress.session == _NO_SESSION and job.pool_id:
                 self._untold.append(progress)
-        if same_session and progress.is_remote:
-            self._report(progress, 0, 0.0)  # the daemon has counted them
-        elif same_session:
-            self._report(progress, num_bytes, seconds)
+        if same_session:
+            figures = (0, 0.0) if progress.is_remote else (num_bytes, seconds)  # the daemon counts its own
+            self._report(progress, *figures)
             self._client.flush()
         failures = [
             # What was stored for a session that is over will not be published.
