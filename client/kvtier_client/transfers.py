@@ -196,6 +196,7 @@ class _Stream:
         self._waits = False
         """Whether something may still be copied for jobs without an answer."""
         self._lock_file = ""
+        self._call: grpc.Call | None = None
         self._gate: CopyGate | None = None
         self._released = threading.Event()
         self._outbox: queue.SimpleQueue[transfer_pb2.TransferRequest | None] = queue.SimpleQueue()
@@ -289,9 +290,8 @@ class _Stream:
 
     def _read(self, stub: transfer_pb2_grpc.TransferServiceStub) -> None:
         self._waits = True
-        call = stub.Transfer(self._requests())
-        watch = threading.Thread(target=self._watch, args=(call,), name="kvtier-transfer-watch", daemon=True)
-        watch.start()
+        call = self._call = stub.Transfer(self._requests())
+        threading.Thread(target=self._watch, args=(call,), name="kvtier-transfer-watch", daemon=True).start()
         try:
             for answer in call:
                 with self._changed:

@@ -18,6 +18,7 @@ from kvtier_ops.ipc import HandleError, MemoryHandle, MemoryKind, SharedAllocati
 from kvtier_ops.layout import GroupLayout, TensorLayout
 from kvtier_ops.plan import ChunkCopy
 from kvtier_ops.pool import Pool
+from kvtier_ops.timeline import SharedTimeline
 
 Bytes = npt.NDArray[np.uint8]
 POOL_BYTES = 1 << 20
@@ -202,6 +203,31 @@ def test_memory_that_is_wrong_is_not_opened(
     engine.open_memory(1, [good], [LAYOUT])
     with pytest.raises(HandleError, match=r"^memory_id: 1 is open already"):
         engine.open_memory(1, [good], [LAYOUT])
+
+
+def test_a_copy_waits_until_the_engines_compute_has_come_to_its_value(
+    engine: HostCopyEngine, memory_of: Callable[[int], SharedAllocation], pool_bytes: Bytes
+) -> None:
+    timeline = SharedTimeline()
+    try:
+        allocation = memory_of(2048)
+        engine.open_memory(1, [handles_of(allocation)], [LAYOUT], timeline.handle)
+        first, second = timeline.record(), timeline.record()
+        engine.submit(replace(job(1, Direction.STORE, 0), wait_value=second))
+        engine.submit(replace(job(2, Direction.LOAD, 1, part=4096), wait_value=first))
+        timeline.reach(first)
+        assert [result.job_id for result in wait_for(engine, 1)] == [2]
+        allocation.data[:64] = 7  # what the compute still writes
+        assert not (pool_bytes[:64] == 7).all()
+        timeline.reach(second)
+        assert [(result.job_id, result.ok) for result in wait_for(engine, 1)] == [(1, True)]
+        assert (pool_bytes[:64] == 7).all()
+        engine.submit(replace(job(3, Direction.STORE, 0), wait_value=timeline.record()))
+        engine.close_memory(1)
+        (closed,) = wait_for(engine, 1)
+        assert "closed" in closed.message, "memory that is closed waits for nothing"
+    finally:
+        timeline.close()
 
 
 def test_a_load_does_not_wait_for_stores(
