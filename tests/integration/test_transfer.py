@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -370,19 +370,21 @@ def test_a_store_that_is_reported_before_its_copy_is_over_is_neither_published_n
     rows = own.fill([3, 4], 10)
     granted = own.engine.take_credits(2)
     keys = to_keys(range(80, 82))
+    slots = {"slot_ids": list(granted.slot_ids), "generations": list(granted.generations)}
+
+    def report(checksums: Sequence[int], failed: Sequence[int] = ()) -> list[int]:
+        reported = pb.StoreReport(**slots, keys=keys, checksums=checksums, failed=failed)  # type: ignore[arg-type]
+        answered = own.engine.complete(own.engine.workers[0], store_reports=[reported])
+        return list(answered.store_reports[0].statuses)
+
     helper = helper_pid(daemon)
     os.kill(helper, signal.SIGSTOP)
     own.send(STORE, granted.slot_ids, granted.generations, [3, 4])
     own.wait_begun()
-    columns = {"slot_ids": granted.slot_ids, "generations": granted.generations}
-    early = own.engine.complete(
-        own.engine.workers[0],
-        store_reports=[pb.StoreReport(**columns, keys=keys, checksums=[0, 0], failed=[1])],
-    )
     unknown = [pb.COMPLETE_STATUS_UNKNOWN] * 2
-    assert early.store_reports[0].statuses == unknown
-    returned = own.engine.complete(credit_returns=[pb.CreditReturn(**columns)])
-    assert returned.credit_returns[0].statuses == unknown
+    assert report([0, 0]) == report([0, 0], failed=[1]) == unknown
+    returned = own.engine.complete(credit_returns=[pb.CreditReturn(**slots)])
+    assert list(returned.credit_returns[0].statuses) == unknown
     # The lease's end is the scheduler's word too that the slots were never handed out.
     own.engine.complete(released_lease_ids=[own.engine.new_lease_id() - 1])
     assert daemon.status().tiers[0].reserved_slots == 2
@@ -390,10 +392,7 @@ def test_a_store_that_is_reported_before_its_copy_is_over_is_neither_published_n
     os.kill(helper, signal.SIGCONT)
     answer = own.answer()
     assert answer.ok
-    own.engine.complete(
-        own.engine.workers[0],
-        store_reports=[pb.StoreReport(**columns, keys=keys, checksums=answer.checksums)],
-    )
+    assert report(answer.checksums) == [], "it is published"
     assert own.load(keys, [9, 10]).ok
     assert np.array_equal(own.tensors[:, [9, 10]], rows)
     assert reserved(daemon) == 0

@@ -31,7 +31,7 @@ class SharedDeviceSpec(KVTierOffloadingSpec):
                 return shared.tensor(1, size[0])[0]
             return zeros(*size, **options)
 
-        torch.zeros = shared_zeros  # type: ignore[assignment]
+        torch.zeros = shared_zeros
 
     def device(self) -> Device:
         return self._shared
