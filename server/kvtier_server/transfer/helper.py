@@ -231,7 +231,10 @@ class Helper:
                     running = self._running.pop(result.job_id)
                     running.gate.leave()
                     memory = self._memories.get(running.job.memory_id)
-                    self._finishers.submit(self._finish, running, result, memory)
+                    if running.job.is_store or any(running.expected):
+                        self._finishers.submit(self._finish, running, result, memory)
+                    else:
+                        self._finish(running, result, memory)  # nothing to hash: one thread less on the way
         except BaseException:  # noqa: BLE001 - as in `_finish`
             _end_badly()
 
