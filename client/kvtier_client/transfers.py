@@ -39,7 +39,7 @@ from kvtier_client.answers import SessionInfo
 from kvtier_client.channel import RpcFailure, open_channel, read_failure
 from kvtier_client.jobs import NO_SLOT, CopyFailure, Job, JobKind
 from kvtier_ops.directory import PoolError
-from kvtier_ops.ipc import HandleError, MemoryHandle
+from kvtier_ops.ipc import MemoryHandle
 from kvtier_ops.locks import CopyGate, owner_lock_is_free
 from kvtier_ops.timeline import ComputeEvent
 
@@ -119,6 +119,7 @@ class RemoteCopies:
         ]
         self._stream: _Stream | None = None
         self._last: _Stream | None = None
+        self._cannot_record = False
         self.on_broken: Callable[[str, str], None] = lambda session_id, reason: None
         """Told when the stream breaks of a session that is still open: only the next session tells when
         nothing is copied for it any more."""
@@ -158,10 +159,10 @@ class RemoteCopies:
             return False
         try:
             wait_value = 0 if self._event is None else self._event.record()
-        except HandleError as error:
-            logger.warning(
-                "the engine's compute cannot be waited for, so the engine copies itself: %s", error
-            )
+        except Exception:
+            if not self._cannot_record:
+                self._cannot_record = True
+                logger.exception("the engine's compute cannot be waited for, so the engine copies itself")
             return False
         return stream.submit(job, kind, verify, wait_value, done)
 

@@ -497,7 +497,7 @@ class Daemon:
                 policy=self._config.pool.policy,
             ),
             tiers=(replace(primary), *lower),
-            sessions=session_stats(books, now_ns, self._transfers.path_of),
+            sessions=session_stats(books, now_ns, self._transfers.paths()),
             copy_devices=self._transfers.devices(),
             leases=lease_stats(books, now_ns),
             lookup_keys=by_suffix(counts, "lookup"),

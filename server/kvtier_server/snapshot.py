@@ -6,12 +6,13 @@ Owns the counting over the books, nothing of the books. Runs on the loop's threa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from kvtier_server.core.books import Books
-from kvtier_server.core.instances import Role, Session
+from kvtier_server.core.instances import Role
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.lower_tiers import LowerTier
+from kvtier_server.metrics import SHM
 from kvtier_server.stats import LEASE_KINDS, PRIMARY_TIER, LeaseStats, SessionStats, TierStats
 
 NAMESPACE_DIGITS = 12
@@ -71,8 +72,11 @@ def lower_stats(below: LowerTier) -> TierStats:
     )
 
 
-def session_stats(books: Books, now_ns: int, path_of: Callable[[Session], str]) -> tuple[SessionStats, ...]:
-    """The open sessions in order of Attach; pins and credits are their instance's. `path_of` a worker."""
+def session_stats(books: Books, now_ns: int, paths: Mapping[str, str]) -> tuple[SessionStats, ...]:
+    """The open sessions in order of Attach; pins and credits are their instance's.
+
+    `paths`: by session, of the workers that do not copy themselves.
+    """
     rows = []
     for session in books.instances.sessions.values():
         instance = session.instance
@@ -88,7 +92,7 @@ def session_stats(books: Books, now_ns: int, path_of: Callable[[Session], str]) 
                 age_s=(now_ns - session.attached_ns) / 1e9,
                 pinned_chunks=instance.pinned_bytes // slot_bytes,
                 credits=instance.credit_bytes // slot_bytes,
-                path=path_of(session) if session.role is Role.WORKER else "",
+                path=paths.get(session.id, SHM) if session.role is Role.WORKER else "",
             )
         )
     return tuple(rows)

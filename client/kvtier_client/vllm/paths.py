@@ -64,4 +64,12 @@ def choose_path(transfer: Transfer, bound: BoundTensors, address: str, device: D
             error,
         )
         return Path(tensors, problem=str(error))
+    except Exception as error:
+        # Of torch or a driver: it must not keep the engine from starting.
+        logger.warning(
+            "kvtier: this worker's KV cache could not be exported, so the engine copies through shared "
+            "memory itself, more slowly. This is a bug: please report it",
+            exc_info=error,
+        )
+        return Path(tensors, problem=f"{type(error).__name__}: {error}")
     return Path(tensors, remote)

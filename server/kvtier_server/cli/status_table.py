@@ -94,7 +94,7 @@ def _tiers(status: GetStatusResponse) -> Table:
 
 
 def _engines(status: GetStatusResponse) -> Iterator[str]:
-    """Two lines an engine, because pins and credits belong to the instance and not to a rank."""
+    """Two or three lines an engine, because pins and credits belong to the instance and not to a rank."""
     by_engine: dict[str, list[SessionStatus]] = {}
     for session in status.sessions:
         by_engine.setdefault(session.engine_id, []).append(session)
@@ -104,9 +104,10 @@ def _engines(status: GetStatusResponse) -> Iterator[str]:
         pinned = max(session.pinned_chunks for session in sessions)
         held = f"{pinned} pinned, {max(session.credits for session in sessions)} credits"
         yield f"engine {shorten(engine_id, 24)}  {_attached(sessions)}  for {age}  {held}"
+        yield f"  {shorten(first.model, 36)}  namespace {first.namespace}  {_tenant(first)}"
         paths = sorted({session.path for session in sessions if session.path})
-        by = f"  by {', '.join(paths)}" if paths else ""
-        yield f"  {shorten(first.model, 36)}  namespace {first.namespace}  {_tenant(first)}{by}"
+        if status.copy_devices and paths:
+            yield f"  copied by {', '.join(paths)}"
 
 
 def _copy_devices(status: GetStatusResponse) -> Iterator[str]:

@@ -185,32 +185,32 @@ class TransferService:
 
     # What operators see
 
-    def path_of(self, session: Session) -> str:
-        """How a worker's bytes move: a word of `metrics.PATHS`."""
-        for memory in self._memories.values():
-            if memory.session is session and memory.is_open:
-                return _path_of(memory.device)
-        return "shm"
+    def paths(self) -> dict[str, str]:
+        """How the bytes of the workers' sessions move that have memory open, by session: `metrics.PATHS`."""
+        memories = self._memories.values()
+        return {memory.session.id: _path_of(memory.device) for memory in memories if memory.is_open}
 
     def devices(self) -> tuple[CopyDeviceStats, ...]:
         """The devices that have, or had, a copy process, by name."""
+        memories: Counter[str] = Counter()
+        jobs: Counter[str] = Counter()
+        for memory in self._memories.values():
+            memories[memory.device.device] += 1
+            jobs[memory.device.device] += memory.jobs
         found = []
         for name in sorted({*self._devices, *self._restarts}):
             device = self._devices.get(name)
-            restarts = self._restarts[name] + (device.num_restarts if device else 0)
-            if device is None:
-                found.append(CopyDeviceStats(name, "unused", restarts))
-                continue
-            used = [memory for memory in self._memories.values() if memory.device is device]
             found.append(
-                CopyDeviceStats(
+                CopyDeviceStats(name, "unused", self._restarts[name])
+                if device is None
+                else CopyDeviceStats(
                     name,
                     device.state,
-                    restarts,
-                    memories=len(used),
-                    jobs=sum(memory.jobs for memory in used),
-                    pinned_bytes=device.pinned_bytes,
-                    problem=device.problem,
+                    self._restarts[name] + device.num_restarts,
+                    memories[name],
+                    jobs[name],
+                    device.pinned_bytes,
+                    device.problem,
                 )
             )
         return tuple(found)
