@@ -25,6 +25,7 @@ from tests.vllm.device_rank import POOL_BYTES, DeviceRank
 
 from kvtier_client import transfers
 from kvtier_client.vllm.tensors import UnsupportedTensors
+from kvtier_ops.ipc import MemoryHandle
 
 
 @pytest.fixture
@@ -240,3 +241,38 @@ def test_a_daemon_that_stands_still_costs_a_load_and_no_request_its_life(
         wait_until(lambda: rank.scheduler.ready and rank.remote.ready, "the daemon copies again")
         rank.load_all(range(2), [20, 21, 22, 23])
         assert rank.same([20, 21, 22, 23], [0, 1, 2, 3])
+
+
+class OddDevice(SharedDevice):
+    """A driver that fails in ways nobody has thought of."""
+
+    def __init__(self, *, exports: bool) -> None:
+        super().__init__()
+        self._exports = exports
+        if exports:
+            self.compute.record = self._fail  # type: ignore[method-assign]
+
+    def export(self, tensor: torch.Tensor) -> MemoryHandle:
+        return super().export(tensor) if self._exports else self._fail()
+
+    def mark(self) -> int:
+        return 0
+
+    @staticmethod
+    def _fail() -> Any:
+        raise AttributeError("module 'cuda.bindings.driver' has no attribute 'cuSomething'")
+
+
+@pytest.mark.parametrize("exports", [False, True])
+def test_a_driver_that_is_not_as_we_know_it_costs_speed_and_no_engine(
+    exports: bool, start_daemon: StartDaemon, said: list[str]
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    with rank_of(daemon, OddDevice(exports=exports)) as rank:
+        if exports:
+            rank.wait_remote()
+        rank.store_all(range(3), [0, 1, 2, 3, 9, 8])
+        rank.load_all(range(3), [10, 20, 30, 31, 12, 11])
+        assert rank.same([10, 20, 30, 31, 12, 11], [0, 1, 2, 3, 9, 8])
+        assert rank.device.settled > 0
+        assert len(said) == 1, said
