@@ -3,7 +3,7 @@
 Owns the stream of a session and the jobs on it. Each job ends exactly once, with an answer or with the end of
 everything that could still copy for it:
 
-    stream breaks, or is silent for SILENT_S --> stores have failed
+    stream breaks, or the daemon is silent   --> stores have failed
                                              --> the gate is ours, or the copy process's lock is free
                                              --> 250 ms more --> loads have failed
                                              --> or the next session is open: the daemon waits for the copies
@@ -54,9 +54,9 @@ REGISTER_PAUSE_S = 1.0
 PING_S = 1.0
 """While jobs are under way the daemon is asked this often whether it is there."""
 
-SILENT_S = 5.0
-"""A daemon that says nothing for so long, asked several times, is given up: it is stopped, or starved. Long
-copies do not count: it answers all the same."""
+MAX_UNANSWERED = 5
+"""A daemon that was asked so often in a row and has said nothing is given up: it is stopped, or starved.
+Copies that take long do not count, it answers all the same; nor does time in which this process stood still."""
 
 MAX_SENT = 512
 """Jobs under way where the daemon names no limit; more are copied by the engine itself."""
@@ -190,7 +190,7 @@ class _Stream:
         self._open = True
         self._has_ended = False
         self._sent: dict[int, _Sent] = {}
-        self._heard_at = 0.0
+        self._unanswered = 0
         self._last_id = 0
         self._memory_id = 0
         self._max_sent = MAX_SENT
@@ -207,8 +207,6 @@ class _Stream:
         with self._changed:
             if not self.has_room:
                 return False
-            if not self._sent:
-                self._heard_at = time.monotonic()
             self._last_id += 1
             self._sent[self._last_id] = _Sent(job, kind, done)
             self._outbox.put(_request_of(job, kind, verify, wait_value, self._last_id))
@@ -296,7 +294,7 @@ class _Stream:
         try:
             for answer in call:
                 with self._changed:
-                    self._heard_at = time.monotonic()
+                    self._unanswered = 0
                     sent = self._sent.pop(answer.job_id, None)
                 if sent is not None:
                     sent.done(_copied(sent.job, answer))  # raises nothing: a job must end
@@ -318,17 +316,17 @@ class _Stream:
                 self._changed.wait_for(lambda: self._sent or self._has_ended)
                 if self._changed.wait_for(lambda: self._has_ended, PING_S):
                     return
-                silent_s = time.monotonic() - self._heard_at if self._sent else 0.0
-            if silent_s > SILENT_S:
+                self._unanswered = self._unanswered + 1 if self._sent else 0
+                is_silent = self._unanswered > MAX_UNANSWERED
+            if is_silent:
                 logger.warning(
                     "the daemon has not answered for %.0f s; its copies are given up, and the engine "
                     "computes instead",
-                    silent_s,
+                    MAX_UNANSWERED * PING_S,
                 )
                 call.cancel()
                 return
-            if silent_s > PING_S / 2:
-                self._outbox.put(transfer_pb2.TransferRequest())
+            self._outbox.put(transfer_pb2.TransferRequest())
 
     def _requests(self) -> Iterator[transfer_pb2.TransferRequest]:
         while (request := self._outbox.get()) is not None:

@@ -44,7 +44,7 @@ from kvtier_ops.ipc import (
 )
 from kvtier_ops.layout import GroupLayout
 from kvtier_ops.pool import MappedPool
-from kvtier_ops.timeline import open_timeline
+from kvtier_ops.timeline import OpenedTimeline
 
 MAX_MEMORIES = 1024
 """Open registrations of one engine: ranks of the instances on one device."""
@@ -54,6 +54,9 @@ MAX_QUEUED_JOBS = 4096
 
 TIMELINE_POLL_S = 0.0005
 """Between two looks whether an engine's compute has come to a value; a device needs no look."""
+
+ABANDONED_POLL_S = 0.05
+"""Between two looks whether the engine is there at all: others' copies wait behind its own."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -97,7 +100,7 @@ class Memory:
     handles: tuple[MemoryHandle, ...]
     event: int = 0
     """The engine's event, 0 = it has synchronized before it asks."""
-    timeline: npt.NDArray[np.uint64] | None = None
+    timeline: OpenedTimeline | None = None
     """The same where memory is shared memory; None = it has synchronized."""
     tensors: HostTensors | None = None
     unfinished: int = 0
@@ -432,27 +435,34 @@ class HostCopyEngine(CopyEngine):
                 )
             )
         opened = tuple({handle.handle: handle for handles in groups for handle in handles}.values())
-        timeline = None
-        if event_handle:
-            named, timeline = open_timeline(event_handle)
-            opened += (named,)
+        timeline = OpenedTimeline(event_handle) if event_handle else None
         return Memory(memory_id, tuple(places), opened, timeline=timeline, tensors=HostTensors(arrays))
 
     def _close(self, memory: Memory) -> None:
-        memory.tensors = memory.timeline = None  # unmapped with the last view
+        memory.tensors = None  # unmapped with the last view
+        if memory.timeline is not None:
+            memory.timeline.is_abandoned()
+        memory.timeline = None
         for handle in memory.handles:
             remove_orphan(handle)
 
     def _copy(self, admitted: Admitted) -> None:
         began = time.monotonic()
-        timeline = admitted.memory.timeline
-        while timeline is not None and timeline[0] < admitted.job.wait_value:
-            # As long as a device would wait: see `oldest_s`. A memory that is being closed waits no more.
-            if admitted.memory.closing:
-                raise RuntimeError("the memory was closed before the engine's compute was done")
-            time.sleep(TIMELINE_POLL_S)
+        self._await_compute(admitted)
         self._move(admitted)
         self._finish(admitted, seconds=time.monotonic() - began)
+
+    def _await_compute(self, admitted: Admitted) -> None:
+        """Wait as long as a device would: see `oldest_s`. Raises RuntimeError where it will never come."""
+        timeline, look_at = admitted.memory.timeline, time.monotonic() + ABANDONED_POLL_S
+        while timeline is not None and not timeline.has_reached(admitted.job.wait_value):
+            if admitted.memory.closing:
+                raise RuntimeError("the memory was closed before the engine's compute was done")
+            if time.monotonic() > look_at:
+                look_at += ABANDONED_POLL_S
+                if timeline.is_abandoned():
+                    raise RuntimeError("the engine is gone, and its compute will not be done")
+            time.sleep(TIMELINE_POLL_S)
 
     def _move(self, admitted: Admitted) -> None:
         tensors, job = admitted.memory.tensors, admitted.job

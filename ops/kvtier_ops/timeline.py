@@ -14,9 +14,15 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from kvtier_ops.ipc import HandleError, MemoryHandle, MemoryKind, SharedAllocation, open_shared
+from kvtier_ops.ipc import (
+    HandleError,
+    MemoryHandle,
+    MemoryKind,
+    SharedAllocation,
+    open_shared,
+    remove_orphan,
+)
 
 TIMELINE_BYTES = 8
 
@@ -68,13 +74,24 @@ class SharedTimeline:
         self._memory.close()
 
 
-def open_timeline(handle: bytes) -> tuple[MemoryHandle, npt.NDArray[np.uint64]]:
-    """Map a SharedTimeline of another process, shape (1,), to be read. Raises HandleError."""
-    named = MemoryHandle(
-        MemoryKind.POSIX_SHM, b"", handle, TIMELINE_BYTES, 0, TIMELINE_BYTES, TIMELINE_BYTES, 1
-    )
-    try:
-        named.check(TIMELINE_BYTES)
-        return named, open_shared(named).view(np.uint64)
-    except HandleError as error:
-        raise HandleError(f"event_handle: {error}") from error
+class OpenedTimeline:
+    """A SharedTimeline of another process, to be read."""
+
+    def __init__(self, handle: bytes) -> None:
+        """Map it. Raises HandleError."""
+        self.memory = MemoryHandle(
+            MemoryKind.POSIX_SHM, b"", handle, TIMELINE_BYTES, 0, TIMELINE_BYTES, TIMELINE_BYTES, 1
+        )
+        try:
+            self.memory.check(TIMELINE_BYTES)
+            self._value = open_shared(self.memory).view(np.uint64)
+        except HandleError as error:
+            raise HandleError(f"event_handle: {error}") from error
+
+    def has_reached(self, value: int) -> bool:
+        """Tell whether the engine's compute has come so far."""
+        return int(self._value[0]) >= value
+
+    def is_abandoned(self) -> bool:
+        """Tell whether its engine is gone, so that it reaches nothing more. Removes its file then."""
+        return remove_orphan(self.memory)

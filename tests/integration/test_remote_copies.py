@@ -246,8 +246,7 @@ def test_memory_that_the_daemon_cannot_open_is_copied_by_the_worker_and_said_alo
 
 
 def quick_to_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfers, "SILENT_S", 0.5)
-    monkeypatch.setattr(transfers, "PING_S", 0.1)
+    monkeypatch.setattr(transfers, "PING_S", 0.3)
 
 
 def test_jobs_of_a_daemon_that_is_stopped_end_all_the_same(

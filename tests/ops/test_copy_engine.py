@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -228,6 +229,30 @@ def test_a_copy_waits_until_the_engines_compute_has_come_to_its_value(
         assert "closed" in closed.message, "memory that is closed waits for nothing"
     finally:
         timeline.close()
+
+
+def test_an_engine_that_dies_in_its_compute_holds_nobody_up(
+    engine: HostCopyEngine,
+    memory_of: Callable[[int], SharedAllocation],
+    start_child: Callable[..., subprocess.Popen[str]],
+) -> None:
+    child = start_child(
+        "import sys\nfrom kvtier_ops.timeline import SharedTimeline\n"
+        "made = SharedTimeline()\nprint(made.handle.decode(), flush=True)\nsys.stdin.read()"
+    )
+    assert child.stdout is not None
+    name = child.stdout.readline().strip()
+    engine.open_memory(1, [handles_of(memory_of(2048))], [LAYOUT], name.encode())
+    engine.open_memory(2, [handles_of(memory_of(2048))], [LAYOUT])
+    engine.submit(replace(job(1, Direction.STORE, 0), wait_value=1))
+    engine.submit(job(2, Direction.STORE, 1, part=4096, memory_id=2))
+    assert engine.poll() == []
+    child.kill()
+    child.wait()
+    results = {result.job_id: result for result in wait_for(engine, 2)}
+    assert "the engine is gone" in results[1].message
+    assert results[2].ok
+    assert not os.path.exists(f"/dev/shm/{name}")
 
 
 def test_a_load_does_not_wait_for_stores(

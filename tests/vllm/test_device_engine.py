@@ -11,7 +11,7 @@ from typing import Any
 from tests.conftest import StartDaemon
 from tests.daemon_process import DaemonProcess, wait_until
 from tests.integration.test_transfer import helper_pid
-from tests.vllm.engine_process import EngineProcess, kvtier
+from tests.vllm.engine_process import DEFAULT_DEADLINE_MS, EngineProcess, kvtier
 from tests.vllm.shared_device_spec import PROBLEM_VARIABLE
 from tests.vllm.workload import Answers, chat
 
@@ -63,6 +63,21 @@ def test_a_copy_process_that_is_killed_again_and_again_changes_no_token(
         assert chat(engine, during_turn=during_turn).tokens == expected.tokens
         assert engine.external_hits() > 0
     assert len(set(killed)) == len(killed) == 5
+
+
+def test_a_daemon_that_stands_still_holds_no_request(
+    tiny_model: Path, expected: Answers, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL)
+    config = on_device(daemon, lookup_deadline_ms=DEFAULT_DEADLINE_MS)
+    with EngineProcess(tiny_model, tmp_path, kv_transfer=config) as engine:
+
+        def during_turn(turn: int) -> None:
+            if turn == 2:
+                daemon.signal(signal.SIGSTOP)
+
+        assert chat(engine, during_turn=during_turn).tokens == expected.tokens
+        assert engine.metrics()["vllm:kvtier_away_misses"] > 0
 
 
 def test_memory_that_cannot_be_exported_is_copied_by_the_engine_and_counted(

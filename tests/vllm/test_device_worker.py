@@ -224,8 +224,7 @@ def test_a_daemon_that_comes_back_opens_the_memory_again(start_daemon: StartDaem
 def test_a_daemon_that_stands_still_costs_a_load_and_no_request_its_life(
     start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfers, "SILENT_S", 0.5)
-    monkeypatch.setattr(transfers, "PING_S", 0.1)
+    monkeypatch.setattr(transfers, "PING_S", 0.3)
     daemon = start_daemon(pool_bytes=POOL_BYTES)
     with rank_of(daemon) as rank:
         rank.wait_remote()
