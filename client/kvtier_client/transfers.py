@@ -56,7 +56,7 @@ PING_S = 1.0
 
 MAX_UNANSWERED = 5
 """A daemon that was asked so often in a row and has said nothing is given up: it is stopped, or starved.
-Copies that take long do not count, it answers all the same; nor does time in which this process stood still."""
+Copies that take long do not count, it answers all the same; nor does a time when this process stood still."""
 
 MAX_SENT = 512
 """Jobs under way where the daemon names no limit; more are copied by the engine itself."""

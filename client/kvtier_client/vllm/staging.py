@@ -83,7 +83,7 @@ class StagedTensors:
     def copy_out(self, layout: GroupLayout, copy: ChunkCopy, part_view: Bytes) -> None:
         columns = self._columns(layout, copy, part_view)
         lane = self._lane()
-        with lane.active():
+        with torch.inference_mode(), lane.active():  # in place, also where vLLM made them in that mode
             try:
                 self._gather(layout, copy, part_view, columns)
             finally:
@@ -111,7 +111,7 @@ class StagedTensors:
     def copy_in(self, layout: GroupLayout, copy: ChunkCopy, part_view: Bytes) -> None:
         columns = self._columns(layout, copy, part_view)
         lane = self._lane()
-        with lane.active():
+        with torch.inference_mode(), lane.active():
             try:
                 stage = self._stage()[: layout.part_bytes]
                 self._move(stage, part_view, to_pool=False)

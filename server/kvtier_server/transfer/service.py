@@ -13,7 +13,7 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,16 @@ import structlog
 
 from kvtier.v1 import transfer_pb2 as pb
 from kvtier_ops.directory import PoolError
-from kvtier_ops.ipc import HandleError, MemoryHandle, MemoryKind
 from kvtier_ops.locks import CopyGate, OwnerLock
 from kvtier_server.config import LimitsConfig
 from kvtier_server.core.instances import Session
-from kvtier_server.core.namespaces import GeometryMismatch
 from kvtier_server.core.refused import BadRequest, Refused
 from kvtier_server.core.tiering import Core
 from kvtier_server.metrics import CUDA_IPC, REMOTE_HOST, Metrics
 from kvtier_server.rpc import CallScope, ServicerContext
 from kvtier_server.stats import CopyDeviceStats
 from kvtier_server.transfer.device_process import DeviceProcess, HelperLost, ImportFailed, failed
+from kvtier_server.transfer.messages import job_of, register_of, response_of
 from kvtier_server.transfer.wire import HOST_DEVICE, Done, Job, Register
 
 SERVICE = "kvtier.v1.TransferService"
@@ -232,7 +231,7 @@ class TransferService:
             raise TooManyMemories(
                 f"{limit} registrations of this session are open, the limit (limits.transfer_memories)"
             )
-        register = _register_of(request, session, next(self._memory_ids), self._limits.transfer_tensors)
+        register = register_of(request, session, next(self._memory_ids), self._limits.transfer_tensors)
         device = self._device(register)
         register = register._replace(gate=self._new_gate())
         # From now on, so that what is opened is also closed if the caller stops waiting.
@@ -345,7 +344,7 @@ class TransferService:
         if memory is None or memory.session is not session:
             raise BadRequest("memory_id", f"{request.memory_id}; this session has not registered it")
         try:
-            job = _job_of(request, self._core.books.limits.max_keys)
+            job = job_of(request, self._core.books.limits.max_keys)
         except BadRequest as error:
             every = range(min(len(request.slot_ids), self._core.books.limits.max_keys))
             stream.answers.put_nowait(
@@ -382,7 +381,7 @@ class TransferService:
             if not self._running[session.lock_file]:
                 del self._running[session.lock_file]
             self._ended.set()
-        stream.answers.put_nowait(_response(job, done))
+        stream.answers.put_nowait(response_of(job, done))
         if stream.is_read and not stream.jobs:
             stream.answers.put_nowait(None)
 
@@ -405,102 +404,3 @@ class TransferService:
 
 def _path_of(device: DeviceProcess) -> str:
     return REMOTE_HOST if device.device == HOST_DEVICE else CUDA_IPC
-
-
-def _register_of(
-    request: pb.RegisterMemoryRequest, session: Session, memory_id: int, max_tensors: int
-) -> Register:
-    """Check and translate; the gate is still to come. Raises BadRequest, GeometryMismatch."""
-    namespace = session.instance.namespace
-    part = namespace.part_of(session.rank)
-    geometry = namespace.geometries[part]
-    if len(request.groups) != len(geometry):
-        raise GeometryMismatch("groups: number of groups", len(geometry), len(request.groups))
-    paired: list[list[tuple[MemoryHandle, int]]] = []
-    for index, (group, tensors) in enumerate(zip(request.groups, geometry, strict=True)):
-        if len(group.tensors) != len(tensors):
-            raise GeometryMismatch(f"groups[{index}]: number of tensors", len(tensors), len(group.tensors))
-        paired.append(
-            [
-                (_handle_of(message), tensor.page_bytes)
-                for message, tensor in zip(group.tensors, tensors, strict=True)
-            ]
-        )
-    count = sum(map(len, paired))
-    if count > max_tensors:
-        raise BadRequest("groups", f"{count} tensors; {max_tensors} are allowed (limits.transfer_tensors)")
-    try:
-        for handle, page_bytes in chain.from_iterable(paired):
-            handle.check(page_bytes)  # against each other, which takes longer, the helper checks them
-    except HandleError as error:
-        raise BadRequest("groups", str(error)) from error
-    return Register(
-        memory_id,
-        namespace.facts.blocks_per_chunk,
-        part,
-        namespace.facts.num_parts,
-        tuple(tuple(handle for handle, _ in group) for group in paired),
-        tuple(tuple(tensor.page_bytes for tensor in tensors) for tensors in geometry),
-        request.event_handle,
-        "",
-    )
-
-
-def _handle_of(message: pb.MemoryHandle) -> MemoryHandle:
-    try:
-        kind = MemoryKind(message.kind)
-    except ValueError:
-        raise BadRequest("groups", f"kind: {message.kind} is no kind of memory that is known here") from None
-    return MemoryHandle(
-        kind,
-        message.device_uuid,
-        message.handle,
-        message.allocation_bytes,
-        message.offset_bytes,
-        message.size_bytes,
-        message.block_stride_bytes,
-        message.num_blocks,
-    )
-
-
-def _job_of(request: pb.TransferRequest, max_keys: int) -> Job:
-    """Check what can be checked without the memory, and translate. Raises BadRequest."""
-    if request.direction not in (pb.TRANSFER_DIRECTION_STORE, pb.TRANSFER_DIRECTION_LOAD):
-        raise BadRequest("direction", f"{request.direction}; it is STORE or LOAD")
-    if not 1 <= len(request.slot_ids) <= max_keys:
-        raise BadRequest("slot_ids", f"{len(request.slot_ids)} slots; 1 to {max_keys} are allowed in a job")
-    if len(request.generations) != len(request.slot_ids):
-        raise BadRequest(
-            "generations", f"{len(request.generations)} entries for {len(request.slot_ids)} slots"
-        )
-    if request.group_slots and sum(request.group_slots) != len(request.slot_ids):
-        raise BadRequest(
-            "group_slots", f"their sum is {sum(request.group_slots)}, there are {len(request.slot_ids)} slots"
-        )
-    return Job(
-        request.job_id,
-        request.memory_id,
-        request.direction == pb.TRANSFER_DIRECTION_STORE,
-        request.verify,
-        tuple(request.slot_ids),
-        tuple(request.generations),
-        tuple(request.block_ids),
-        tuple(request.group_sizes),
-        tuple(request.block_indices),
-        tuple(request.group_slots) or None,
-        request.wait_value,
-        (),
-    )
-
-
-def _response(job: Job, done: Done) -> pb.TransferResponse:
-    return pb.TransferResponse(
-        job_id=job.job_id,
-        ok=not done.failed,
-        failed=done.failed,
-        failures=[pb.TransferFailure.ValueType(why) for why in done.failures],
-        checksums=done.checksums,
-        message=done.message,
-        bytes=done.num_bytes,
-        seconds=done.seconds,
-    )
