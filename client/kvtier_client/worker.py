@@ -183,7 +183,9 @@ class WorkerShim(ClientListener):
         Has no bound, because who waits is about to give the blocks away and a copy may still use them. It
         ends all the same: a job ends with its last task, whatever that raises, a task is a copy in memory,
         and the threads that take tasks outlive every error. A copy that the daemon makes ends with its
-        answer, or with the daemon.
+        answer, or with the daemon's silence: a store then at once, a load when its copy process is in no
+        copy for it. One that stands still in the middle of a load is ended by its daemon after 30 s; where
+        that is stopped as well, by whoever kills it, and the load waits so long.
         """
         self._notice_fork()
         wanted = frozenset(job_ids)
