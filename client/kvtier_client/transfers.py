@@ -3,11 +3,20 @@
 Owns the stream of a session and the jobs on it. Each job ends exactly once, with an answer or with the end of
 everything that could still copy for it:
 
-    stream breaks --> the copy process's lock is free --> 250 ms more --> its jobs have failed
-                  --> or the next session is open: the daemon waits for the copies of the last one before
+    stream breaks, or the daemon is silent   --> stores have failed
+                                             --> the gate is ours, or the copy process's lock is free
+                                             --> 250 ms more --> loads have failed
+                                             --> or the next session is open: the daemon waits for the copies
+                                                 of the last one before
 
 because an engine that has lost the stream in the middle of a load must not use the blocks while bytes may
-still arrive. An engine whose session ends, and not the daemon, gets its answers over the stream that it has.
+still arrive. The gate (`kvtier_ops.locks`) is what makes that end without anybody's answer: a copy process
+that works lets go of it in a moment, one that dies too, and one that has not begun will not. Only one that
+stands still in the middle of a copy keeps a load waiting, and rightly: nobody can tell what it will write
+when it goes on. Of a store nothing is published that was not reported, so that nobody need wait for what it
+still reads.
+
+An engine whose session ends, and not the daemon, gets its answers over the stream that it has.
 
 A channel of its own, so that the end of a session takes no answer away. Any thread may call; `done` is called
 on this module's thread.
@@ -27,15 +36,30 @@ import grpc
 
 from kvtier.v1 import transfer_pb2, transfer_pb2_grpc
 from kvtier_client.answers import SessionInfo
-from kvtier_client.channel import open_channel, read_failure
+from kvtier_client.channel import RpcFailure, open_channel, read_failure
 from kvtier_client.jobs import NO_SLOT, CopyFailure, Job, JobKind
+from kvtier_ops.directory import PoolError
 from kvtier_ops.ipc import MemoryHandle
-from kvtier_ops.locks import owner_lock_is_free
+from kvtier_ops.locks import CopyGate, owner_lock_is_free
+from kvtier_ops.timeline import ComputeEvent
 
 logger = logging.getLogger(__name__)
 
 REGISTER_S = 60.0
 """What a registration may take: the copy process has to start, and its device may have to wake up."""
+
+REGISTER_PAUSE_S = 1.0
+"""Before a registration that nobody answered is tried again."""
+
+PING_S = 1.0
+"""While jobs are under way the daemon is asked this often whether it is there."""
+
+MAX_UNANSWERED = 5
+"""A daemon that was asked so often in a row and has said nothing is given up: it is stopped, or starved.
+Copies that take long do not count, it answers all the same; nor does a time when this process stood still."""
+
+MAX_SENT = 512
+"""Jobs under way where the daemon names no limit; more are copied by the engine itself."""
 
 GRACE_S = 0.25
 """After the end of the copy process: a device may finish what it was given."""
@@ -66,31 +90,56 @@ DoneListener = Callable[[Copied], None]
 @dataclass(slots=True)
 class _Sent:
     job: Job
+    kind: JobKind
     done: DoneListener
+
+    def fail(self) -> None:
+        """End it: the session is lost."""
+        count = len(self.job.slot_ids)
+        self.done(Copied([CopyFailure.SESSION_LOST] * count, [0] * count))
 
 
 class RemoteCopies:
-    """Copies for one rank's memory, whichever session is open. `groups[g]`: a group's tensors, in order."""
+    """Copies for one rank's memory, whichever session is open. `groups[g]`: a group's tensors, in order.
 
-    def __init__(self, target: str, groups: Sequence[Sequence[MemoryHandle]]) -> None:
+    `event`: what a copy waits for before it touches the memory; None = the engine has synchronized. It has to
+    stay for as long as the process: the daemon's process may wait for it until it is told of the end.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        groups: Sequence[Sequence[MemoryHandle]],
+        event: ComputeEvent | None = None,
+    ) -> None:
         self._target = target
+        self._event = event
         self._groups = [
             transfer_pb2.GroupMemory(tensors=[_message_of(handle) for handle in group]) for group in groups
         ]
         self._stream: _Stream | None = None
         self._last: _Stream | None = None
+        self._cannot_record = False
         self.on_broken: Callable[[str, str], None] = lambda session_id, reason: None
         """Told when the stream breaks of a session that is still open: only the next session tells when
         nothing is copied for it any more."""
+        self.on_refused: Callable[[str], None] = lambda reason: None
+        """Told when the daemon says why it cannot copy; then the engine does."""
         self.problem = ""
         """Why the daemon cannot copy for this engine; "" where it can, or that is not known yet."""
 
     def begin(self, session: SessionInfo, pool_directory: Path) -> None:
         """Register in a session that has opened, in the background; until then no job is taken."""
         self.end()
-        if self._last is not None and self._last.boot_id == session.boot_id:
-            self._last.release()  # another daemon knows nothing of what this one's copied
-        self._stream = self._last = _Stream(self, self._target, self._groups, session, pool_directory)
+        if self._last is not None:
+            if self._last.boot_id == session.boot_id:
+                self._last.release()  # another daemon knows nothing of what this one's copied
+            self._last.close_gate()  # no copy of it begins any more: its session is over
+        self.problem = ""
+        event_handle = self._event.handle if self._event is not None else b""
+        self._stream = self._last = _Stream(
+            self, self._target, self._groups, event_handle, session, pool_directory
+        )
 
     def end(self) -> None:
         """Take no more jobs: the session is over. Those that were sent are answered all the same."""
@@ -106,7 +155,16 @@ class RemoteCopies:
     def submit(self, job: Job, kind: JobKind, verify: bool, done: DoneListener) -> bool:
         """Have a job copied; False if that cannot be, and nothing was taken."""
         stream = self._stream
-        return stream is not None and stream.submit(job, kind, verify, done)
+        if stream is None or not stream.has_room:
+            return False
+        try:
+            wait_value = 0 if self._event is None else self._event.record()
+        except Exception:
+            if not self._cannot_record:
+                self._cannot_record = True
+                logger.exception("the engine's compute cannot be waited for, so the engine copies itself")
+            return False
+        return stream.submit(job, kind, verify, wait_value, done)
 
 
 class _Stream:
@@ -117,48 +175,67 @@ class _Stream:
         owner: RemoteCopies,
         target: str,
         groups: Sequence[transfer_pb2.GroupMemory],
+        event_handle: bytes,
         session: SessionInfo,
         pool_directory: Path,
     ) -> None:
         self._owner = owner
         self._target = target
         self._groups = groups
+        self._event_handle = event_handle
         self._session_id = session.session_id
         self.boot_id = session.boot_id
         self._pool_directory = pool_directory
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._open = True
+        self._has_ended = False
         self._sent: dict[int, _Sent] = {}
+        self._unanswered = 0
         self._last_id = 0
         self._memory_id = 0
+        self._max_sent = MAX_SENT
         self._waits = False
         """Whether something may still be copied for jobs without an answer."""
         self._lock_file = ""
+        self._call: grpc.Call | None = None
+        self._gate: CopyGate | None = None
         self._released = threading.Event()
         self._outbox: queue.SimpleQueue[transfer_pb2.TransferRequest | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="kvtier-transfers", daemon=True).start()
 
-    def submit(self, job: Job, kind: JobKind, verify: bool, done: DoneListener) -> bool:
-        with self._lock:
-            if not self._open or not self._memory_id:
+    def submit(self, job: Job, kind: JobKind, verify: bool, wait_value: int, done: DoneListener) -> bool:
+        with self._changed:
+            if not self.has_room:
                 return False
             self._last_id += 1
-            self._sent[self._last_id] = _Sent(job, done)
-            self._outbox.put(_request_of(job, kind, verify, self._last_id))
+            self._sent[self._last_id] = _Sent(job, kind, done)
+            self._outbox.put(_request_of(job, kind, verify, wait_value, self._last_id))
+            self._changed.notify_all()
         return True
 
     @property
     def ready(self) -> bool:
         return self._open and bool(self._memory_id)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more job would be taken."""
+        return self.ready and len(self._sent) < self._max_sent
+
     def take_no_more(self) -> None:
-        with self._lock:
+        with self._changed:
             self._open = False
             self._outbox.put(None)
+            self._changed.notify_all()
 
     def release(self) -> None:
         """Note that nothing is copied any more for the session: the next one is open."""
         self._released.set()
+
+    def close_gate(self) -> None:
+        """Let go of the gate: the session is over for the daemon too, and no copy of it begins."""
+        if self._gate is not None:
+            self._gate.close()
 
     def _run(self) -> None:
         channel = open_channel(self._target)
@@ -176,24 +253,48 @@ class _Stream:
             self._fail_the_rest()
 
     def _register(self, stub: transfer_pb2_grpc.TransferServiceStub) -> bool:
-        request = transfer_pb2.RegisterMemoryRequest(session_id=self._session_id, groups=self._groups)
-        try:
-            answer = stub.RegisterMemory(request, timeout=REGISTER_S)
-        except grpc.RpcError as error:
-            failure = read_failure(error)
-            if failure.reason != "session_unknown":
-                self._owner.problem = failure.details
-                logger.warning("the daemon cannot copy for this engine: %s", failure.details)
-            return False
-        self._owner.problem = ""
-        self._memory_id, self._lock_file = answer.memory_id, answer.lock_file
-        return True
+        """Register, as often as nobody answers; False if the daemon refuses, or the session is over."""
+        request = transfer_pb2.RegisterMemoryRequest(
+            session_id=self._session_id, groups=self._groups, event_handle=self._event_handle
+        )
+        while self._open:
+            try:
+                answer = stub.RegisterMemory(request, timeout=REGISTER_S)
+            except grpc.RpcError as error:
+                failure = read_failure(error)
+                if failure.boot_id:
+                    self._refused(failure)
+                    return False
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._open, REGISTER_PAUSE_S)
+            else:
+                self._take_registration(answer)
+                return True
+        return False
+
+    def _refused(self, failure: RpcFailure) -> None:
+        if failure.reason != "session_unknown":
+            self._owner.problem = failure.details
+            self._owner.on_refused(failure.details)
+
+    def _take_registration(self, answer: transfer_pb2.RegisterMemoryResponse) -> None:
+        self._lock_file = answer.lock_file
+        self._max_sent = answer.max_jobs or MAX_SENT
+        if answer.gate_file:
+            try:
+                self._gate = CopyGate.open(self._pool_directory, answer.gate_file)
+            except (OSError, PoolError) as error:
+                logger.warning("the gate of the copies cannot be opened: %s", error)
+        self._memory_id = answer.memory_id
 
     def _read(self, stub: transfer_pb2_grpc.TransferServiceStub) -> None:
         self._waits = True
+        call = self._call = stub.Transfer(self._requests())
+        threading.Thread(target=self._watch, args=(call,), name="kvtier-transfer-watch", daemon=True).start()
         try:
-            for answer in stub.Transfer(self._requests()):
-                with self._lock:
+            for answer in call:
+                with self._changed:
+                    self._unanswered = 0
                     sent = self._sent.pop(answer.job_id, None)
                 if sent is not None:
                     sent.done(_copied(sent.job, answer))  # raises nothing: a job must end
@@ -203,6 +304,29 @@ class _Stream:
             # What the daemon has begun it answers before it ends the stream.
             self._waits = not failure.boot_id
             logger.info("the stream of copies has ended: %s", failure.reason)
+        finally:
+            with self._changed:
+                self._has_ended = True
+                self._changed.notify_all()
+
+    def _watch(self, call: grpc.Call) -> None:
+        """End the stream of a daemon that says nothing while jobs are under way."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._sent or self._has_ended)
+                if self._changed.wait_for(lambda: self._has_ended, PING_S):
+                    return
+                self._unanswered = self._unanswered + 1 if self._sent else 0
+                is_silent = self._unanswered > MAX_UNANSWERED
+            if is_silent:
+                logger.warning(
+                    "the daemon has not answered for %.0f s; its copies are given up, and the engine "
+                    "computes instead",
+                    MAX_UNANSWERED * PING_S,
+                )
+                call.cancel()
+                return
+            self._outbox.put(transfer_pb2.TransferRequest())
 
     def _requests(self) -> Iterator[transfer_pb2.TransferRequest]:
         while (request := self._outbox.get()) is not None:
@@ -211,21 +335,27 @@ class _Stream:
 
     def _fail_the_rest(self) -> None:
         """End what was not answered, when nothing can copy for it any more."""
-        with self._lock:
+        with self._changed:
             left, self._sent = list(self._sent.values()), {}
-        if not left:
-            return
-        if self._waits:
-            self._wait_for_the_end_of_copies()
         for sent in left:
-            count = len(sent.job.slot_ids)
-            sent.done(Copied([CopyFailure.SESSION_LOST] * count, [0] * count))
+            if sent.kind is JobKind.STORE:
+                sent.fail()
+        loads = [sent for sent in left if sent.kind is JobKind.LOAD]
+        if loads and self._waits:
+            self._wait_for_the_end_of_copies()
+        for sent in loads:
+            sent.fail()
 
     def _wait_for_the_end_of_copies(self) -> None:
-        while not owner_lock_is_free(self._pool_directory, self._lock_file):
+        while not self._nothing_is_copied():
             if self._released.wait(LOCK_POLL_S):
                 return
         time.sleep(GRACE_S)
+
+    def _nothing_is_copied(self) -> bool:
+        if self._gate is not None and self._gate.take():
+            return True
+        return owner_lock_is_free(self._pool_directory, self._lock_file)
 
 
 def _message_of(handle: MemoryHandle) -> transfer_pb2.MemoryHandle:
@@ -241,7 +371,9 @@ def _message_of(handle: MemoryHandle) -> transfer_pb2.MemoryHandle:
     )
 
 
-def _request_of(job: Job, kind: JobKind, verify: bool, job_id: int) -> transfer_pb2.TransferRequest:
+def _request_of(
+    job: Job, kind: JobKind, verify: bool, wait_value: int, job_id: int
+) -> transfer_pb2.TransferRequest:
     is_store = kind is JobKind.STORE
     return transfer_pb2.TransferRequest(
         job_id=job_id,
@@ -256,6 +388,7 @@ def _request_of(job: Job, kind: JobKind, verify: bool, job_id: int) -> transfer_
         generations=job.generations,
         keys=job.keys,
         verify=verify,
+        wait_value=wait_value,
     )
 
 

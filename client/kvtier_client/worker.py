@@ -34,7 +34,7 @@ from kvtier_client.reports import ChecksumMismatch, LoadReportItem, StoreReportI
 from kvtier_client.transfers import Copied, RemoteCopies
 from kvtier_ops.checksum import part_checksum
 from kvtier_ops.faults import fault_point
-from kvtier_ops.host import HostTensors, LoadOutcome, load_part, store_part
+from kvtier_ops.host import BlockTensors, LoadOutcome, load_part, store_part
 from kvtier_ops.layout import GroupLayout, part_offset
 from kvtier_ops.plan import ChunkCopy, PlanError
 from kvtier_ops.pool import MappedPool
@@ -80,6 +80,10 @@ class _Progress:
     tasks_left: int = 0
     started_at: float | None = None
     """When the first task began to copy."""
+    mark: object = None
+    """What the engine's compute was given when the job was submitted."""
+    is_remote: bool = False
+    """The daemon copies: it counts the bytes and the time itself."""
 
 
 class WorkerShim(ClientListener):
@@ -93,7 +97,7 @@ class WorkerShim(ClientListener):
     def __init__(
         self,
         client: OffloadClient,
-        tensors: HostTensors,
+        tensors: BlockTensors,
         layouts: Sequence[GroupLayout],
         blocks_per_chunk: int,
         part: int,
@@ -124,6 +128,7 @@ class WorkerShim(ClientListener):
         self._closed = False
         if remote is not None:
             remote.on_broken = client.reattach
+            remote.on_refused = self._remote_refused
         self._begin()
         client.listener = self
         if client.session is not None:
@@ -137,6 +142,7 @@ class WorkerShim(ClientListener):
         self._finished: list[JobResult] = []
         self._pool: MappedPool | None = None
         self._untold: deque[_Progress] = deque(maxlen=MAX_UNTOLD_JOBS)
+        self._num_refused = 0
 
     def _notice_fork(self) -> None:
         """In the child of a fork begin anew, without a pool: every job fails at once.
@@ -177,7 +183,9 @@ class WorkerShim(ClientListener):
         Has no bound, because who waits is about to give the blocks away and a copy may still use them. It
         ends all the same: a job ends with its last task, whatever that raises, a task is a copy in memory,
         and the threads that take tasks outlive every error. A copy that the daemon makes ends with its
-        answer, or with the daemon.
+        answer, or with the daemon's silence: a store then at once, a load when its copy process is in no
+        copy for it. One that stands still in the middle of a load is ended by its daemon after 30 s; where
+        that is stopped as well, by whoever kills it, and the load waits so long.
         """
         self._notice_fork()
         wanted = frozenset(job_ids)
@@ -194,13 +202,32 @@ class WorkerShim(ClientListener):
             self._remote.end()
         self._fail_queued()
         self._threads.close()
+        self._tensors.use_pool(None, pin=False)
+
+    def take_refusals(self) -> int:
+        """Return how often the daemon has refused to copy since the last call; the engine copies then."""
+        with self._changed:
+            refused, self._num_refused = self._num_refused, 0
+        return refused
+
+    def _remote_refused(self, reason: str) -> None:
+        """Copy from now on, and say so."""
+        with self._changed:
+            self._num_refused += 1
+            pool = self._pool
+        logger.warning(
+            "the daemon cannot copy for this engine, which copies through shared memory itself now, more "
+            "slowly: %s",
+            reason,
+        )
+        if pool is not None:
+            self._tensors.use_pool(pool, pin=True)
 
     # The client's listener, on the client's threads
 
     def on_attached(self, session: SessionInfo) -> None:
         """Copy into this session's pool from now on. A running copy keeps the pool that it began with."""
-        if self._remote is not None and session.pool is not None:
-            self._remote.begin(session, session.pool.path.parent)
+        self._tensors.use_pool(session.pool, pin=self._remote is None)
         with self._changed:
             self._pool = session.pool
             untold = [
@@ -209,6 +236,8 @@ class WorkerShim(ClientListener):
                 if session.pool is not None and progress.job.pool_id == session.pool.pool_id
             ]
             self._untold.clear()
+        if self._remote is not None and session.pool is not None:
+            self._remote.begin(session, session.pool.path.parent)
         for progress in untold:
             # The scheduler was attached before this rank was: the daemon waits for the ends of these.
             self._report(progress, 0, 0.0)
@@ -251,14 +280,14 @@ class WorkerShim(ClientListener):
                     progress.failures = [CopyFailure.ERROR] * len(job.slot_ids)
             if pool is not None and progress.copies and self._submit_remote(progress):
                 return
-            tasks = [
-                CopyTask(job.job_id, kind, partial(self._run, progress, pool, piece))
-                for piece in self._pieces(progress.copies)
-                if pool is not None
-            ]
-            progress.tasks_left = len(tasks)
-            if tasks and self._queue(tasks):
-                return
+            if pool is not None and progress.copies and self._mark(progress):
+                tasks = [
+                    CopyTask(job.job_id, kind, partial(self._run, progress, pool, piece))
+                    for piece in self._pieces(progress.copies)
+                ]
+                progress.tasks_left = len(tasks)
+                if self._queue(tasks):
+                    return
         self._end(progress)
 
     def _submit_remote(self, progress: _Progress) -> bool:
@@ -270,7 +299,21 @@ class WorkerShim(ClientListener):
             loaded = [next(self._loaded_chunks) for _ in progress.copies]
             verify = any(number % self._verify_every == 0 for number in loaded)
         progress.started_at = time.monotonic()
-        return self._remote.submit(progress.job, progress.kind, verify, partial(self._end_remote, progress))
+        progress.is_remote = True  # before its end, which another thread tells
+        if self._remote.submit(progress.job, progress.kind, verify, partial(self._end_remote, progress)):
+            return True
+        progress.is_remote, progress.started_at = False, None
+        return False
+
+    def _mark(self, progress: _Progress) -> bool:
+        """Note what the copy has to come after; False, and the job fails, where the device does not say."""
+        try:
+            progress.mark = self._tensors.mark()
+        except Exception:
+            logger.exception("job %d cannot be ordered after the engine's compute", progress.job.job_id)
+            progress.failures = [CopyFailure.ERROR] * len(progress.job.slot_ids)
+            return False
+        return True
 
     def _end_remote(self, progress: _Progress, copied: Copied) -> None:
         progress.failures, progress.checksums = copied.failures, copied.checksums
@@ -323,6 +366,13 @@ class WorkerShim(ClientListener):
     def _copy(self, progress: _Progress, pool: MappedPool, piece: range) -> None:
         if progress.started_at is None:
             progress.started_at = time.monotonic()
+        try:
+            self._tensors.follow(progress.mark)
+        except Exception:
+            logger.exception("job %d cannot be ordered after the engine's compute", progress.job.job_id)
+            for index in piece:
+                progress.failures[index] = CopyFailure.ERROR
+            return
         copy_slot: Callable[[_Progress, MappedPool, int], CopyFailure | None]
         copy_slot = self._load_slot if progress.kind is JobKind.LOAD else self._store_slot
         for index in piece:
@@ -407,7 +457,8 @@ class WorkerShim(ClientListener):
             if progress.session == _NO_SESSION and job.pool_id:
                 self._untold.append(progress)
         if same_session:
-            self._report(progress, num_bytes, seconds)
+            figures = (0, 0.0) if progress.is_remote else (num_bytes, seconds)  # the daemon counts its own
+            self._report(progress, *figures)
             self._client.flush()
         failures = [
             # What was stored for a session that is over will not be published.

@@ -44,12 +44,19 @@ from kvtier_ops.ipc import (
 )
 from kvtier_ops.layout import GroupLayout
 from kvtier_ops.pool import MappedPool
+from kvtier_ops.timeline import OpenedTimeline
 
 MAX_MEMORIES = 1024
 """Open registrations of one engine: ranks of the instances on one device."""
 
 MAX_QUEUED_JOBS = 4096
 """Jobs that have not ended, both directions together."""
+
+TIMELINE_POLL_S = 0.0005
+"""Between two looks whether an engine's compute has come to a value; a device needs no look."""
+
+ABANDONED_POLL_S = 0.05
+"""Between two looks whether the engine is there at all: others' copies wait behind its own."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -67,6 +74,8 @@ class CopyJob:
     direction: Direction
     memory_id: int
     copies: tuple[PlacedCopy, ...]
+    wait_value: int = 0
+    """What the memory's timeline is to reach before the copy begins; an event of a device has no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,8 @@ class Memory:
     handles: tuple[MemoryHandle, ...]
     event: int = 0
     """The engine's event, 0 = it has synchronized before it asks."""
+    timeline: OpenedTimeline | None = None
+    """The same where memory is shared memory; None = it has synchronized."""
     tensors: HostTensors | None = None
     unfinished: int = 0
     closing: bool = False
@@ -133,6 +144,16 @@ class CopyEngine(ABC):
         self._threads: list[threading.Thread] = []
         self._broken = ""
         self._closed = False
+
+    @property
+    def pinned_bytes(self) -> int:
+        """How much of the pool's front is known to the device; 0 where there is none."""
+        return 0
+
+    @property
+    def pin_problem(self) -> str:
+        """Why the rest will not be; copies from there are staged by the driver, and slower."""
+        return ""
 
     @property
     def broken(self) -> str:
@@ -386,8 +407,6 @@ class HostCopyEngine(CopyEngine):
         layouts: Sequence[GroupLayout],
         event_handle: bytes,
     ) -> Memory:
-        if event_handle:
-            raise HandleError("event_handle: shared memory has no events; synchronize, and leave it empty")
         mapped: dict[bytes, Bytes] = {}
         for handles in groups:
             for handle in handles:
@@ -416,17 +435,34 @@ class HostCopyEngine(CopyEngine):
                 )
             )
         opened = tuple({handle.handle: handle for handles in groups for handle in handles}.values())
-        return Memory(memory_id, tuple(places), opened, tensors=HostTensors(arrays))
+        timeline = OpenedTimeline(event_handle) if event_handle else None
+        return Memory(memory_id, tuple(places), opened, timeline=timeline, tensors=HostTensors(arrays))
 
     def _close(self, memory: Memory) -> None:
         memory.tensors = None  # unmapped with the last view
+        if memory.timeline is not None:
+            memory.timeline.is_abandoned()
+        memory.timeline = None
         for handle in memory.handles:
             remove_orphan(handle)
 
     def _copy(self, admitted: Admitted) -> None:
         began = time.monotonic()
+        self._await_compute(admitted)
         self._move(admitted)
         self._finish(admitted, seconds=time.monotonic() - began)
+
+    def _await_compute(self, admitted: Admitted) -> None:
+        """Wait as long as a device would: see `oldest_s`. Raises RuntimeError where it will never come."""
+        timeline, look_at = admitted.memory.timeline, time.monotonic() + ABANDONED_POLL_S
+        while timeline is not None and not timeline.has_reached(admitted.job.wait_value):
+            if admitted.memory.closing:
+                raise RuntimeError("the memory was closed before the engine's compute was done")
+            if time.monotonic() > look_at:
+                look_at += ABANDONED_POLL_S
+                if timeline.is_abandoned():
+                    raise RuntimeError("the engine is gone, and its compute will not be done")
+            time.sleep(TIMELINE_POLL_S)
 
     def _move(self, admitted: Admitted) -> None:
         tensors, job = admitted.memory.tensors, admitted.job

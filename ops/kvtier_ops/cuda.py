@@ -161,6 +161,14 @@ class CudaCopyEngine(CopyEngine):
                 self._runtime.streamDestroy(stream)
         return True
 
+    @property
+    def pinned_bytes(self) -> int:
+        return self.pinned.ready_bytes
+
+    @property
+    def pin_problem(self) -> str:
+        return self.pinned.error
+
     def _default_means(self) -> Means:
         attribute = self._runtime.deviceGetAttribute
         same_address = attribute(self._runtime.cudaDevAttrCanUseHostPointerForRegisteredMem, self._device)

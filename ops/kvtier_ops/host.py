@@ -26,6 +26,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,45 @@ class _Binding:
     stacks: tuple[_Stack, ...]
 
 
+class BlockTensors(Protocol):
+    """The device blocks of one rank, as a worker's copy threads move them: `HostTensors`, or an engine's own
+    class for memory that numpy does not reach.
+    """
+
+    def bind(self, group: int, layout: GroupLayout) -> object:
+        """Check the tensors of a group against its layout. Raises ValueError."""
+        ...
+
+    def mark(self) -> object:
+        """Note what the engine's compute was given so far. On the engine's thread, when a job is
+        submitted.
+        """
+        ...
+
+    def follow(self, mark: object) -> None:
+        """Have the copies that this thread makes next come after what `mark` noted."""
+        ...
+
+    def copy_out(self, layout: GroupLayout, copy: ChunkCopy, part_view: Bytes) -> None:
+        """Copy the blocks of one chunk into its part, shape (part_bytes,); return with the last byte there.
+
+        Bytes of sub-blocks that the copy does not name are left alone. Raises BlockOutOfRange or ValueError
+        before any byte moved.
+        """
+        ...
+
+    def copy_in(self, layout: GroupLayout, copy: ChunkCopy, part_view: Bytes) -> None:
+        """Copy the blocks of one chunk from its part; else as `copy_out`."""
+        ...
+
+    def use_pool(self, pool: MappedPool | None, *, pin: bool) -> None:
+        """Hear which pool is copied with from now on, before an earlier one is unmapped; None = none.
+
+        `pin`: the worker's threads copy, so that it is worth making the pool known to the device.
+        """
+        ...
+
+
 class HostTensors:
     """The KV tensors of one rank, registered once: per group, in the order of the group's layout.
 
@@ -89,6 +129,21 @@ class HostTensors:
             binding = _Binding(layout, _build_stacks(self._groups[group], group, layout))
             self._bindings[group] = binding
         return binding.stacks
+
+    def mark(self) -> None:
+        """Nothing to note: what the CPU has returned from is done."""
+
+    def follow(self, mark: object) -> None:
+        """Nothing to wait for."""
+
+    def copy_out(self, layout: GroupLayout, copy: ChunkCopy, part_view: Bytes) -> None:
+        copy_out(self, layout, copy, part_view)
+
+    def copy_in(self, layout: GroupLayout, copy: ChunkCopy, part_view: Bytes) -> None:
+        copy_in(self, layout, copy, part_view)
+
+    def use_pool(self, pool: MappedPool | None, *, pin: bool) -> None:
+        """Every mapped pool will do as it is."""
 
     def check_blocks(self, layout: GroupLayout, copy: ChunkCopy) -> None:
         """Raise BlockOutOfRange unless every tensor of the group has every block of the copy."""
@@ -143,7 +198,7 @@ def store_part(
     generation: int,
     part: int,
     layout: GroupLayout,
-    tensors: HostTensors,
+    tensors: BlockTensors,
     copy: ChunkCopy,
     checksum: bool,
 ) -> StoreOutcome:
@@ -157,7 +212,7 @@ def store_part(
         return _store_failed(slot_id, generation, current, "before")
     view = pool.part_view(slot_id, part_offset(layout.part_bytes, part), layout.part_bytes)
     fault_point("store.before_copy")
-    copy_out(tensors, layout, copy, view)
+    tensors.copy_out(layout, copy, view)
     digest = part_checksum(view) if checksum else NOT_RECORDED
     fault_point("store.after_copy")
     fence()
@@ -173,7 +228,7 @@ def load_part(
     generation: int,
     part: int,
     layout: GroupLayout,
-    tensors: HostTensors,
+    tensors: BlockTensors,
     copy: ChunkCopy,
     expected_checksum: int | None,
 ) -> LoadOutcome:
@@ -186,7 +241,7 @@ def load_part(
         return LoadOutcome.TORN
     view = pool.part_view(slot_id, part_offset(layout.part_bytes, part), layout.part_bytes)
     fault_point("load.before_copy")
-    copy_in(tensors, layout, copy, view)
+    tensors.copy_in(layout, copy, view)
     differs = bool(expected_checksum) and part_checksum(view) != expected_checksum
     fault_point("load.after_copy")
     fence()

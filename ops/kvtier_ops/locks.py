@@ -5,8 +5,8 @@ gone, however it went, and it works across containers, where pids do not. A fork
 shares the mapping; an exec loses both (descriptors are O_CLOEXEC), but for `copies.lock`, which the daemon
 hands to the processes that read and write the pool for it.
 
-Owns the files `daemon.lock`, `copies.lock` and `owners/*` of a pool directory. What a free lock allows, the
-daemon decides.
+Owns the files `daemon.lock`, `copies.lock`, `owners/*` and `gates/*` of a pool directory. What a free lock
+allows, the daemon decides.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import fcntl
 import os
 import re
 import secrets
+import threading
 import time
 from pathlib import Path
 
 from kvtier_ops.directory import PoolDirectoryError, PoolError, open_directory
 
 OWNERS_DIRECTORY = "owners"
+GATES_DIRECTORY = "gates"
 DAEMON_LOCK_FILE = "daemon.lock"
 COPIES_LOCK_FILE = "copies.lock"
 
@@ -142,6 +144,96 @@ def held_owner_locks(directory: Path) -> list[str]:
         return []
     names = [path.name for path in owners.iterdir() if _OWNER_NAME.fullmatch(path.name)]
     return [name for name in names if not owner_lock_is_free(directory, name)]
+
+
+class CopyGate:
+    """Whether anything is copied for one registration of memory, and whether anything may be.
+
+    A file in `gates/` of the pool's directory, opened by the process that copies and by the engine that the
+    memory belongs to. The one holds it shared while it copies; the other takes it for itself when it has
+    lost who answers for the copies: from then on none of them runs, and none begins. So an engine needs
+    nobody's answer, and a process that is killed lets go. Any thread may call.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._inside = 0
+        self._closing = False
+        self._mutex = threading.Lock()
+
+    @staticmethod
+    def create(directory: Path) -> str:
+        """Make the file, mode 0600, under a random name, and return that. Raises PoolDirectoryError,
+        OSError.
+        """
+        os.close(open_directory(directory))
+        gates_fd = open_directory(directory / GATES_DIRECTORY, create=True)
+        try:
+            name = secrets.token_hex(16)
+            os.close(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=gates_fd))
+            return name
+        finally:
+            os.close(gates_fd)
+
+    @classmethod
+    def open(cls, directory: Path, name: str) -> CopyGate:
+        """Open a gate that is there. Raises PoolDirectoryError for what is no name of one, and OSError."""
+        if not _OWNER_NAME.fullmatch(name):
+            raise PoolDirectoryError(f"{name!r} is not the name of a gate: only lower-case hex is")
+        path = directory / GATES_DIRECTORY / name
+        return cls(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
+
+    @staticmethod
+    def remove(directory: Path, name: str) -> None:
+        """Remove the file; who has it open keeps the gate."""
+        with contextlib.suppress(OSError):
+            (directory / GATES_DIRECTORY / name).unlink()
+
+    @staticmethod
+    def remove_all(directory: Path) -> None:
+        """Remove what an earlier daemon has left."""
+        with contextlib.suppress(OSError):
+            for path in (directory / GATES_DIRECTORY).iterdir():
+                path.unlink()
+
+    def enter(self) -> bool:
+        """Begin a copy; False if the engine has taken the gate, and nothing may be copied any more."""
+        with self._mutex:
+            if self._closing or (not self._inside and not self._lock(fcntl.LOCK_SH)):
+                return False
+            self._inside += 1
+            return True
+
+    def leave(self) -> None:
+        """End a copy that has entered: none of its bytes moves any more."""
+        with self._mutex:
+            self._inside -= 1
+            if not self._inside:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                self._close_if_over()
+
+    def take(self) -> bool:
+        """Keep every copy out, until this process closes it or ends; False while one runs: try again."""
+        with self._mutex:
+            return not self._closing and self._lock(fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Let go of it, with the last copy that has entered. Safe to repeat."""
+        with self._mutex:
+            self._closing = True
+            self._close_if_over()
+
+    def _close_if_over(self) -> None:
+        if self._closing and not self._inside and self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _lock(self, how: int) -> bool:
+        try:
+            fcntl.flock(self._fd, how | fcntl.LOCK_NB)
+        except OSError:  # held by the other side, or the system has no lock left: nothing is proved
+            return False
+        return True
 
 
 class DaemonLock:

@@ -39,8 +39,15 @@ class PinnedPool:
     still copied, staged by the driver, and `error` says why.
     """
 
-    def __init__(self, pool: Bytes, registrar: Registrar, piece_bytes: int = PIECE_BYTES) -> None:
-        """Begin. `pool`: shape (bytes,), uint8, kept mapped until `close`."""
+    def __init__(
+        self,
+        pool: Bytes,
+        registrar: Registrar,
+        piece_bytes: int = PIECE_BYTES,
+        on_error: Callable[[str], None] = lambda error: None,
+    ) -> None:
+        """Begin. `pool`: shape (bytes,), uint8, kept mapped until `close`. The thread tells `on_error`."""
+        self._on_error = on_error
         self._pool = pool
         self._registrar = registrar
         self._starts = tuple(range(0, pool.size, piece_bytes))
@@ -109,6 +116,7 @@ class PinnedPool:
                     self._ready_bytes = start + size
                 self._changed.notify_all()
             if error:
+                self._on_error(error)
                 return
 
 

@@ -40,7 +40,7 @@ from kvtier_ops.header import (
     read_header,
 )
 from kvtier_ops.layout import SLOT_UNIT_BYTES, slot_offset
-from kvtier_ops.locks import OWNERS_DIRECTORY, DaemonLock, PoolBusy
+from kvtier_ops.locks import GATES_DIRECTORY, OWNERS_DIRECTORY, DaemonLock, PoolBusy
 from kvtier_ops.registry import Registry
 from kvtier_ops.slab_table import SlabTable
 from kvtier_ops.slot_table import MAX_KEY_BYTES, MAX_PARTS, SlotRecord, SlotState, SlotTable
@@ -262,11 +262,12 @@ class Pool(MappedPool):
         """
         for name in (POOL_FILE, _NEW_FILE):
             (self.directory / name).unlink(missing_ok=True)
-        owners = self.directory / OWNERS_DIRECTORY
-        if owners.is_dir():
-            for path in owners.iterdir():
-                path.unlink(missing_ok=True)
-            owners.rmdir()
+        for name in (OWNERS_DIRECTORY, GATES_DIRECTORY):
+            locks = self.directory / name
+            if locks.is_dir():
+                for path in locks.iterdir():
+                    path.unlink(missing_ok=True)
+                locks.rmdir()
         self._close(unlink_lock=True)
         try:
             self.directory.rmdir()

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from kvtier_ops.directory import default_pool_directory
+from kvtier_ops.ipc import MAX_TENSORS
 from kvtier_server.address import default_address
 from kvtier_server.config_tiers import TierProblem, TierSettings, read_tiers
 from kvtier_server.config_values import (
@@ -123,6 +124,16 @@ class LimitsConfig(_Section):
     """Credits that one instance may hold even where its share of a small pool is less."""
     events: Count = 65_536
     """Events kept for watchers that come back."""
+    transfer_memories: Count = 8
+    """Registrations of device memory of one session; an engine has one, or one more while it replaces it."""
+    transfer_tensors: Annotated[Count, Field(le=MAX_TENSORS)] = MAX_TENSORS
+    """Tensors of one registration: each is compared with every other of its group."""
+    transfer_devices: Count = 32
+    """Devices with a copy process at one time; nodes have 8 or 16."""
+    transfer_jobs: Count = 512
+    """Copies under way for one Transfer stream; its client copies itself what would be more."""
+    transfer_answers: Count = 512
+    """Unread answers of one Transfer stream; nothing more is taken from it meanwhile."""
     session_events: Annotated[Count, LIVE] = 65_536
     """Unread events of one session; a session that reads slower is ended (SLOW_READER). A writer's death
     resolves all keys of a call (max_keys) at once, and sending takes 65 us an event: room for eight calls."""

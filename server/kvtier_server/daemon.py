@@ -139,7 +139,13 @@ class Daemon:
             self._registry.write,
         )
         self._transfers = TransferService(
-            self.core, self._scope, str(self._pool.path), self._pool.pool_id, self._pool.lock_fd
+            self.core,
+            self._scope,
+            self._metrics,
+            config.limits,
+            str(self._pool.path),
+            self._pool.pool_id,
+            self._pool.lock_fd,
         )
         self._sessions = Sessions(
             self.core,
@@ -157,7 +163,9 @@ class Daemon:
         )
         self._adopted = self._take_over()
         self._backing = Backing(self._pool, config.pool.backing_piece, self._on_backed)
-        self._observer = Observer(self.boot_id, config, self._pool, self.core, self._backing, self._metrics)
+        self._observer = Observer(
+            self.boot_id, config, self._pool, self.core, self._backing, self._transfers, self._metrics
+        )
         self._upkeep = Upkeep(
             self.core,
             self._pool,
@@ -244,7 +252,12 @@ class Daemon:
         return {
             service.SERVICE: self._service.handlers() | {"Attach": self._sessions.handler()},
             admin.SERVICE: admin.handlers(
-                self._scope, self._observer.snapshot, self.core, self._stopping, boottime_ns
+                self._scope,
+                self._observer.snapshot,
+                self.core,
+                self._stopping,
+                boottime_ns,
+                self._transfers.paths,
             ),
             transfer.SERVICE: self._transfers.handlers(),
             events.SERVICE: events.handlers(self._scope),

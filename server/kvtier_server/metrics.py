@@ -50,7 +50,9 @@ RELOAD_RESULTS = ("applied", "unchanged", "needs_restart", "failed")
 """`needs_restart`: something has changed that cannot be applied, the rest was; `failed`: nothing was."""
 
 DIRECTIONS = ("store", "load")
-PATHS = ("shm", "cuda_ipc")
+SHM, CUDA_IPC, REMOTE_HOST = PATHS = ("shm", "cuda_ipc", "remote_host")
+"""Who copied: the engine itself through the mapped pool, the daemon's process of a GPU, and that of shared
+memory, which is the same path without a GPU."""
 
 
 class Metrics:
@@ -208,6 +210,7 @@ class _StateCollector(Collector):
         yield from _lookups(snapshot)
         yield from _tiers(snapshot)
         yield from _lower_tiers(snapshot)
+        yield from _copies(snapshot)
         yield from _sessions(snapshot)
 
 
@@ -309,6 +312,24 @@ def _lower_tiers(snapshot: StatsSnapshot) -> Iterator[Metric]:
     )
     healthy: dict[tuple[str, ...], float] = {(tier.name,): tier.health == "ok" for tier in tiers}
     yield _gauge("tier_healthy", "1 where a tier below the pool is in order.", ("tier",), healthy)
+
+
+def _copies(snapshot: StatsSnapshot) -> Iterator[Metric]:
+    devices = snapshot.copy_devices
+    yield _gauge(
+        "pinned_bytes",
+        "Bytes of the pool that a device's copy process has pinned.",
+        ("device",),
+        {(each.device,): each.pinned_bytes for each in devices},
+    )
+    serving: dict[tuple[str, ...], float] = {(each.device,): each.state == "serving" for each in devices}
+    yield _gauge("copy_helper_up", "1 where a device's copy process serves.", ("device",), serving)
+    yield _counter(
+        "copy_helper_restarts",
+        "How often a device's copy process was begun anew after one that had ended.",
+        ("device",),
+        {(each.device,): each.restarts for each in devices},
+    )
 
 
 def _sessions(snapshot: StatsSnapshot) -> Iterator[Metric]:

@@ -33,19 +33,28 @@ from kvtier_server.stats import (
     StatsSnapshot,
 )
 from kvtier_server.tier_health import in_order
+from kvtier_server.transfer.service import TransferService
 
 
 class Observer:
     """Counts one daemon. `phase` is set by the daemon: starting, serving, draining."""
 
     def __init__(
-        self, boot_id: str, config: Config, pool: Pool, core: Core, backing: Backing, metrics: Metrics
+        self,
+        boot_id: str,
+        config: Config,
+        pool: Pool,
+        core: Core,
+        backing: Backing,
+        transfers: TransferService,
+        metrics: Metrics,
     ) -> None:
         self._boot_id = boot_id
         self._config = config
         self._pool = pool
         self._core = core
         self._backing = backing
+        self._transfers = transfers
         self._metrics = metrics
         self._start_ns = self._last_tick_ns = boottime_ns()
         self._start_time_s = time.time()
@@ -90,7 +99,8 @@ class Observer:
                 policy=self._config.pool.policy,
             ),
             tiers=(primary_stats(books, self._backing.shortage or "ok"), *lower),
-            sessions=session_stats(books, now_ns),
+            sessions=session_stats(books, now_ns, self._transfers.paths()),
+            copy_devices=self._transfers.devices(),
             leases=lease_stats(books, now_ns),
             lookup_keys=by_suffix(counts, "lookup"),
             lookup_tokens=counts["lookup_tokens"],

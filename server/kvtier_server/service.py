@@ -22,7 +22,7 @@ from kvtier_server.core.requests import Request
 from kvtier_server.core.stores import ItemStatus
 from kvtier_server.core.tiering import Core
 from kvtier_server.facts import PROTOCOL_MINOR
-from kvtier_server.metrics import Metrics
+from kvtier_server.metrics import SHM, Metrics
 from kvtier_server.primary.tier import SLICE_ITEMS
 from kvtier_server.rpc import CallScope
 
@@ -248,9 +248,10 @@ class OffloadService:
         return status
 
     def _observe_copies(self, direction: str, num_bytes: int, seconds: float) -> None:
+        # Copies that a process of ours made are counted there; their reports have no figures.
         # Figures from outside: one infinity would stay in the metrics' sums for good.
         if 0 < seconds <= MAX_COPY_S and num_bytes <= self._core.books.primary.slabs.pool_bytes:
-            self._metrics.observe_transfer(direction, "shm", num_bytes, seconds)
+            self._metrics.observe_transfer(direction, SHM, num_bytes, seconds)
 
     def renew_leases(self, message: pb.RenewLeasesRequest) -> pb.RenewLeasesResponse:
         """Extend lookup leases."""

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Mapping
 
 from kvtier_server.core.books import Books
-from kvtier_server.core.instances import Session
+from kvtier_server.core.instances import Role, Session
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.lower_tiers import LowerTier
+from kvtier_server.metrics import SHM
 from kvtier_server.stats import LEASE_KINDS, PRIMARY_TIER, LeaseStats, SessionStats, TierStats
 
 NAMESPACE_DIGITS = 12
@@ -71,12 +72,15 @@ def lower_stats(below: LowerTier) -> TierStats:
     )
 
 
-def session_stats(books: Books, now_ns: int) -> tuple[SessionStats, ...]:
-    """The open sessions in order of Attach; pins and credits are their instance's."""
-    return tuple([session_row(session, now_ns) for session in books.instances.sessions.values()])
+def session_stats(books: Books, now_ns: int, paths: Mapping[str, str]) -> tuple[SessionStats, ...]:
+    """The open sessions in order of Attach; pins and credits are their instance's.
+
+    `paths`: by session, of the workers that do not copy themselves.
+    """
+    return tuple([session_row(session, now_ns, paths) for session in books.instances.sessions.values()])
 
 
-def session_row(session: Session, now_ns: int) -> SessionStats:
+def session_row(session: Session, now_ns: int, paths: Mapping[str, str]) -> SessionStats:
     """One session."""
     instance = session.instance
     slot_bytes = max(c.slot_bytes for c in instance.namespace.classes)
@@ -90,6 +94,7 @@ def session_row(session: Session, now_ns: int) -> SessionStats:
         age_s=(now_ns - session.attached_ns) / 1e9,
         pinned_chunks=instance.pinned_bytes // slot_bytes,
         credits=instance.credit_bytes // slot_bytes,
+        path=paths.get(session.id, SHM) if session.role is Role.WORKER else "",
     )
 
 

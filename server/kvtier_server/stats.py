@@ -84,6 +84,26 @@ class SessionStats:
     age_s: float
     pinned_chunks: int = 0
     credits: int = 0
+    path: str = ""
+    """How a worker's bytes move: "shm" where it copies itself, else who copies for it; "" for a scheduler."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDeviceStats:
+    """The copy process of one device."""
+
+    device: str
+    """UUID of the GPU in hex; "host" = shared memory in place of one."""
+    state: str
+    """"serving", "starting", "unused", or why there is none."""
+    restarts: int = 0
+    memories: int = 0
+    """Registrations that are open."""
+    jobs: int = 0
+    """Copies under way."""
+    pinned_bytes: int = 0
+    problem: str = ""
+    """What makes copies slower than they could be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +135,7 @@ class StatsSnapshot:
     """The pool first."""
     sessions: tuple[SessionStats, ...] = ()
     leases: tuple[LeaseStats, ...] = ()
+    copy_devices: tuple[CopyDeviceStats, ...] = ()
     lookup_keys: Mapping[str, int] = field(default_factory=dict)
     lookup_tokens: int = 0
     hit_tokens: Mapping[str, int] = field(default_factory=dict)

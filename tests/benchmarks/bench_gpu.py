@@ -4,8 +4,8 @@
 
 The device memory is another process's, opened by CUDA IPC: 32 layers, each an allocation of its own, 1 GiB in
 all; chunks of 2 MiB, scattered blocks. Every line takes turns with its reference, so that both meet the same
-machine; the ratio is the reference's time / the line's time, of medians. What it cannot say: the cost of a
-job's way through the daemon.
+machine; the ratio is the reference's time / the line's time, of medians. A second table has the way of a job
+of one chunk through a daemon, against an empty round trip on the same stream; it needs the daemon's packages.
 
     plain        one pinned cudaMemcpyAsync of 1 GiB, one side contiguous device memory of this process
     engine       CudaCopyEngine as it comes; by kernel, batch, pitched runs: the means forced on it
@@ -25,6 +25,7 @@ import mmap
 import random
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ SWEPT_PAGES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10)
 CHUNKS_PER_JOB = 64
 WAIT_S = 60.0
 MATMUL_S = 4.0
+WAY_ROUNDS = 500
 FORCED = {
     "kernel": Means(kernel_below_bytes=1 << 40),
     "batch": Means(kernel_below_bytes=0, batch=True),
@@ -318,6 +320,26 @@ def print_table(rows: list[Row]) -> None:
         )
 
 
+def measure_the_way(process: EngineProcess) -> list[dict[str, object]]:
+    """Return the rows of jobs of one chunk through a daemon, none where its packages are missing."""
+    try:
+        from tests.benchmarks import transfer_jobs
+        from tests.daemon_process import DaemonProcess
+    except ImportError as error:
+        print(f"jobs of one chunk: {error}; install it: pip install '.[server]'")
+        return []
+    handles = process.allocate(*[transfer_jobs.TENSOR_BYTES] * transfer_jobs.NUM_TENSORS)
+    pages = [as_blocks(handle, transfer_jobs.PAGE_BYTES) for handle in handles]
+    with (
+        tempfile.TemporaryDirectory(prefix="kvtier-bench-") as folder,
+        DaemonProcess(Path(folder), "1GiB") as daemon,
+    ):
+        daemon.start()
+        rows = transfer_jobs.measure_jobs(daemon, pages, WAY_ROUNDS, "GPU")
+    transfer_jobs.print_rows(rows)
+    return rows
+
+
 def main() -> None:
     """Measure, or say why not."""
     parser = argparse.ArgumentParser(
@@ -333,10 +355,11 @@ def main() -> None:
     with engine_process() as process:
         bench = Bench(process, options.rounds)
         bench.run()
-    print_table(bench.rows)
+        print_table(bench.rows)
+        way = measure_the_way(process)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps([asdict(line) for line in bench.rows], indent=2) + "\n")
+        options.json.write_text(json.dumps([*map(asdict, bench.rows), *way], indent=2) + "\n")
 
 
 if __name__ == "__main__":

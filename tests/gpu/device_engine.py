@@ -15,7 +15,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from kvtier_ops.ipc import ExportedEvent, MemoryHandle, export_cuda
+from kvtier_ops.cuda_export import ExportedEvent, export_cuda
+from kvtier_ops.ipc import MemoryHandle
 
 
 class DeviceEngine:
@@ -42,7 +43,7 @@ class DeviceEngine:
         self._runtime.deviceSynchronize()
 
     def event(self, _: int) -> str:
-        self._event = ExportedEvent()
+        self._event = ExportedEvent(lambda: self._stream.ptr)
         return self._event.handle.hex()
 
     def spin(self, milliseconds: int) -> None:
@@ -58,7 +59,7 @@ class DeviceEngine:
             kernel((1,), (1,), (self._cupy.int64(milliseconds * 1_000_000),))
         for address, size in self._made:
             self._runtime.memsetAsync(address, 0xEE, size, self._stream.ptr)
-        self._event.record(self._stream.ptr)
+        self._event.record()
 
     def matmul(self, seconds: float) -> float:
         import torch

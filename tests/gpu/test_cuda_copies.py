@@ -16,8 +16,9 @@ from tests.ops.copy_jobs import RandomMemory, copy_slowly, random_copies, random
 
 from kvtier_ops.copy_engine import CopyJob, CopyResult
 from kvtier_ops.cuda import CudaCopyEngine
+from kvtier_ops.cuda_export import export_cuda
 from kvtier_ops.fragments import CopyRefused, Direction, Means, PlacedCopy
-from kvtier_ops.ipc import HandleError, MemoryHandle, export_cuda
+from kvtier_ops.ipc import HandleError, MemoryHandle
 from kvtier_ops.layout import GroupLayout, TensorLayout
 from kvtier_ops.plan import ChunkCopy
 
@@ -227,7 +228,8 @@ def test_a_handle_of_a_process_that_was_killed_is_refused(engine: CudaCopyEngine
 
 _EXPANDABLE = """
 import torch
-from kvtier_ops.ipc import HandleError, export_cuda
+from kvtier_ops.cuda_export import export_cuda
+from kvtier_ops.ipc import HandleError
 tensor = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
 try:
     print(export_cuda(tensor.data_ptr(), 1 << 20, 4096, 256))

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tests.conftest import StartDaemon
 from tests.daemon_process import DaemonProcess, state_of, wait_until
 from tests.integration.test_transfer import helper_pid
 from tests.stall import Stall
 
+from kvtier_client import transfers
 from kvtier_client.bench.block_client import BlockClient, chunk_key
 from kvtier_client.context import ReqContext
 from kvtier_client.jobs import JobId, JobResult, LoadJob, StoreJob
@@ -42,49 +44,64 @@ class RemoteRank(BlockClient):
         self.shim = WorkerShim(self.worker, HostTensors([[self.blocks]]), [layout], 1, 0, remote=self.remote)
         self._job_ids = iter(range(1, 1_000))
 
-    def store(self, numbers: range, block_ids: list[int]) -> JobId:
-        """Begin to store blocks as chunks."""
+    def prepared_store(self, numbers: range, block_ids: list[int]) -> StoreJob:
+        """Make a job that stores blocks as chunks."""
         keys = [chunk_key(number) for number in numbers]
         grant = self.scheduler.prepare_store(ReqContext(f"store-{numbers.start}", None), keys)
         assert len(grant.slot_ids) == len(keys), grant.reason
-        job_id = JobId(next(self._job_ids))
-        self.shim.submit_store(
-            StoreJob(
-                job_id,
-                self.pool.pool_id,
-                tuple(grant.slot_ids),
-                tuple(grant.generations),
-                tuple(keys),
-                tuple(block_ids),
-                (len(block_ids),),
-                (0,),
-            )
+        return StoreJob(
+            JobId(next(self._job_ids)),
+            self.pool.pool_id,
+            tuple(grant.slot_ids),
+            tuple(grant.generations),
+            tuple(keys),
+            tuple(block_ids),
+            (len(block_ids),),
+            (0,),
         )
-        return job_id
 
-    def load(self, numbers: range, block_ids: list[int]) -> JobId:
-        """Begin to load chunks into blocks."""
+    def store(self, numbers: range, block_ids: list[int]) -> JobId:
+        """Begin to store blocks as chunks."""
+        job = self.prepared_store(numbers, block_ids)
+        self.shim.submit_store(job)
+        return job.job_id
+
+    def prepared_load(self, numbers: range, block_ids: list[int]) -> LoadJob:
+        """Make a job that loads chunks into blocks."""
         keys = [chunk_key(number) for number in numbers]
         answer = self.scheduler.lookup(ReqContext(f"load-{numbers.start}", None), keys)
         assert len(answer.slot_ids) == len(keys), answer
-        job_id = JobId(next(self._job_ids))
         lease_id = self.scheduler.new_lease_id()
         self.scheduler.start_load(answer.lease_id, lease_id, answer.slot_ids)
         self.scheduler.flush()
-        self.shim.submit_load(
-            LoadJob(
-                job_id,
-                self.pool.pool_id,
-                tuple(answer.slot_ids),
-                tuple(answer.generations),
-                tuple(keys),
-                tuple(block_ids),
-                (len(block_ids),),
-                (0,),
-                lease_id,
-            )
+        return LoadJob(
+            JobId(next(self._job_ids)),
+            self.pool.pool_id,
+            tuple(answer.slot_ids),
+            tuple(answer.generations),
+            tuple(keys),
+            tuple(block_ids),
+            (len(block_ids),),
+            (0,),
+            lease_id,
         )
-        return job_id
+
+    def load(self, numbers: range, block_ids: list[int]) -> JobId:
+        """Begin to load chunks into blocks."""
+        job = self.prepared_load(numbers, block_ids)
+        self.shim.submit_load(job)
+        return job.job_id
+
+    def results(self, count: int) -> list[JobResult]:
+        """Wait until so many jobs have ended."""
+        ended: list[JobResult] = []
+
+        def are_there() -> bool:
+            ended.extend(self.shim.get_finished())
+            return len(ended) >= count
+
+        wait_until(are_there, f"{count} jobs end")
+        return ended
 
     def result(self, job_id: JobId) -> JobResult:
         """Wait for the end of a job."""
@@ -226,3 +243,73 @@ def test_memory_that_the_daemon_cannot_open_is_copied_by_the_worker_and_said_alo
         assert rank.result(rank.load(range(4), [8, 9, 10, 11])).ok
         assert np.array_equal(rank.blocks[8:12], rank.blocks[:4])
     rank.shim.close()
+
+
+def quick_to_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers, "PING_S", 0.3)
+
+
+def test_jobs_of_a_daemon_that_is_stopped_end_all_the_same(
+    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick_to_give_up(monkeypatch)
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    with remote_rank(daemon) as rank:
+        rank.store_all(range(4), [0, 1, 2, 3])
+        load = rank.prepared_load(range(4), [8, 9, 10, 11])
+        store = rank.prepared_store(range(20, 24), [0, 1, 2, 3])
+        daemon.signal(signal.SIGSTOP)
+        # The copy process works, and hears nothing of them: what it has not begun it will not.
+        rank.shim.submit_load(load)
+        rank.shim.submit_store(store)
+        ended = rank.results(2)
+        assert {result.job_id for result in ended} == {store.job_id, load.job_id}
+        assert not any(result.ok for result in ended)
+        daemon.signal(signal.SIGCONT)
+        rank.wait_attached()
+        wait_until(lambda: rank.remote.ready, "the daemon copies again")
+        assert rank.result(rank.load(range(4), [8, 9, 10, 11])).ok
+        wait_until(lambda: daemon.status().tiers[0].reserved_slots == 0, "the slots of the store are free")
+
+
+def test_a_load_whose_copy_process_stands_still_with_its_daemon_waits_and_a_store_does_not(
+    start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick_to_give_up(monkeypatch)
+    stall = Stall(tmp_path, "helper.before_job")
+    daemon = start_daemon(pool_bytes=POOL_BYTES, env=stall.env)
+    with remote_rank(daemon) as rank:
+        rank.store_all(range(4), [0, 1, 2, 3])
+        store = rank.prepared_store(range(20, 24), [0, 1, 2, 3])
+        load = hung_load(rank, stall)
+        daemon.signal(signal.SIGSTOP)
+        rank.shim.submit_store(store)
+        (ended,) = rank.results(1)
+        assert ended.job_id == store.job_id, "what is still read for it nobody publishes"
+        # Nobody can tell what the copy process writes when it goes on: the load's blocks are not free.
+        stall.let_go()
+        assert not rank.result(load).ok
+        daemon.signal(signal.SIGCONT)
+
+
+def test_a_load_ends_when_its_copy_does_though_no_session_ever_follows(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    stall = Stall(tmp_path, "helper.before_job")
+    daemon = start_daemon(pool_bytes=POOL_BYTES, env=stall.env)
+    with remote_rank(daemon) as rank:
+        rank.store_all(range(4), [0, 1, 2, 3])
+        load = hung_load(rank, stall)
+        owners, aside = daemon.pool_directory / "owners", daemon.pool_directory / "aside"
+        owners.rename(aside)
+        owners.touch()  # no lock file can be made any more, and without one there is no session
+        stream = rank.remote._stream
+        assert stream is not None
+        assert stream._call is not None
+        stream._call.cancel()
+        wait_until(lambda: "no lock file can be made" in rank.worker.away_reason, "it cannot attach")
+        assert rank.shim.get_finished() == []
+        stall.let_go()
+        assert not rank.result(load).ok
+        owners.unlink()
+        aside.rename(owners)

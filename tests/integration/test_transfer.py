@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tests.raw_engine import PART_BYTES, refusal, to_keys
 from kvtier.v1 import offload_pb2 as pb
 from kvtier.v1 import transfer_pb2 as tpb
 from kvtier_ops.checksum import part_checksum
-from kvtier_ops.locks import owner_lock_is_free
+from kvtier_ops.locks import CopyGate, owner_lock_is_free
 
 POOL_BYTES = 256 * PART_BYTES
 
@@ -360,3 +360,147 @@ def test_a_scheduler_has_no_memory_to_register(daemon: DaemonProcess, make_trans
     request.session_id = "nobody"
     refused = refusal(lambda: own.stub.RegisterMemory(request))
     assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "SESSION_UNKNOWN")
+
+
+def test_a_store_that_is_reported_before_its_copy_is_over_is_neither_published_nor_free(
+    start_daemon: StartDaemon, make_transfer: MakeTransfer
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    own = make_transfer(daemon)
+    rows = own.fill([3, 4], 10)
+    granted = own.engine.take_credits(2)
+    keys = to_keys(range(80, 82))
+    slots = {"slot_ids": list(granted.slot_ids), "generations": list(granted.generations)}
+
+    def report(checksums: Sequence[int], failed: Sequence[int] = ()) -> list[int]:
+        reported = pb.StoreReport(**slots, keys=keys, checksums=checksums, failed=failed)  # type: ignore[arg-type]
+        answered = own.engine.complete(own.engine.workers[0], store_reports=[reported])
+        return list(answered.store_reports[0].statuses)
+
+    helper = helper_pid(daemon)
+    os.kill(helper, signal.SIGSTOP)
+    own.send(STORE, granted.slot_ids, granted.generations, [3, 4])
+    own.wait_begun()
+    unknown = [pb.COMPLETE_STATUS_UNKNOWN] * 2
+    assert report([0, 0]) == report([0, 0], failed=[1]) == unknown
+    returned = own.engine.complete(credit_returns=[pb.CreditReturn(**slots)])
+    assert list(returned.credit_returns[0].statuses) == unknown
+    # The lease's end is the scheduler's word too that the slots were never handed out.
+    own.engine.complete(released_lease_ids=[own.engine.new_lease_id() - 1])
+    assert daemon.status().tiers[0].reserved_slots == 2
+    assert set(own.engine.lookup(keys).statuses) == {pb.LOOKUP_STATUS_MISS}
+    os.kill(helper, signal.SIGCONT)
+    answer = own.answer()
+    assert answer.ok
+    assert report(answer.checksums) == [], "it is published"
+    assert own.load(keys, [9, 10]).ok
+    assert np.array_equal(own.tensors[:, [9, 10]], rows)
+    assert reserved(daemon) == 0
+
+
+def test_copies_of_the_daemon_are_counted_by_who_made_them_and_shown(
+    start_daemon: StartDaemon, make_transfer: MakeTransfer
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    own = make_transfer(daemon)
+    own.fill([0, 1], 11)
+    own.store(to_keys([90, 91]), [0, 1])
+    own.load(to_keys([90]), [2])
+    metrics = daemon.page("/metrics")[1]
+    for direction, num_bytes in (("store", 2 * PART_BYTES), ("load", PART_BYTES)):
+        sample = f'kvtier_transfer_bytes_total{{direction="{direction}",path="remote_host"}}'
+        assert f"{sample} {float(num_bytes)}" in metrics
+        assert f'kvtier_transfer_bytes_total{{direction="{direction}",path="shm"}} 0.0' in metrics
+    status = daemon.status()
+    assert [session.path for session in status.sessions] == ["", "remote_host"]
+    (device,) = status.copy_devices
+    assert (device.device, device.state, device.memories, device.jobs) == ("host", "serving", 1, 0)
+    helper = helper_pid(daemon)
+    os.kill(helper, signal.SIGKILL)
+    wait_until(lambda: state_of(helper) == "", "it is gone")
+    assert own.load(to_keys([90]), [2]).ok
+    assert daemon.status().copy_devices[0].restarts == 1
+    wait_until(
+        lambda: 'kvtier_copy_helper_restarts_total{device="host"} 1.0' in daemon.page("/metrics")[1],
+        "the metrics of the next second say so",
+    )
+    assert 'kvtier_pinned_bytes{device="host"} 0.0' in daemon.page("/metrics")[1]
+
+
+LIMITS = """
+[limits]
+transfer_memories = 1
+transfer_tensors = 2
+transfer_devices = 1
+transfer_jobs = 2
+"""
+
+
+def test_each_limit_of_transfers_is_a_setting_that_its_error_names(
+    start_daemon: StartDaemon, make_transfer: MakeTransfer
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES, config=LIMITS)
+    own = make_transfer(daemon)
+    again = refusal(lambda: own.stub.RegisterMemory(own.register_request()))
+    assert again.reason == "LIMIT_TRANSFER_MEMORIES"
+    assert "limits.transfer_memories" in again.message
+    metrics = daemon.page("/metrics")[1]
+    for name, value in (("memories", 1), ("tensors", 2), ("devices", 1), ("jobs", 2), ("answers", 512)):
+        assert f'kvtier_limit{{name="limits.transfer_{name}"}} {float(value)}' in metrics
+
+
+def test_one_device_more_than_the_limit_is_refused_by_name(
+    start_daemon: StartDaemon, make_transfer: MakeTransfer, make_engine: MakeEngine
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES, config="[limits]\ntransfer_devices = 1\n")
+    make_transfer(daemon)
+    other = TransferEngine(make_engine(daemon).attach())
+    gpu = {"kind": tpb.MEMORY_KIND_CUDA_IPC, "device_uuid": bytes(range(16)), "handle": bytes(64)}
+    handles = [message_of(handle, **gpu) for handle in other.handles()]
+    refused = refusal(lambda: other.stub.RegisterMemory(other.register_request(*handles)))
+    assert refused.reason == "LIMIT_TRANSFER_DEVICES"
+    assert "limits.transfer_devices" in refused.message
+    other.close()
+
+
+def test_a_registration_of_more_tensors_than_the_limit_is_refused_by_name(
+    start_daemon: StartDaemon, make_engine: MakeEngine
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES, config="[limits]\ntransfer_tensors = 1\n")
+    own = TransferEngine(make_engine(daemon).attach())
+    refused = refusal(own.register)
+    assert refused.reason == "BAD_REQUEST"
+    assert "limits.transfer_tensors" in refused.message
+    own.close()
+
+
+def test_who_asks_whether_the_daemon_is_there_is_answered_while_as_many_jobs_run_as_may(
+    start_daemon: StartDaemon, make_transfer: MakeTransfer
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES, config=LIMITS)
+    own = make_transfer(daemon)
+    granted = own.engine.prepare_store(to_keys(range(2)))
+    helper = helper_pid(daemon)
+    os.kill(helper, signal.SIGSTOP)
+    for index in range(2):
+        own.send(STORE, granted.slot_ids[index : index + 1], granted.generations[index : index + 1], [index])
+    own.wait_begun()
+    os.kill(helper, signal.SIGCONT)
+    assert {own.answer().ok, own.answer().ok} == {True}
+
+
+def test_nothing_is_copied_for_a_registration_that_its_engine_has_given_up(
+    daemon: DaemonProcess, make_transfer: MakeTransfer
+) -> None:
+    own = make_transfer(daemon)
+    own.fill([0], 12)
+    own.store(to_keys([95]), [0])
+    gate = CopyGate.open(daemon.pool_directory, own.gate_file)
+    assert gate.take(), "nothing is copied now"
+    before = own.tensors.copy()
+    answer = own.load(to_keys([95]), [1])
+    assert list(answer.failures) == [tpb.TRANSFER_FAILURE_ERROR]
+    assert "given this registration up" in answer.message
+    assert np.array_equal(own.tensors, before)
+    gate.close()
+    assert own.load(to_keys([95]), [1]).ok

@@ -40,7 +40,7 @@ class TransferEngine:
         self.memory = SharedAllocation(2 * NUM_BLOCKS * PAGE_BYTES)
         self.tensors = self.memory.data.reshape(2, NUM_BLOCKS, PAGE_BYTES)
         self.memory_id = 0
-        self.lock_file = ""
+        self.lock_file = self.gate_file = ""
         self._job_ids = count(1)
         self._requests: queue.SimpleQueue[tpb.TransferRequest | None] = queue.SimpleQueue()
         self._call: grpc.Call | None = None
@@ -66,6 +66,7 @@ class TransferEngine:
         """Register the tensors."""
         answer = self.stub.RegisterMemory(self.register_request(), timeout=WAIT_S)
         self.memory_id, self.lock_file = answer.memory_id, answer.lock_file
+        self.gate_file = answer.gate_file
 
     def open_stream(self) -> None:
         """Open the stream, and wait until the daemon has it."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from kvtier_ops.ipc import HandleError, MemoryHandle, MemoryKind, SharedAllocati
 from kvtier_ops.layout import GroupLayout, TensorLayout
 from kvtier_ops.plan import ChunkCopy
 from kvtier_ops.pool import Pool
+from kvtier_ops.timeline import SharedTimeline
 
 Bytes = npt.NDArray[np.uint8]
 POOL_BYTES = 1 << 20
@@ -202,6 +204,55 @@ def test_memory_that_is_wrong_is_not_opened(
     engine.open_memory(1, [good], [LAYOUT])
     with pytest.raises(HandleError, match=r"^memory_id: 1 is open already"):
         engine.open_memory(1, [good], [LAYOUT])
+
+
+def test_a_copy_waits_until_the_engines_compute_has_come_to_its_value(
+    engine: HostCopyEngine, memory_of: Callable[[int], SharedAllocation], pool_bytes: Bytes
+) -> None:
+    timeline = SharedTimeline()
+    try:
+        allocation = memory_of(2048)
+        engine.open_memory(1, [handles_of(allocation)], [LAYOUT], timeline.handle)
+        first, second = timeline.record(), timeline.record()
+        engine.submit(replace(job(1, Direction.STORE, 0), wait_value=second))
+        engine.submit(replace(job(2, Direction.LOAD, 1, part=4096), wait_value=first))
+        timeline.reach(first)
+        assert [result.job_id for result in wait_for(engine, 1)] == [2]
+        allocation.data[:64] = 7  # what the compute still writes
+        assert not (pool_bytes[:64] == 7).all()
+        timeline.reach(second)
+        assert [(result.job_id, result.ok) for result in wait_for(engine, 1)] == [(1, True)]
+        assert (pool_bytes[:64] == 7).all()
+        engine.submit(replace(job(3, Direction.STORE, 0), wait_value=timeline.record()))
+        engine.close_memory(1)
+        (closed,) = wait_for(engine, 1)
+        assert "closed" in closed.message, "memory that is closed waits for nothing"
+    finally:
+        timeline.close()
+
+
+def test_an_engine_that_dies_in_its_compute_holds_nobody_up(
+    engine: HostCopyEngine,
+    memory_of: Callable[[int], SharedAllocation],
+    start_child: Callable[..., subprocess.Popen[str]],
+) -> None:
+    child = start_child(
+        "import sys\nfrom kvtier_ops.timeline import SharedTimeline\n"
+        "made = SharedTimeline()\nprint(made.handle.decode(), flush=True)\nsys.stdin.read()"
+    )
+    assert child.stdout is not None
+    name = child.stdout.readline().strip()
+    engine.open_memory(1, [handles_of(memory_of(2048))], [LAYOUT], name.encode())
+    engine.open_memory(2, [handles_of(memory_of(2048))], [LAYOUT])
+    engine.submit(replace(job(1, Direction.STORE, 0), wait_value=1))
+    engine.submit(job(2, Direction.STORE, 1, part=4096, memory_id=2))
+    assert engine.poll() == []
+    child.kill()
+    child.wait()
+    results = {result.job_id: result for result in wait_for(engine, 2)}
+    assert "the engine is gone" in results[1].message
+    assert results[2].ok
+    assert not os.path.exists(f"/dev/shm/{name}")
 
 
 def test_a_load_does_not_wait_for_stores(

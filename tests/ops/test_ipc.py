@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from kvtier_ops.cuda_export import ExportedEvent, export_cuda
 from kvtier_ops.ipc import (
     MAX_TENSORS,
-    ExportedEvent,
     HandleError,
     MemoryHandle,
     MemoryKind,
     SharedAllocation,
     check_registration,
-    export_cuda,
     export_shared,
     find_overlap,
     open_shared,
@@ -221,14 +220,14 @@ def test_shared_memory_of_a_process_that_was_killed_is_refused_and_removed(
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a CUDA driver")
 def test_exporting_device_memory_without_a_driver_is_an_error_that_names_the_way_out() -> None:
-    for export in (lambda: export_cuda(4096, 4096, 4096, 1), ExportedEvent):
+    for export in (lambda: export_cuda(4096, 4096, 4096, 1), lambda: ExportedEvent(lambda: 0)):
         with pytest.raises(HandleError, match=r"^kind: .*; set transfer = shm$"):
             export()
 
 
 def test_importing_the_ops_loads_no_gpu_library(start_child: Callable[..., object]) -> None:
     child = start_child(
-        "import sys, kvtier_ops.copy_engine, kvtier_ops.cuda, kvtier_ops.ipc, kvtier_ops.fragments\n"
+        "import sys, kvtier_ops.copy_engine, kvtier_ops.cuda, kvtier_ops.cuda_export, kvtier_ops.fragments\n"
         "print(sorted({'torch', 'cupy', 'cuda'} & set(sys.modules)))"
     )
     assert child.stdout.readline().strip() == "[]"  # type: ignore[attr-defined]

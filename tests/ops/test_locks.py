@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from kvtier_ops.locks import DaemonLock, OwnerLock, PoolBusy, held_owner_locks, owner_lock_is_free
+from kvtier_ops.locks import (
+    CopyGate,
+    DaemonLock,
+    OwnerLock,
+    PoolBusy,
+    held_owner_locks,
+    owner_lock_is_free,
+)
 from kvtier_ops.pool import PoolDirectoryError
 
 from .conftest import StartChild
@@ -174,3 +181,53 @@ def test_locks_refuse_a_directory_that_others_can_reach(pool_directory: Path) ->
         OwnerLock.acquire(pool_directory)
     with pytest.raises(PoolDirectoryError, match="mode 0755"):
         DaemonLock.acquire(pool_directory)
+
+
+def test_a_gate_is_the_engines_when_no_copy_runs_and_then_none_begins(pool_directory: Path) -> None:
+    name = CopyGate.create(pool_directory)
+    copies, engine = CopyGate.open(pool_directory, name), CopyGate.open(pool_directory, name)
+    CopyGate.remove(pool_directory, name)  # who has it open keeps it
+    assert copies.enter()
+    assert copies.enter()
+    assert not engine.take()
+    copies.leave()
+    assert not engine.take(), "one copy still runs"
+    copies.close()  # which waits for that one
+    assert not engine.take()
+    copies.leave()
+    assert engine.take()
+    assert engine.take(), "it has it"
+    assert not copies.enter()
+    engine.close()
+    assert not engine.take(), "it has let go of it"
+
+
+def test_a_gate_is_free_when_the_process_that_copied_is_killed(
+    pool_directory: Path, start_child: StartChild
+) -> None:
+    name = CopyGate.create(pool_directory)
+    engine = CopyGate.open(pool_directory, name)
+    child = start_child(
+        "import sys\nfrom pathlib import Path\nfrom kvtier_ops.locks import CopyGate\n"
+        "gate = CopyGate.open(Path(sys.argv[1]), sys.argv[2])\n"
+        "print(gate.enter(), flush=True)\nsys.stdin.read()",
+        str(pool_directory),
+        name,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline().strip() == "True"
+    assert not engine.take()
+    child.kill()
+    child.wait()
+    assert engine.take()
+
+
+def test_a_gate_is_only_opened_by_its_name(pool_directory: Path) -> None:
+    CopyGate.create(pool_directory)
+    for name in ("../daemon.lock", "", "ABC", "a/b"):
+        with pytest.raises(PoolDirectoryError, match="not the name of a gate"):
+            CopyGate.open(pool_directory, name)
+    with pytest.raises(FileNotFoundError):
+        CopyGate.open(pool_directory, "abc")
+    CopyGate.remove_all(pool_directory)
+    assert not list((pool_directory / "gates").iterdir())

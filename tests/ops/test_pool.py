@@ -264,8 +264,9 @@ def test_a_closed_pool_says_so_and_frees_its_lock_and_descriptors(pool_directory
 def test_removing_a_pool_leaves_its_clients_their_memory(pool_directory: Path) -> None:
     pool = backed_pool(pool_directory)
     client = MappedPool.open(pool.path, pool.pool_id)
-    (pool_directory / "owners").mkdir(0o700)
-    (pool_directory / "owners" / "abc").touch()
+    for locks in ("owners", "gates"):
+        (pool_directory / locks).mkdir(0o700)
+        (pool_directory / locks / "abc").touch()
     pool.remove()
     assert not pool_directory.exists()
     client.data[:] = 1

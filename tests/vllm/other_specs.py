@@ -37,7 +37,8 @@ class CopyingWorker(OffloadingWorker):
     """Copies between the device blocks and an array of chunks, when a job is submitted."""
 
     def __init__(self, kv_caches: CanonicalKVCaches, facts: NamespaceFacts, num_chunks: int) -> None:
-        self._tensors, self._layouts = bind_tensors(kv_caches, facts)
+        bound = bind_tensors(kv_caches, facts)
+        self._tensors, self._layouts = bound.on_host(), bound.layouts
         self._blocks_per_chunk = facts.blocks_per_chunk
         self._chunks = np.zeros((num_chunks, facts.groups[0].part_bytes), np.uint8)
         self._finished: list[TransferResult] = []

@@ -48,6 +48,8 @@ class KVTierWorkerMetadata(OffloadingWorkerMetadata):
     failed_keys: dict[str, set[bytes]] = field(default_factory=dict)
     """Request id -> keys that did not arrive."""
     failure_reasons: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    """Why workers copy through shared memory themselves and should not have to, since the last step."""
 
     @classmethod
     def of(cls, meta: OffloadingWorkerMetadata) -> KVTierWorkerMetadata:
@@ -66,10 +68,12 @@ class KVTierWorkerMetadata(OffloadingWorkerMetadata):
         merged = self.of(super().aggregate(other))
         merged.failed_keys = {req_id: set(keys) for req_id, keys in self.failed_keys.items()}
         merged.failure_reasons = Counter(self.failure_reasons)
+        merged.fallbacks = Counter(self.fallbacks)
         if isinstance(other, KVTierWorkerMetadata):
             for req_id, keys in other.failed_keys.items():
                 merged.failed_keys.setdefault(req_id, set()).update(keys)
             merged.failure_reasons.update(other.failure_reasons)
+            merged.fallbacks.update(other.fallbacks)
         return merged
 
 
@@ -158,6 +162,8 @@ class KVTierConnector(OffloadingConnector):
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, KVTierWorkerMetadata) and meta.failed_keys:
             self._manager.note_failed_loads(meta.failed_keys, meta.failure_reasons)
+        if isinstance(meta, KVTierWorkerMetadata) and meta.fallbacks:
+            self._manager.note_fallbacks(meta.fallbacks)
         super().update_connector_output(connector_output)
 
     # Workers
@@ -180,19 +186,25 @@ class KVTierConnector(OffloadingConnector):
 
     def build_connector_worker_meta(self) -> OffloadingWorkerMetadata | None:
         meta = super().build_connector_worker_meta()
-        if meta is None and not self._unreported:
+        fallbacks = self._worker.take_fallbacks()
+        if meta is None and not self._unreported and not fallbacks:
             return None
         told = KVTierWorkerMetadata.of(OffloadingWorkerMetadata() if meta is None else meta)
+        told.fallbacks.update(fallbacks)
         for load in self._unreported:
             told.add(load)
         self._unreported = ()
         return told
 
-    def _take_failed_loads(self) -> None:
+    @property
+    def _worker(self) -> KVTierOffloadingWorker:
         assert self.connector_worker is not None
         worker = self.connector_worker.worker
         assert isinstance(worker, KVTierOffloadingWorker), f"worker is a {type(worker).__name__}"
-        failed = worker.take_failed_loads()
+        return worker
+
+    def _take_failed_loads(self) -> None:
+        failed = self._worker.take_failed_loads()
         if not failed:
             return
         self._unreported += tuple(failed)

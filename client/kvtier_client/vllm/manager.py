@@ -147,6 +147,11 @@ class KVTierOffloadingManager(OffloadingManager):
         self._metrics.note_failed_loads(reasons)
 
     @_otherwise(None)
+    def note_fallbacks(self, reasons: Mapping[str, int]) -> None:
+        """Hear that workers copy through shared memory themselves and should not have to."""
+        self._metrics.note_fallbacks(reasons)
+
+    @_otherwise(None)
     def note_scheduled(self, preempted: Collection[str], scheduled: Iterable[str]) -> None:
         """Hear who lost its blocks and who has blocks again, before the stores of a step are prepared.
 

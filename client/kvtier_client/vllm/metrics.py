@@ -23,6 +23,7 @@ LOOKUP_WAIT = "vllm:kvtier_lookup_wait_seconds"
 AWAY_MISSES = "vllm:kvtier_away_misses"
 STORES_SKIPPED = "vllm:kvtier_stores_skipped"
 LOADS_FAILED = "vllm:kvtier_loads_failed"
+TRANSFER_FALLBACKS = "vllm:kvtier_transfer_fallbacks"
 
 METRIC_DEFINITIONS: Mapping[str, OffloadingMetricMetadata] = {
     LOOKUP_WAIT: OffloadingHistogramMetadata(
@@ -40,6 +41,11 @@ METRIC_DEFINITIONS: Mapping[str, OffloadingMetricMetadata] = {
         documentation="Chunks whose load failed and that are computed instead, by reason.",
         labelnames=("reason",),
     ),
+    TRANSFER_FALLBACKS: OffloadingCounterMetadata(
+        documentation="How often a worker on a GPU had to copy through shared memory itself: its memory "
+        "could not be exported, or the daemon refused it. Its log says why and what to change.",
+        labelnames=("reason",),
+    ),
 }
 
 _AWAY_COUNTERS = ("away_misses", "breaker_misses", "deadline_misses")
@@ -53,6 +59,7 @@ class MetricCollector:
         self._client_stats = client_stats
         self._skipped: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
+        self._fallbacks: Counter[str] = Counter()
         self._away = 0
         self._num_events = 0
         self._num_skipped = 0
@@ -61,15 +68,19 @@ class MetricCollector:
         """Count chunks whose load failed."""
         self._failed.update(reasons)
 
+    def note_fallbacks(self, reasons: Mapping[str, int]) -> None:
+        """Count workers that copy through shared memory themselves and should not have to."""
+        self._fallbacks.update(reasons)
+
     def collect(self) -> OffloadingConnectorStats | None:
         """Return what happened since the last call; None = nothing, as after most steps."""
-        if self._shim.num_events == self._num_events and not self._failed:
+        if self._shim.num_events == self._num_events and not self._failed and not self._fallbacks:
             return None
         self._num_events = self._shim.num_events
         waits = self._shim.take_waits()
         away = self._new_away_misses()
         skipped = self._newly_skipped()
-        if not (waits or away or skipped or self._failed):
+        if not (waits or away or skipped or self._failed or self._fallbacks):
             return None
         stats = OffloadingConnectorStats()
         for wait in waits:
@@ -80,7 +91,10 @@ class MetricCollector:
             stats.increase_counter(STORES_SKIPPED, count, (reason,))
         for reason, count in self._failed.items():
             stats.increase_counter(LOADS_FAILED, count, (reason,))
+        for reason, count in self._fallbacks.items():
+            stats.increase_counter(TRANSFER_FALLBACKS, count, (reason,))
         self._failed.clear()
+        self._fallbacks.clear()
         return stats
 
     def _new_away_misses(self) -> int:

@@ -59,7 +59,9 @@ class Settings:
     promotion_wait_ms: int = 2000
     """How long a request waits for a chunk that is on its way from a lower tier."""
     transfer: Transfer = "auto"
-    """How bytes move. `auto` takes the best path that is there."""
+    """How bytes move: `shm` = the engine copies through the mapped pool, `cuda_ipc` = the daemon copies to
+    and from the GPU's memory. `auto` = `cuda_ipc` on a GPU, `shm` where that cannot be, which is said
+    aloud."""
     weights_id: str | None = None
     """Names the weights. Engines share chunks only under the same one. None: made from the weights' files."""
     tenant: str = ""
@@ -152,11 +154,6 @@ class _Reader:
         if not isinstance(found, str) or found not in allowed:
             self._refuse(key, "one of " + ", ".join(f'"{name}"' for name in allowed))
             return default
-        if found == "cuda_ipc":
-            self.problems.append(
-                f'{key}: "cuda_ipc" is not built yet (UNIMPLEMENTED); use "auto", or "shm" to be sure of '
-                "copies through shared memory"
-            )
         return found
 
     def text(self, key: str, max_bytes: int) -> str:

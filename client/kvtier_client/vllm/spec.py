@@ -22,6 +22,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from kvtier_client.client import OffloadClient
 from kvtier_client.options import Role
 from kvtier_client.vllm.connector import adopt
+from kvtier_client.vllm.device import Device
 from kvtier_client.vllm.facts import engine_facts, engine_identity, group_ids, namespace_facts
 from kvtier_client.vllm.keys import ChunkKeys
 from kvtier_client.vllm.manager import KVTierOffloadingManager
@@ -69,6 +70,10 @@ class KVTierOffloadingSpec(OffloadingSpec):
             load_source=_host_memory(),
         )
 
+    def device(self) -> Device | None:
+        """Return where the KV tensors are; None = as torch says. A border for tests without a GPU."""
+        return None
+
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self._engine is None:
             adopt(_connectors_of_this_worker())
@@ -78,6 +83,8 @@ class KVTierOffloadingSpec(OffloadingSpec):
             self._facts,
             kv_caches,
             part=0 if self._facts.num_parts == 1 else self.config.parallel.rank,
+            transfer=self._settings.transfer,
+            device=self.device(),
             verify_loads=self._settings.verify_loads,
             options=self._settings.client_options(),
         )

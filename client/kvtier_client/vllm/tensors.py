@@ -6,13 +6,16 @@ Owns the translation: which bytes of a device block belong to which KV-cache gro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
 from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCaches
 
+from kvtier_client.vllm.device import Device
 from kvtier_ops.host import Bytes, HostTensors
+from kvtier_ops.ipc import HandleError, MemoryHandle
 from kvtier_ops.layout import GroupLayout, TensorLayout
 from kvtier_ops.namespace import NamespaceFacts
 
@@ -21,10 +24,53 @@ class UnsupportedTensors(ValueError):
     """These tensors cannot be copied by this version. Raised when the engine starts."""
 
 
-def bind_tensors(
-    kv_caches: CanonicalKVCaches, facts: NamespaceFacts
-) -> tuple[HostTensors, tuple[GroupLayout, ...]]:
-    """Return one rank's tensors by group, and how its part of a chunk is laid out.
+@dataclass(frozen=True, slots=True)
+class BoundTensors:
+    """One rank's tensors by group, and how its part of a chunk is laid out. None stands for padding."""
+
+    groups: tuple[tuple[torch.Tensor | None, ...], ...]
+    """int8, shape (num_blocks, row_bytes); rows may lie apart, and be longer than the layout's pages."""
+    layouts: tuple[GroupLayout, ...]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors, those of several groups several times."""
+        return [tensor for group in self.groups for tensor in group if tensor is not None]
+
+    def on_host(self) -> HostTensors:
+        """Return them as numpy's, for memory of the CPU."""
+        groups = []
+        for group, layout in zip(self.groups, self.layouts, strict=True):
+            num_blocks = next(len(tensor) for tensor in group if tensor is not None)
+            groups.append(
+                [
+                    _padding(num_blocks, column.page_bytes) if tensor is None else _host_pages(tensor)
+                    for tensor, column in zip(group, layout.tensors, strict=True)
+                ]
+            )
+        return HostTensors(groups)
+
+    def export(self, device: Device) -> list[list[MemoryHandle]]:
+        """Name them all for the daemon's process. Raises HandleError."""
+        exported: dict[int, MemoryHandle] = {}
+        groups: list[list[MemoryHandle]] = []
+        for number, group in enumerate(self.groups):
+            handles = []
+            for tensor in group:
+                if tensor is None:
+                    raise HandleError(
+                        f"groups: the layers of KV-cache group {number} take fewer bytes than those of "
+                        "others, and the daemon's copies have no filling for it yet; set transfer = shm"
+                    )
+                if id(tensor) not in exported:
+                    exported[id(tensor)] = device.export(tensor)
+                handles.append(exported[id(tensor)])
+            groups.append(handles)
+        return groups
+
+
+def bind_tensors(kv_caches: CanonicalKVCaches, facts: NamespaceFacts) -> BoundTensors:
+    """Look which bytes of a device block belong to which group. Copies nothing.
 
     Scheduler and workers agree on `part_bytes` before any tensor exists, and on the same for every group:
     all bytes that a device block of one rank takes. A group whose own layers take fewer is filled up with a
@@ -35,30 +81,25 @@ def bind_tensors(
             f"vLLM registered tensors of {len(kv_caches.group_data_refs)} KV-cache groups, "
             f"its configuration names {len(facts.groups)}"
         )
-    pages = [_host_pages(each.tensor, index) for index, each in enumerate(kv_caches.tensors)]
-    groups: list[list[Bytes]] = []
+    pages = [each.tensor.view(torch.int8) for each in kv_caches.tensors]
+    for index, tensor in enumerate(pages):
+        assert tensor.ndim == 2, f"KV tensor {index} has shape {tuple(tensor.shape)}"
+    groups: list[tuple[torch.Tensor | None, ...]] = []
     layouts: list[GroupLayout] = []
     for group, refs in enumerate(kv_caches.group_data_refs):
-        tensors = [pages[ref.tensor_idx] for ref in refs]
+        tensors: list[torch.Tensor | None] = [pages[ref.tensor_idx] for ref in refs]
         columns = [TensorLayout(f"tensor.{ref.tensor_idx}", ref.page_size_bytes) for ref in refs]
         missing = _missing_bytes(group, refs, facts)
         if missing:
-            tensors.append(_padding(len(tensors[0]), missing))
+            tensors.append(None)
             columns.append(TensorLayout("padding", missing))
-        groups.append(tensors)
+        groups.append(tuple(tensors))
         layouts.append(GroupLayout(tuple(columns), facts.blocks_per_chunk))
-    return HostTensors(groups), tuple(layouts)
+    return BoundTensors(tuple(groups), tuple(layouts))
 
 
-def _host_pages(tensor: torch.Tensor, index: int) -> Bytes:
-    """Return a tensor of shape (num_blocks, page_bytes), int8, as uint8; rows may lie apart."""
-    if tensor.device.type != "cpu":
-        raise UnsupportedTensors(
-            f"KV tensor {index} is on {tensor.device}: this version of kvtier copies host memory only, the "
-            "CUDA path is not built yet. Run vLLM without kvtier's --kv-transfer-config on this device"
-        )
-    pages = tensor.view(torch.int8).numpy().view(np.uint8)
-    assert pages.ndim == 2, f"KV tensor {index} has shape {pages.shape}"
+def _host_pages(tensor: torch.Tensor) -> Bytes:
+    pages: Bytes = tensor.numpy().view(np.uint8)
     return pages
 
 

@@ -7,6 +7,7 @@ scheduler. No call raises into the engine. Runs on the worker's main thread only
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,10 @@ from vllm.v1.kv_offload.base import (
 from kvtier_client.client import OffloadClient
 from kvtier_client.jobs import CopyFailure, JobId, JobResult, LoadJob, StoreJob
 from kvtier_client.options import ClientOptions, EngineIdentity
+from kvtier_client.vllm.device import Device
 from kvtier_client.vllm.load_store import KVTierLoadSpec, KVTierStoreSpec
+from kvtier_client.vllm.paths import choose_path
+from kvtier_client.vllm.settings import Transfer
 from kvtier_client.vllm.tensors import bind_tensors
 from kvtier_client.worker import VerifyLoads, WorkerShim
 from kvtier_ops.namespace import NamespaceFacts
@@ -64,14 +68,25 @@ class KVTierOffloadingWorker(OffloadingWorker):
         kv_caches: CanonicalKVCaches,
         part: int,
         *,
+        transfer: Transfer = "auto",
+        device: Device | None = None,
         verify_loads: VerifyLoads = "always",
         options: ClientOptions | None = None,
     ) -> None:
-        tensors, layouts = bind_tensors(kv_caches, facts)
-        geometry = [layout.tensors for layout in layouts]
+        """`device`: where the tensors are, None = as torch says."""
+        bound = bind_tensors(kv_caches, facts)
+        geometry = [layout.tensors for layout in bound.layouts]
         self._client = OffloadClient(address, identity, facts, geometry=geometry, options=options)
+        path = choose_path(transfer, bound, address, device)
+        self._fallbacks: Counter[str] = Counter({"export": 1} if path.problem else {})
         self._shim = WorkerShim(
-            self._client, tensors, layouts, facts.blocks_per_chunk, part, verify_loads=verify_loads
+            self._client,
+            path.tensors,
+            bound.layouts,
+            facts.blocks_per_chunk,
+            part,
+            verify_loads=verify_loads,
+            remote=path.remote,
         )
         self._loads: dict[int, _Load] = {}
         self._failed: list[FailedLoad] = []
@@ -171,6 +186,16 @@ class KVTierOffloadingWorker(OffloadingWorker):
             return ()
         failed, self._failed = self._failed, []
         return failed
+
+    def take_fallbacks(self) -> Counter[str]:
+        """Return why this worker copies itself and should not have to, since the last call: times by
+        reason.
+        """
+        fallbacks, self._fallbacks = self._fallbacks, Counter()
+        refused = self._shim.take_refusals()
+        if refused:
+            fallbacks["refused"] += refused
+        return fallbacks
 
     def wait(self, job_ids: set[int]) -> None:
         self._shim.wait([JobId(job_id) for job_id in job_ids])

@@ -313,6 +313,7 @@ class GetStatusResponse(_message.Message):
     LOOKUP_TOKENS_FIELD_NUMBER: _builtins.int
     TRANSFERS_FIELD_NUMBER: _builtins.int
     LOADS_TORN_FIELD_NUMBER: _builtins.int
+    COPY_DEVICES_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.str
     """Boot of the daemon that answers."""
     version: _builtins.str
@@ -359,6 +360,10 @@ class GetStatusResponse(_message.Message):
     def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferStatus]:
         """Copies between engines and the pool, by direction and path; those that never happened too, with 0 bytes."""
 
+    @_builtins.property
+    def copy_devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___CopyDeviceStatus]:
+        """Copy processes of devices, by device; empty where every engine copies itself."""
+
     def __init__(
         self,
         *,
@@ -377,14 +382,61 @@ class GetStatusResponse(_message.Message):
         lookup_tokens: _builtins.int = ...,
         transfers: _abc.Iterable[Global___TransferStatus] | None = ...,
         loads_torn: _builtins.int = ...,
+        copy_devices: _abc.Iterable[Global___CopyDeviceStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "checksum_failures", b"checksum_failures", "evictions", b"evictions", "leases", b"leases", "loads_torn", b"loads_torn", "lookup_keys", b"lookup_keys", "lookup_tokens", b"lookup_tokens", "pool", b"pool", "sessions", b"sessions", "state", b"state", "store_refused", b"store_refused", "tiers", b"tiers", "transfers", b"transfers", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "checksum_failures", b"checksum_failures", "copy_devices", b"copy_devices", "evictions", b"evictions", "leases", b"leases", "loads_torn", b"loads_torn", "lookup_keys", b"lookup_keys", "lookup_tokens", b"lookup_tokens", "pool", b"pool", "sessions", b"sessions", "state", b"state", "store_refused", b"store_refused", "tiers", b"tiers", "transfers", b"transfers", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class CopyDeviceStatus(_message.Message):
+    """The copy process of one device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    MEMORIES_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    PINNED_BYTES_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """UUID of the GPU in hex; "host" = shared memory in place of one."""
+    state: _builtins.str
+    """"serving", "starting", "unused", or why there is none."""
+    restarts: _builtins.int
+    """How often it was begun anew after one that had ended."""
+    memories: _builtins.int
+    """Registrations that are open."""
+    jobs: _builtins.int
+    """Copies under way."""
+    pinned_bytes: _builtins.int
+    """Bytes of the pool that it has pinned so far; 0 where there is no GPU."""
+    problem: _builtins.str
+    """What makes copies slower than they could be; empty where nothing does."""
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        state: _builtins.str = ...,
+        restarts: _builtins.int = ...,
+        memories: _builtins.int = ...,
+        jobs: _builtins.int = ...,
+        pinned_bytes: _builtins.int = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "jobs", b"jobs", "memories", b"memories", "pinned_bytes", b"pinned_bytes", "problem", b"problem", "restarts", b"restarts", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyDeviceStatus: _TypeAlias = CopyDeviceStatus  # noqa: Y015
 
 @_typing.final
 class PoolStatus(_message.Message):
@@ -439,6 +491,7 @@ class SessionStatus(_message.Message):
     AGE_SECONDS_FIELD_NUMBER: _builtins.int
     PINNED_CHUNKS_FIELD_NUMBER: _builtins.int
     CREDITS_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Engine."""
     role: _builtins.str
@@ -457,6 +510,10 @@ class SessionStatus(_message.Message):
     """Chunks pinned by the instance."""
     credits: _builtins.int
     """Credits held by the instance."""
+    path: _builtins.str
+    """How a worker's bytes move: "shm" where it copies itself, "cuda_ipc" or "remote_host" where the daemon does;
+    empty for a scheduler.
+    """
     def __init__(
         self,
         *,
@@ -469,10 +526,11 @@ class SessionStatus(_message.Message):
         age_seconds: _builtins.float = ...,
         pinned_chunks: _builtins.int = ...,
         credits: _builtins.int = ...,
+        path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "credits", b"credits", "engine_id", b"engine_id", "model", b"model", "namespace", b"namespace", "pinned_chunks", b"pinned_chunks", "rank", b"rank", "role", b"role", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "credits", b"credits", "engine_id", b"engine_id", "model", b"model", "namespace", b"namespace", "path", b"path", "pinned_chunks", b"pinned_chunks", "rank", b"rank", "role", b"role", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

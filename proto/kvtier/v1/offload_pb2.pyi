@@ -157,7 +157,7 @@ class _CompleteStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Comple
     COMPLETE_STATUS_ALREADY: _CompleteStatus.ValueType  # 2
     """Done before; the last 65,536 are remembered."""
     COMPLETE_STATUS_UNKNOWN: _CompleteStatus.ValueType  # 3
-    """Not known, or not this instance's."""
+    """Not known, or not this instance's, or a Transfer that writes it is not over: report it after its answer."""
     COMPLETE_STATUS_EXPIRED: _CompleteStatus.ValueType  # 4
     """Its lease had expired; nothing is published."""
     COMPLETE_STATUS_STALE_GENERATION: _CompleteStatus.ValueType  # 5
@@ -173,7 +173,7 @@ COMPLETE_STATUS_OK: CompleteStatus.ValueType  # 1
 COMPLETE_STATUS_ALREADY: CompleteStatus.ValueType  # 2
 """Done before; the last 65,536 are remembered."""
 COMPLETE_STATUS_UNKNOWN: CompleteStatus.ValueType  # 3
-"""Not known, or not this instance's."""
+"""Not known, or not this instance's, or a Transfer that writes it is not over: report it after its answer."""
 COMPLETE_STATUS_EXPIRED: CompleteStatus.ValueType  # 4
 """Its lease had expired; nothing is published."""
 COMPLETE_STATUS_STALE_GENERATION: CompleteStatus.ValueType  # 5

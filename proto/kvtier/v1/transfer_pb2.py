@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvtier/v1/transfer.proto\x12\tkvtier.v1\"\xcc\x01\n\x0cMemoryHandle\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.kvtier.v1.MemoryKind\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\x0c\x12\x0e\n\x06handle\x18\x03 \x01(\x0c\x12\x18\n\x10\x61llocation_bytes\x18\x04 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x05 \x01(\x04\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12\x62lock_stride_bytes\x18\x07 \x01(\x04\x12\x12\n\nnum_blocks\x18\x08 \x01(\x04\"7\n\x0bGroupMemory\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.kvtier.v1.MemoryHandle\"i\n\x15RegisterMemoryRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12&\n\x06groups\x18\x02 \x03(\x0b\x32\x16.kvtier.v1.GroupMemory\x12\x14\n\x0c\x65vent_handle\x18\x03 \x01(\x0c\"O\n\x16RegisterMemoryResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x11\n\tmemory_id\x18\x02 \x01(\x06\x12\x11\n\tlock_file\x18\x03 \x01(\t\"\xb8\x02\n\x0fTransferRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\x06\x12/\n\tdirection\x18\x03 \x01(\x0e\x32\x1c.kvtier.v1.TransferDirection\x12\x11\n\tmemory_id\x18\x04 \x01(\x06\x12\x10\n\x08lease_id\x18\x05 \x01(\x06\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12\x13\n\x0bgroup_sizes\x18\x07 \x03(\r\x12\x15\n\rblock_indices\x18\x08 \x03(\r\x12\x10\n\x08slot_ids\x18\t \x03(\x04\x12\x13\n\x0bgenerations\x18\n \x03(\x06\x12\x0c\n\x04keys\x18\x0b \x03(\x0c\x12\x12\n\nwait_value\x18\x0c \x01(\x04\x12\x13\n\x0bgroup_slots\x18\r \x03(\r\x12\x0e\n\x06verify\x18\x0e \x01(\x08\"\xb0\x01\n\x10TransferResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\x06\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x66\x61iled\x18\x03 \x03(\r\x12,\n\x08\x66\x61ilures\x18\x07 \x03(\x0e\x32\x1a.kvtier.v1.TransferFailure\x12\x11\n\tchecksums\x18\x08 \x03(\x06\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x0f\n\x07seconds\x18\x06 \x01(\x01*^\n\nMemoryKind\x12\x1b\n\x17MEMORY_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MEMORY_KIND_CUDA_IPC\x10\x01\x12\x19\n\x15MEMORY_KIND_POSIX_SHM\x10\x02*r\n\x11TransferDirection\x12\"\n\x1eTRANSFER_DIRECTION_UNSPECIFIED\x10\x00\x12\x1c\n\x18TRANSFER_DIRECTION_STORE\x10\x01\x12\x1b\n\x17TRANSFER_DIRECTION_LOAD\x10\x02*\xc9\x01\n\x0fTransferFailure\x12 \n\x1cTRANSFER_FAILURE_UNSPECIFIED\x10\x00\x12\x1d\n\x19TRANSFER_FAILURE_NOT_HELD\x10\x01\x12\x19\n\x15TRANSFER_FAILURE_TORN\x10\x02\x12\x1d\n\x19TRANSFER_FAILURE_MISMATCH\x10\x03\x12\x1f\n\x1bTRANSFER_FAILURE_INCOMPLETE\x10\x04\x12\x1a\n\x16TRANSFER_FAILURE_ERROR\x10\x05\x32\xb1\x01\n\x0fTransferService\x12U\n\x0eRegisterMemory\x12 .kvtier.v1.RegisterMemoryRequest\x1a!.kvtier.v1.RegisterMemoryResponse\x12G\n\x08Transfer\x12\x1a.kvtier.v1.TransferRequest\x1a\x1b.kvtier.v1.TransferResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvtier/v1/transfer.proto\x12\tkvtier.v1\"\xcc\x01\n\x0cMemoryHandle\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.kvtier.v1.MemoryKind\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\x0c\x12\x0e\n\x06handle\x18\x03 \x01(\x0c\x12\x18\n\x10\x61llocation_bytes\x18\x04 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x05 \x01(\x04\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12\x62lock_stride_bytes\x18\x07 \x01(\x04\x12\x12\n\nnum_blocks\x18\x08 \x01(\x04\"7\n\x0bGroupMemory\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.kvtier.v1.MemoryHandle\"i\n\x15RegisterMemoryRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12&\n\x06groups\x18\x02 \x03(\x0b\x32\x16.kvtier.v1.GroupMemory\x12\x14\n\x0c\x65vent_handle\x18\x03 \x01(\x0c\"t\n\x16RegisterMemoryResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x11\n\tmemory_id\x18\x02 \x01(\x06\x12\x11\n\tlock_file\x18\x03 \x01(\t\x12\x11\n\tgate_file\x18\x04 \x01(\t\x12\x10\n\x08max_jobs\x18\x05 \x01(\r\"\xb8\x02\n\x0fTransferRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\x06\x12/\n\tdirection\x18\x03 \x01(\x0e\x32\x1c.kvtier.v1.TransferDirection\x12\x11\n\tmemory_id\x18\x04 \x01(\x06\x12\x10\n\x08lease_id\x18\x05 \x01(\x06\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12\x13\n\x0bgroup_sizes\x18\x07 \x03(\r\x12\x15\n\rblock_indices\x18\x08 \x03(\r\x12\x10\n\x08slot_ids\x18\t \x03(\x04\x12\x13\n\x0bgenerations\x18\n \x03(\x06\x12\x0c\n\x04keys\x18\x0b \x03(\x0c\x12\x12\n\nwait_value\x18\x0c \x01(\x04\x12\x13\n\x0bgroup_slots\x18\r \x03(\r\x12\x0e\n\x06verify\x18\x0e \x01(\x08\"\xb0\x01\n\x10TransferResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\x06\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x66\x61iled\x18\x03 \x03(\r\x12,\n\x08\x66\x61ilures\x18\x07 \x03(\x0e\x32\x1a.kvtier.v1.TransferFailure\x12\x11\n\tchecksums\x18\x08 \x03(\x06\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x0f\n\x07seconds\x18\x06 \x01(\x01*^\n\nMemoryKind\x12\x1b\n\x17MEMORY_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MEMORY_KIND_CUDA_IPC\x10\x01\x12\x19\n\x15MEMORY_KIND_POSIX_SHM\x10\x02*r\n\x11TransferDirection\x12\"\n\x1eTRANSFER_DIRECTION_UNSPECIFIED\x10\x00\x12\x1c\n\x18TRANSFER_DIRECTION_STORE\x10\x01\x12\x1b\n\x17TRANSFER_DIRECTION_LOAD\x10\x02*\xc9\x01\n\x0fTransferFailure\x12 \n\x1cTRANSFER_FAILURE_UNSPECIFIED\x10\x00\x12\x1d\n\x19TRANSFER_FAILURE_NOT_HELD\x10\x01\x12\x19\n\x15TRANSFER_FAILURE_TORN\x10\x02\x12\x1d\n\x19TRANSFER_FAILURE_MISMATCH\x10\x03\x12\x1f\n\x1bTRANSFER_FAILURE_INCOMPLETE\x10\x04\x12\x1a\n\x16TRANSFER_FAILURE_ERROR\x10\x05\x32\xb1\x01\n\x0fTransferService\x12U\n\x0eRegisterMemory\x12 .kvtier.v1.RegisterMemoryRequest\x1a!.kvtier.v1.RegisterMemoryResponse\x12G\n\x08Transfer\x12\x1a.kvtier.v1.TransferRequest\x1a\x1b.kvtier.v1.TransferResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvtier.v1.transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MEMORYKIND']._serialized_start=985
-  _globals['_MEMORYKIND']._serialized_end=1079
-  _globals['_TRANSFERDIRECTION']._serialized_start=1081
-  _globals['_TRANSFERDIRECTION']._serialized_end=1195
-  _globals['_TRANSFERFAILURE']._serialized_start=1198
-  _globals['_TRANSFERFAILURE']._serialized_end=1399
+  _globals['_MEMORYKIND']._serialized_start=1022
+  _globals['_MEMORYKIND']._serialized_end=1116
+  _globals['_TRANSFERDIRECTION']._serialized_start=1118
+  _globals['_TRANSFERDIRECTION']._serialized_end=1232
+  _globals['_TRANSFERFAILURE']._serialized_start=1235
+  _globals['_TRANSFERFAILURE']._serialized_end=1436
   _globals['_MEMORYHANDLE']._serialized_start=40
   _globals['_MEMORYHANDLE']._serialized_end=244
   _globals['_GROUPMEMORY']._serialized_start=246
@@ -44,11 +44,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERMEMORYREQUEST']._serialized_start=303
   _globals['_REGISTERMEMORYREQUEST']._serialized_end=408
   _globals['_REGISTERMEMORYRESPONSE']._serialized_start=410
-  _globals['_REGISTERMEMORYRESPONSE']._serialized_end=489
-  _globals['_TRANSFERREQUEST']._serialized_start=492
-  _globals['_TRANSFERREQUEST']._serialized_end=804
-  _globals['_TRANSFERRESPONSE']._serialized_start=807
-  _globals['_TRANSFERRESPONSE']._serialized_end=983
-  _globals['_TRANSFERSERVICE']._serialized_start=1402
-  _globals['_TRANSFERSERVICE']._serialized_end=1579
+  _globals['_REGISTERMEMORYRESPONSE']._serialized_end=526
+  _globals['_TRANSFERREQUEST']._serialized_start=529
+  _globals['_TRANSFERREQUEST']._serialized_end=841
+  _globals['_TRANSFERRESPONSE']._serialized_start=844
+  _globals['_TRANSFERRESPONSE']._serialized_end=1020
+  _globals['_TRANSFERSERVICE']._serialized_start=1439
+  _globals['_TRANSFERSERVICE']._serialized_end=1616
 # @@protoc_insertion_point(module_scope)

@@ -189,8 +189,9 @@ class RegisterMemoryRequest(_message.Message):
     session_id: _builtins.str
     """The worker's session."""
     event_handle: _builtins.bytes
-    """Handle of an event (64 bytes of cudaIpcEventHandle_t) that orders a copy after the engine's compute;
-    empty where the engine has synchronized before it asks.
+    """Handle of an event (64 bytes of cudaIpcEventHandle_t) that orders a copy after the engine's compute; with
+    POSIX_SHM the name of shared memory whose 8 bytes are a number that only grows, little-endian. Empty where
+    the engine has synchronized before it asks.
     """
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupMemory]:
@@ -220,24 +221,36 @@ class RegisterMemoryResponse(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     MEMORY_ID_FIELD_NUMBER: _builtins.int
     LOCK_FILE_FIELD_NUMBER: _builtins.int
+    GATE_FILE_FIELD_NUMBER: _builtins.int
+    MAX_JOBS_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.str
     """Boot of the daemon that answers."""
     memory_id: _builtins.int
     """Names the registration in Transfer."""
     lock_file: _builtins.str
     """Lock file of the process that copies, like AttachRequest.lock_file: who has lost the stream during a load
-    may not use its blocks before this lock is free, or a new session is attached.
+    may not use its blocks before this lock is free, or the one of gate_file is its own, or a new session is
+    attached.
     """
+    gate_file: _builtins.str
+    """File in `gates` of the pool's directory, which the process that copies holds shared (flock) while it copies
+    for this registration. Who has lost the stream takes it alone: nothing is copied from then on, whatever is
+    with the daemon. Keep it until a new session is attached.
+    """
+    max_jobs: _builtins.int
+    """Jobs that one stream may have under way; more wait, unread."""
     def __init__(
         self,
         *,
         boot_id: _builtins.str = ...,
         memory_id: _builtins.int = ...,
         lock_file: _builtins.str = ...,
+        gate_file: _builtins.str = ...,
+        max_jobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "lock_file", b"lock_file", "memory_id", b"memory_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "gate_file", b"gate_file", "lock_file", b"lock_file", "max_jobs", b"max_jobs", "memory_id", b"memory_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -245,7 +258,9 @@ Global___RegisterMemoryResponse: _TypeAlias = RegisterMemoryResponse  # noqa: Y0
 
 @_typing.final
 class TransferRequest(_message.Message):
-    """One job. The first message of a stream has job_id 0 and only opens it."""
+    """One job. The first message of a stream has job_id 0 and only opens it. Later ones with job_id 0 are answered
+    at once, whatever is under way: who hears nothing then has a daemon that stands still.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -274,7 +289,7 @@ class TransferRequest(_message.Message):
     lease_id: _builtins.int
     """Lease that covers the slots."""
     wait_value: _builtins.int
-    """Value the engine's event or timeline reaches when its compute is done."""
+    """Value that the number of event_handle reaches when the engine's compute is done; an event has none."""
     verify: _builtins.bool
     """Of a load: compare what is loaded with the checksums that were recorded."""
     @_builtins.property

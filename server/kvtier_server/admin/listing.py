@@ -5,7 +5,7 @@ Owns the counting, in steps: a daemon may have many of each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kvtier.v1 import admin_pb2 as pb
@@ -38,16 +38,20 @@ def session_status(session: SessionStats) -> pb.SessionStatus:
         age_seconds=session.age_s,
         pinned_chunks=session.pinned_chunks,
         credits=session.credits,
+        path=session.path,
     )
 
 
-async def list_sessions(core: Core, now_ns: int) -> pb.ListSessionsResponse:
-    """List the open sessions in order of Attach."""
+async def list_sessions(core: Core, now_ns: int, paths: Mapping[str, str]) -> pb.ListSessionsResponse:
+    """List the open sessions in order of Attach.
+
+    `paths`: by session, of the workers that do not copy themselves.
+    """
     reply = pb.ListSessionsResponse()
 
     def steps() -> Iterator[None]:
         for number, session in enumerate(list(core.books.instances.sessions.values()), 1):
-            reply.sessions.append(session_status(session_row(session, now_ns)))
+            reply.sessions.append(session_status(session_row(session, now_ns, paths)))
             if not number % STEP_ITEMS:
                 yield
 

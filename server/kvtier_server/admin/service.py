@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TypeAlias, TypeVar
 
 import grpc
@@ -47,8 +47,9 @@ def handlers(
     core: Core,
     stopping: Stopping,
     clock: Callable[[], int],
+    paths: Callable[[], Mapping[str, str]],
 ) -> dict[str, Handler]:
-    """Method handlers by RPC name. `snapshot` makes a fresh one."""
+    """Method handlers by RPC name. `snapshot` makes a fresh one; `paths` tells how sessions' bytes go."""
 
     def unary(
         method: str, request: type[RequestT], answer: Callable[[RequestT], Message | Awaitable[Message]]
@@ -57,7 +58,9 @@ def handlers(
 
     made = {
         "GetStatus": unary("GetStatus", pb.GetStatusRequest, lambda _: status_response(snapshot())),
-        "ListSessions": unary("ListSessions", pb.ListSessionsRequest, lambda _: list_sessions(core, clock())),
+        "ListSessions": unary(
+            "ListSessions", pb.ListSessionsRequest, lambda _: list_sessions(core, clock(), paths())
+        ),
         "ListNamespaces": unary("ListNamespaces", pb.ListNamespacesRequest, lambda _: list_namespaces(core)),
         "ListTenants": unary("ListTenants", pb.ListTenantsRequest, lambda _: list_tenants(core)),
         "Explain": unary("Explain", pb.ExplainRequest, lambda r: _explain(core.explainer, r, clock())),

@@ -39,6 +39,18 @@ def status_response(snapshot: StatsSnapshot) -> pb.GetStatusResponse:
             for path, copied in paths.items()
         ],
         loads_torn=snapshot.loads_torn,
+        copy_devices=[
+            pb.CopyDeviceStatus(
+                device=each.device,
+                state=each.state,
+                restarts=each.restarts,
+                memories=each.memories,
+                jobs=each.jobs,
+                pinned_bytes=each.pinned_bytes,
+                problem=each.problem,
+            )
+            for each in snapshot.copy_devices
+        ],
     )
 
 

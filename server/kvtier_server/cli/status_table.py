@@ -49,6 +49,8 @@ def print_status(status: GetStatusResponse) -> None:
         console.print(printable(line), no_wrap=True, overflow="ellipsis")
     if not status.sessions:
         console.print("no sessions: no engine is attached")
+    for line in _copy_devices(status):
+        console.print(line)
     console.print()
     if any(lease.count for lease in status.leases):
         console.print(_leases(status))
@@ -92,7 +94,7 @@ def _tiers(status: GetStatusResponse) -> Table:
 
 
 def _engines(status: GetStatusResponse) -> Iterator[str]:
-    """Two lines an engine, because pins and credits belong to the instance and not to a rank."""
+    """Two or three lines an engine, because pins and credits belong to the instance and not to a rank."""
     for engine_id, sessions in by_engine(status.sessions).items():
         first = sessions[0]
         age = format_seconds(max(session.age_seconds for session in sessions))
@@ -100,6 +102,24 @@ def _engines(status: GetStatusResponse) -> Iterator[str]:
         held = f"{pinned} pinned, {max(session.credits for session in sessions)} credits"
         yield f"engine {shorten(engine_id, 24)}  {attached(sessions)}  for {age}  {held}"
         yield f"  {shorten(first.model, 36)}  namespace {first.namespace}  {_tenant(first)}"
+        paths = sorted({session.path for session in sessions if session.path})
+        if status.copy_devices and paths:
+            yield f"  copied by {', '.join(paths)}"
+
+
+def _copy_devices(status: GetStatusResponse) -> Iterator[str]:
+    for device in status.copy_devices:
+        parts = [f"copies by device {device.device}", device.state]
+        if device.state == "serving":
+            parts.append(f"{device.memories} memories, {device.jobs} jobs")
+        if device.device != "host" and device.state == "serving":
+            of = format_bytes(status.pool.data_bytes)
+            parts.append(f"pinned {format_bytes(device.pinned_bytes)} of {of}")
+        if device.restarts:
+            parts.append(f"begun anew {device.restarts} times")
+        yield "  ".join(parts)
+        if device.problem:
+            yield f"  {device.problem}"
 
 
 def _tenant(session: SessionStatus) -> str:

@@ -92,6 +92,8 @@ class Books:
         self.instances = Instances(limits, lock_is_free)
         self.leases = LeaseBook(limits.tombstone_ns)
         self.reservations = Reservations()
+        self.being_written: Counter[tuple[int, int]] = Counter()
+        """(slot, part) of reserved slots -> copies into them that the daemon's own processes make now."""
         self.quarantine = Quarantine(self.primary)
         self.filter = reuse_filter
         self.draining = False
@@ -225,6 +227,13 @@ class Books:
         lease.ranks_left = set(range(instance.world_size)) - instance.early_loads.pop(lease_id, set())
         self.leases.add(lease)
         return lease
+
+    def is_untouched(self, reservation: Reservation) -> bool:
+        """Tell whether no rank has written its part, or has it written now."""
+        parts = range(len(reservation.checksums))
+        return reservation.untouched and not any(
+            (reservation.slot_id, part) in self.being_written for part in parts
+        )
 
     def free_reservation(self, reservation: Reservation) -> None:
         """End a reservation unpublished whose slot nobody can still be writing."""

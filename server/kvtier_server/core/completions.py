@@ -97,7 +97,7 @@ class Completions:
             found = self._reservation(session.instance, slot_id, generation, None)
             returned = ("returned", slot_id, generation)
             if isinstance(found, Reservation):
-                if found.announced or not found.untouched:
+                if found.announced or not self._books.is_untouched(found):
                     statuses.append(ItemStatus.UNKNOWN)  # it was handed out: its ranks will report
                     continue
                 self._conclude(found)
@@ -138,6 +138,10 @@ class Completions:
             zip(slot_ids, generations, keys, checksums, strict=True)
         ):
             found = self._reservation(instance, slot_id, generation, part)
+            if isinstance(found, Reservation) and (slot_id, part) in self._books.being_written:
+                # Its copy is not over: what it reports cannot be true, and the slot cannot be let go.
+                self._books.counts["store:premature"] += 1
+                found = ItemStatus.UNKNOWN
             if isinstance(found, Reservation):
                 found = self._take_part(found, part, key, checksum, index in failed)
             statuses.append(found)

@@ -273,7 +273,7 @@ class Core:
             self.books.end_lease(lease)
             return True
         for reservation in self.books.reservations.of_lease(lease):
-            if reservation.untouched and not reservation.announced:
+            if self.books.is_untouched(reservation) and not reservation.announced:
                 self.books.free_reservation(reservation)
         if not lease.slot_ids:
             self.books.end_lease(lease)

@@ -1,13 +1,15 @@
 """Which slots a worker may have copied for it.
 
-Owns the answer and nothing else: a copy that another process makes is reported as its worker's own, through
-Complete, and what the worker holds is decided there. That its process may still be writing, as long as a copy
-runs, is what its lock file says: see `LockIsFree`.
+Owns the answer, and which slots are written at the moment: a copy that another process makes is reported as
+its worker's own, through Complete, and what the worker holds is decided there; but not before the copy is
+over. That its process may still be writing, as long as a copy runs, is what its lock file says: see
+`LockIsFree`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from kvtier_server.core.books import Books
 from kvtier_server.core.instances import Role, Session
@@ -15,7 +17,7 @@ from kvtier_server.core.refused import BadRequest
 
 
 class Transfers:
-    """Looks slots up. Changes nothing."""
+    """Looks slots up, and notes which ones are written. Changes nothing else."""
 
     def __init__(self, books: Books) -> None:
         self._books = books
@@ -47,6 +49,23 @@ class Transfers:
             and reservation.instance is session.instance
             and bool(reservation.parts_left >> part & 1)
         )
+
+    @contextmanager
+    def writing(self, session: Session, slot_ids: Sequence[int]) -> Iterator[None]:
+        """Keep this rank's part of the slots from being reported, and the slots from going back,
+        meanwhile.
+        """
+        part = session.instance.namespace.part_of(session.rank)
+        written = [(slot_id, part) for slot_id in slot_ids]
+        being_written = self._books.being_written
+        being_written.update(written)
+        try:
+            yield
+        finally:
+            for place in written:
+                being_written[place] -= 1
+                if not being_written[place]:
+                    del being_written[place]
 
     def not_readable(
         self, session: Session, slot_ids: Sequence[int], generations: Sequence[int]

@@ -1,6 +1,7 @@
 """Copies that the daemon makes for engines: RegisterMemory and Transfer.
 
-    service.py         messages in, messages out: who may copy what
+    service.py         calls in, answers out: who may copy what
+    messages.py        what engines say, checked and translated
     device_process.py  one helper process per device, from the daemon's side
     helper.py          the helper: maps the pool, opens the engines' memory, copies
     wire.py            what the two say to each other

@@ -24,6 +24,7 @@ from kvtier_server.transfer.wire import (
     HANG_S,
     LAYOUT,
     LENGTH_BYTES,
+    Alive,
     Done,
     Failure,
     Job,
@@ -88,6 +89,25 @@ class DeviceProcess:
         self._begin_after = 0.0
         self._last_failure = ""
         self._closed = False
+        self.num_restarts = 0
+        """How often the helper was begun anew after one that had ended."""
+
+    @property
+    def state(self) -> str:
+        """What it does: "serving", "starting", or why there is no helper."""
+        if self._life is not None and not self._life.has_ended:
+            return "serving"
+        return "starting" if self._start is not None else self._last_failure or "ended"
+
+    @property
+    def pinned_bytes(self) -> int:
+        """How much of the pool the helper has pinned; as it said last."""
+        return 0 if self._life is None or self._life.has_ended else self._life.said.pinned_bytes
+
+    @property
+    def problem(self) -> str:
+        """What makes copies slower than they could be; "" where nothing does."""
+        return "" if self._life is None or self._life.has_ended else self._life.said.pin_problem
 
     async def register(self, register: Register) -> None:
         """Open memory, also if the caller stops waiting. Raises HelperLost, ImportFailed."""
@@ -124,6 +144,7 @@ class DeviceProcess:
         return await asyncio.shield(self._start)
 
     async def _begin(self) -> _Life:
+        self.num_restarts += self._life is not None
         try:
             life = await _Life.begin(self.device, self._pool_path, self._pool_id, self._lock_fds)
             for memory_id in list(self._registers):
@@ -195,6 +216,8 @@ class _Life:
         self._next_job_id = 1
         self._closing = False
         self.has_ended = False
+        self.said = Alive(0, "")
+        """What it said last of itself."""
         self._problem = ""
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reading = asyncio.create_task(self._read_to_the_end())
@@ -306,6 +329,8 @@ class _Life:
             self._problem = message.error
             if not message.error:
                 self._ready.set_result(None)
+        elif isinstance(message, Alive):
+            self.said = message
 
     async def close(self, timeout_s: float) -> bool:
         """End it; False if that cannot be."""

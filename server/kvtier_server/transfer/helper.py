@@ -31,6 +31,7 @@ from kvtier_ops.faults import fault_point
 from kvtier_ops.fragments import CopyRefused, Direction, PlacedCopy
 from kvtier_ops.ipc import HandleError
 from kvtier_ops.layout import GroupLayout, TensorLayout, part_offset, slot_bytes, slot_offset
+from kvtier_ops.locks import CopyGate
 from kvtier_ops.plan import ChunkCopy, PlanError, plan_job
 from kvtier_ops.pool import MappedPool
 from kvtier_ops.slot_table import SlotState, fence
@@ -73,6 +74,7 @@ class _Running:
     checksums: list[int]
     expected: list[int]
     """Checksums that a load is to find; 0 = none is compared."""
+    gate: CopyGate
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +83,14 @@ class _Memory:
     part: int
     num_parts: int
     layouts: tuple[GroupLayout, ...]
+    gate: CopyGate
 
 
 class Helper:
     """Takes messages on one thread, and answers from others."""
 
     def __init__(self, channel: socket.socket, pool: MappedPool, engine: CopyEngine) -> None:
+        self._directory = pool.path.parent  # where the gates are
         self._channel = channel
         self._sending = threading.Lock()
         self._pool = pool
@@ -108,8 +112,10 @@ class Helper:
         if isinstance(message, Register):
             self._register(message)
         elif isinstance(message, Unregister):
-            self._memories.pop(message.memory_id, None)
+            memory = self._memories.pop(message.memory_id, None)
             self._engine.close_memory(message.memory_id)
+            if memory is not None:
+                memory.gate.close()
         elif isinstance(message, Job):
             self._begin(message)
 
@@ -131,12 +137,17 @@ class Helper:
                 )
                 for tensors in register.page_bytes
             )
-            self._engine.open_memory(register.memory_id, register.groups, layouts, register.event_handle)
+            gate = CopyGate.open(self._directory, register.gate)
+            try:
+                self._engine.open_memory(register.memory_id, register.groups, layouts, register.event_handle)
+            except BaseException:
+                gate.close()
+                raise
         except Exception as error:  # noqa: BLE001 - of one engine's memory: the others' copies go on
             self.send(Registered(register.memory_id, str(error) or type(error).__name__))
             return
         self._memories[register.memory_id] = _Memory(
-            register.blocks_per_chunk, register.part, register.num_parts, layouts
+            register.blocks_per_chunk, register.part, register.num_parts, layouts, gate
         )
         self.send(Registered(register.memory_id, ""))
 
@@ -163,8 +174,12 @@ class Helper:
         except PlanError as error:
             self._refuse(job, str(error))
             return
+        if not memory.gate.enter():
+            self._refuse(job, "the engine has given this registration up")
+            return
         fault_point("helper.before_job")
-        running = _Running(job, copies, [None] * len(copies), [0] * len(copies), [0] * len(copies))
+        count = len(copies)
+        running = _Running(job, copies, [None] * count, [0] * count, [0] * count, memory.gate)
         placed = []
         for index in job.not_held:
             running.failures[index] = Failure.NOT_HELD
@@ -176,9 +191,10 @@ class Helper:
         self._running[job.job_id] = running
         direction = Direction.STORE if job.is_store else Direction.LOAD
         try:
-            self._engine.submit(CopyJob(job.job_id, direction, job.memory_id, tuple(placed)))
+            self._engine.submit(CopyJob(job.job_id, direction, job.memory_id, tuple(placed), job.wait_value))
         except CopyRefused as error:
             del self._running[job.job_id]
+            memory.gate.leave()
             self._refuse(job, str(error))
         except CopyEngineBroken as error:
             self._refuse(job, str(error))
@@ -213,8 +229,12 @@ class Helper:
             while True:
                 for result in self._engine.wait(WAIT_S):
                     running = self._running.pop(result.job_id)
+                    running.gate.leave()
                     memory = self._memories.get(running.job.memory_id)
-                    self._finishers.submit(self._finish, running, result, memory)
+                    if running.job.is_store or any(running.expected):
+                        self._finishers.submit(self._finish, running, result, memory)
+                    else:
+                        self._finish(running, result, memory)  # nothing to hash: one thread less on the way
         except BaseException:  # noqa: BLE001 - as in `_finish`
             _end_badly()
 
@@ -227,7 +247,7 @@ class Helper:
             if max(taking_s, self._engine.oldest_s()) > HANG_S:
                 print("a copy hangs", file=sys.stderr)  # noqa: T201 - the daemon's log
                 os._exit(HUNG_STATUS)
-            self.send(Alive())
+            self.send(Alive(self._engine.pinned_bytes, self._engine.pin_problem))
 
     def _finish(self, running: _Running, result: CopyResult, memory: _Memory | None) -> None:
         try:

@@ -13,7 +13,7 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,20 @@ import grpc
 import structlog
 
 from kvtier.v1 import transfer_pb2 as pb
-from kvtier_ops.ipc import MAX_TENSORS, HandleError, MemoryHandle, MemoryKind
-from kvtier_ops.locks import OwnerLock
+from kvtier_ops.directory import PoolError
+from kvtier_ops.locks import CopyGate, OwnerLock
+from kvtier_server.config import LimitsConfig
 from kvtier_server.core.instances import Session
-from kvtier_server.core.namespaces import GeometryMismatch
 from kvtier_server.core.refused import BadRequest, Refused
 from kvtier_server.core.tiering import Core
+from kvtier_server.metrics import CUDA_IPC, REMOTE_HOST, Metrics
 from kvtier_server.rpc import CallScope, ServicerContext
+from kvtier_server.stats import CopyDeviceStats
 from kvtier_server.transfer.device_process import DeviceProcess, HelperLost, ImportFailed, failed
+from kvtier_server.transfer.messages import job_of, register_of, response_of
 from kvtier_server.transfer.wire import HOST_DEVICE, Done, Job, Register
 
 SERVICE = "kvtier.v1.TransferService"
-
-MAX_MEMORIES = 8
-"""Registrations of one session; an engine has one, or one more while it replaces it."""
-
-MAX_JOBS = 512
-"""Copies under way for one session."""
-
-MAX_DEVICES = 32
-"""Devices with a process at one time; nodes have 8 or 16."""
-
-MAX_ANSWERS = 512
-"""Answers that a client has not read; nothing more is taken from it meanwhile."""
 
 DRAIN_S = 2.0
 """What copies of an earlier session may take to end before its process is refused a new one; clients wait
@@ -61,6 +52,18 @@ class CannotImport(Refused):
     reason = "CUDA_IPC_IMPORT"
 
 
+class TooManyMemories(Refused):
+    """A session has as many registrations as it may have."""
+
+    reason = "LIMIT_TRANSFER_MEMORIES"
+
+
+class TooManyDevices(Refused):
+    """As many devices have a process as the daemon runs at once."""
+
+    reason = "LIMIT_TRANSFER_DEVICES"
+
+
 class CopiesRun(Refused):
     """Copies of the process's earlier session still run."""
 
@@ -72,6 +75,8 @@ class _Memory:
     id: int
     session: Session
     device: DeviceProcess
+    gate: str
+    is_open: bool = False
     jobs: int = 0
 
 
@@ -89,14 +94,27 @@ class _Stream:
 class TransferService:
     """See the module's first lines."""
 
-    def __init__(self, core: Core, scope: CallScope, pool_path: str, pool_id: int, pool_lock_fd: int) -> None:
+    def __init__(
+        self,
+        core: Core,
+        scope: CallScope,
+        metrics: Metrics,
+        limits: LimitsConfig,
+        pool_path: str,
+        pool_id: int,
+        pool_lock_fd: int,
+    ) -> None:
         self._core = core
         self._scope = scope
+        self._metrics = metrics
+        self._limits = limits
+        self._directory = Path(pool_path).parent
         self._pool_path = pool_path
         self._pool_id = pool_id
         self._pool_lock_fd = pool_lock_fd
         self._lock: OwnerLock | None = None
         """Held by this process and every helper: free when nothing of them can arrive any more."""
+        self._has_gates = False
         self._devices: dict[str, DeviceProcess] = {}
         self._memories: dict[int, _Memory] = {}
         self._memory_ids = count(1)
@@ -105,6 +123,8 @@ class TransferService:
         self._ended = asyncio.Event()
         """Set at the end of each copy."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._restarts: Counter[str] = Counter()
+        """By device; of those that nobody uses any more too."""
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
         """Method handlers by name."""
@@ -139,11 +159,12 @@ class TransferService:
         sessions = self._core.books.instances.sessions
         for memory in list(self._memories.values()):
             if not memory.jobs and sessions.get(memory.session.id) is not memory.session:
-                del self._memories[memory.id]
+                self._forget(memory)
                 memory.device.unregister(memory.id)
         used = {memory.device for memory in self._memories.values()}
         for name, device in list(self._devices.items()):
             if device not in used:
+                self._restarts[name] += device.num_restarts
                 del self._devices[name]  # its context takes hundreds of MiB of the device
                 self._begin_task(self._end_device(device))
 
@@ -153,7 +174,45 @@ class TransferService:
 
     def _lose_memory(self, memory_id: int) -> None:
         """Forget memory that could not be opened again: its engine is told when it names it."""
-        self._memories.pop(memory_id, None)
+        memory = self._memories.get(memory_id)
+        if memory is not None:
+            self._forget(memory)
+
+    def _forget(self, memory: _Memory) -> None:
+        self._memories.pop(memory.id, None)
+        CopyGate.remove(self._directory, memory.gate)
+
+    # What operators see
+
+    def paths(self) -> dict[str, str]:
+        """How the bytes of the workers' sessions move that have memory open, by session: `metrics.PATHS`."""
+        memories = self._memories.values()
+        return {memory.session.id: _path_of(memory.device) for memory in memories if memory.is_open}
+
+    def devices(self) -> tuple[CopyDeviceStats, ...]:
+        """The devices that have, or had, a copy process, by name."""
+        memories: Counter[str] = Counter()
+        jobs: Counter[str] = Counter()
+        for memory in self._memories.values():
+            memories[memory.device.device] += 1
+            jobs[memory.device.device] += memory.jobs
+        found = []
+        for name in sorted({*self._devices, *self._restarts}):
+            device = self._devices.get(name)
+            found.append(
+                CopyDeviceStats(name, "unused", self._restarts[name])
+                if device is None
+                else CopyDeviceStats(
+                    name,
+                    device.state,
+                    self._restarts[name] + device.num_restarts,
+                    memories[name],
+                    jobs[name],
+                    device.pinned_bytes,
+                    device.problem,
+                )
+            )
+        return tuple(found)
 
     async def close(self, timeout_s: float) -> bool:
         """End the helpers; False if one is in a copy that nothing ends."""
@@ -167,22 +226,51 @@ class TransferService:
     async def _register(self, request: pb.RegisterMemoryRequest) -> pb.RegisterMemoryResponse:
         session = self._core.books.instances.session(request.session_id)
         self._core.transfers.check_worker(session)
-        if sum(memory.session is session for memory in self._memories.values()) >= MAX_MEMORIES:
-            raise BadRequest("session_id", f"{MAX_MEMORIES} registrations are open, the limit for a session")
-        register = _register_of(request, session, next(self._memory_ids))
+        limit = self._limits.transfer_memories
+        if sum(memory.session is session for memory in self._memories.values()) >= limit:
+            raise TooManyMemories(
+                f"{limit} registrations of this session are open, the limit (limits.transfer_memories)"
+            )
+        register = register_of(request, session, next(self._memory_ids), self._limits.transfer_tensors)
         device = self._device(register)
+        register = register._replace(gate=self._new_gate())
         # From now on, so that what is opened is also closed if the caller stops waiting.
-        self._memories[register.memory_id] = _Memory(register.memory_id, session, device)
+        memory = _Memory(register.memory_id, session, device, register.gate)
+        self._memories[memory.id] = memory
         try:
             await device.register(register)
         except (ImportFailed, HelperLost) as error:
-            self._memories.pop(register.memory_id, None)
+            self._forget(memory)
+            log.warning(
+                "memory_refused",
+                engine=session.instance.engine_id,
+                rank=session.rank,
+                device=device.device,
+                why=str(error),
+            )
             raise CannotImport(
                 f"{error}; the engine copies through shared memory instead", device=device.device
             ) from error
+        memory.is_open = True
         return pb.RegisterMemoryResponse(
-            boot_id=self._scope.boot_id, memory_id=register.memory_id, lock_file=self._own_lock().name
+            boot_id=self._scope.boot_id,
+            memory_id=memory.id,
+            lock_file=self._own_lock().name,
+            gate_file=memory.gate,
+            max_jobs=self._limits.transfer_jobs,
         )
+
+    def _new_gate(self) -> str:
+        try:
+            if not self._has_gates:
+                self._has_gates = True
+                CopyGate.remove_all(self._directory)
+            return CopyGate.create(self._directory)
+        except (OSError, PoolError) as error:
+            raise CannotImport(
+                f"no lock file can be made in {self._directory} ({error}); the engine copies through shared "
+                "memory instead"
+            ) from error
 
     def _own_lock(self) -> OwnerLock:
         # Not before it is needed: a warm start waits for the locks that it finds.
@@ -196,8 +284,11 @@ class TransferService:
             raise BadRequest("groups", f"memory of {len(uuids)} devices; a worker has one")
         name = uuids.pop().hex() or HOST_DEVICE
         if name not in self._devices:
-            if len(self._devices) >= MAX_DEVICES:
-                raise BadRequest("groups", f"device {name}; {MAX_DEVICES} others are in use, the limit")
+            limit = self._limits.transfer_devices
+            if len(self._devices) >= limit:
+                raise TooManyDevices(
+                    f"device {name} would be one more than {limit}, the limit (limits.transfer_devices)"
+                )
             self._devices[name] = DeviceProcess(
                 name,
                 self._pool_path,
@@ -225,8 +316,8 @@ class TransferService:
     async def _read(self, requests: AsyncIterator[bytes], stream: _Stream) -> None:
         try:
             async for raw in requests:
-                await self._make_room(stream)
                 request = pb.TransferRequest.FromString(raw)
+                await self._make_room(stream, is_job=bool(request.job_id))
                 session = self._core.books.instances.session(request.session_id)
                 self._core.transfers.check_worker(session)
                 if request.job_id:
@@ -238,12 +329,12 @@ class TransferService:
             if not stream.jobs:
                 stream.answers.put_nowait(None)
 
-    async def _make_room(self, stream: _Stream) -> None:
+    async def _make_room(self, stream: _Stream, is_job: bool) -> None:
         """Wait until the client has read its answers, and few enough of its jobs are under way."""
-        while stream.answers.qsize() > MAX_ANSWERS:
+        while stream.answers.qsize() > self._limits.transfer_answers:
             stream.written.clear()
             await stream.written.wait()
-        while stream.jobs >= MAX_JOBS:
+        while is_job and stream.jobs >= self._limits.transfer_jobs:
             self._ended.clear()
             await self._ended.wait()
 
@@ -253,7 +344,7 @@ class TransferService:
         if memory is None or memory.session is not session:
             raise BadRequest("memory_id", f"{request.memory_id}; this session has not registered it")
         try:
-            job = _job_of(request, self._core.books.limits.max_keys)
+            job = job_of(request, self._core.books.limits.max_keys)
         except BadRequest as error:
             every = range(min(len(request.slot_ids), self._core.books.limits.max_keys))
             stream.answers.put_nowait(
@@ -290,106 +381,26 @@ class TransferService:
             if not self._running[session.lock_file]:
                 del self._running[session.lock_file]
             self._ended.set()
-        stream.answers.put_nowait(_response(job, done))
+        stream.answers.put_nowait(response_of(job, done))
         if stream.is_read and not stream.jobs:
             stream.answers.put_nowait(None)
 
     async def _copied(self, session: Session, memory: _Memory, job: Job) -> Done:
         look_up = self._core.transfers.not_writable if job.is_store else self._core.transfers.not_readable
         not_held = look_up(session, job.slot_ids, job.generations)
-        return await memory.device.run(job._replace(not_held=tuple(not_held)))
+        asked = memory.device.run(job._replace(not_held=tuple(not_held)))
+        if not job.is_store:
+            done = await asked
+        else:
+            others = set(not_held)
+            held = [slot_id for index, slot_id in enumerate(job.slot_ids) if index not in others]
+            with self._core.transfers.writing(session, held):
+                done = await asked
+        if done.seconds > 0:
+            direction = "store" if job.is_store else "load"
+            self._metrics.observe_transfer(direction, _path_of(memory.device), done.num_bytes, done.seconds)
+        return done
 
 
-def _register_of(request: pb.RegisterMemoryRequest, session: Session, memory_id: int) -> Register:
-    """Check and translate. Raises BadRequest, GeometryMismatch."""
-    namespace = session.instance.namespace
-    part = namespace.part_of(session.rank)
-    geometry = namespace.geometries[part]
-    if len(request.groups) != len(geometry):
-        raise GeometryMismatch("groups: number of groups", len(geometry), len(request.groups))
-    paired: list[list[tuple[MemoryHandle, int]]] = []
-    for index, (group, tensors) in enumerate(zip(request.groups, geometry, strict=True)):
-        if len(group.tensors) != len(tensors):
-            raise GeometryMismatch(f"groups[{index}]: number of tensors", len(tensors), len(group.tensors))
-        paired.append(
-            [
-                (_handle_of(message), tensor.page_bytes)
-                for message, tensor in zip(group.tensors, tensors, strict=True)
-            ]
-        )
-    if sum(map(len, paired)) > MAX_TENSORS:
-        raise BadRequest("groups", f"{sum(map(len, paired))} tensors; {MAX_TENSORS} are allowed")
-    try:
-        for handle, page_bytes in chain.from_iterable(paired):
-            handle.check(page_bytes)  # against each other, which takes longer, the helper checks them
-    except HandleError as error:
-        raise BadRequest("groups", str(error)) from error
-    return Register(
-        memory_id,
-        namespace.facts.blocks_per_chunk,
-        part,
-        namespace.facts.num_parts,
-        tuple(tuple(handle for handle, _ in group) for group in paired),
-        tuple(tuple(tensor.page_bytes for tensor in tensors) for tensors in geometry),
-        request.event_handle,
-    )
-
-
-def _handle_of(message: pb.MemoryHandle) -> MemoryHandle:
-    try:
-        kind = MemoryKind(message.kind)
-    except ValueError:
-        raise BadRequest("groups", f"kind: {message.kind} is no kind of memory that is known here") from None
-    return MemoryHandle(
-        kind,
-        message.device_uuid,
-        message.handle,
-        message.allocation_bytes,
-        message.offset_bytes,
-        message.size_bytes,
-        message.block_stride_bytes,
-        message.num_blocks,
-    )
-
-
-def _job_of(request: pb.TransferRequest, max_keys: int) -> Job:
-    """Check what can be checked without the memory, and translate. Raises BadRequest."""
-    if request.direction not in (pb.TRANSFER_DIRECTION_STORE, pb.TRANSFER_DIRECTION_LOAD):
-        raise BadRequest("direction", f"{request.direction}; it is STORE or LOAD")
-    if not 1 <= len(request.slot_ids) <= max_keys:
-        raise BadRequest("slot_ids", f"{len(request.slot_ids)} slots; 1 to {max_keys} are allowed in a job")
-    if len(request.generations) != len(request.slot_ids):
-        raise BadRequest(
-            "generations", f"{len(request.generations)} entries for {len(request.slot_ids)} slots"
-        )
-    if request.group_slots and sum(request.group_slots) != len(request.slot_ids):
-        raise BadRequest(
-            "group_slots", f"their sum is {sum(request.group_slots)}, there are {len(request.slot_ids)} slots"
-        )
-    return Job(
-        request.job_id,
-        request.memory_id,
-        request.direction == pb.TRANSFER_DIRECTION_STORE,
-        request.verify,
-        tuple(request.slot_ids),
-        tuple(request.generations),
-        tuple(request.block_ids),
-        tuple(request.group_sizes),
-        tuple(request.block_indices),
-        tuple(request.group_slots) or None,
-        request.wait_value,
-        (),
-    )
-
-
-def _response(job: Job, done: Done) -> pb.TransferResponse:
-    return pb.TransferResponse(
-        job_id=job.job_id,
-        ok=not done.failed,
-        failed=done.failed,
-        failures=[pb.TransferFailure.ValueType(why) for why in done.failures],
-        checksums=done.checksums,
-        message=done.message,
-        bytes=done.num_bytes,
-        seconds=done.seconds,
-    )
+def _path_of(device: DeviceProcess) -> str:
+    return REMOTE_HOST if device.device == HOST_DEVICE else CUDA_IPC

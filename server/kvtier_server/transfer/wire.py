@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from kvtier_ops.ipc import MemoryHandle, MemoryKind
 
-LAYOUT = 1
+LAYOUT = 2
 """Counted up with each change of a message: a helper may be begun after an upgrade, by an older daemon."""
 
 HANG_S = 30.0
@@ -44,7 +44,10 @@ class Failure(IntEnum):
 
 
 class Register(NamedTuple):
-    """Open memory: per group, its tensors and their page bytes, in the order of their bytes in a part."""
+    """Open memory: per group, its tensors and their page bytes, in the order of their bytes in a part.
+
+    `gate`: the name of its CopyGate, which is held while something is copied.
+    """
 
     memory_id: int
     blocks_per_chunk: int
@@ -53,6 +56,7 @@ class Register(NamedTuple):
     groups: tuple[tuple[MemoryHandle, ...], ...]
     page_bytes: tuple[tuple[int, ...], ...]
     event_handle: bytes
+    gate: str
 
 
 class Unregister(NamedTuple):
@@ -88,7 +92,10 @@ class Ready(NamedTuple):
 
 
 class Alive(NamedTuple):
-    """Nothing hangs."""
+    """Nothing hangs; and how much of the pool is pinned, of how much, and why not all will be."""
+
+    pinned_bytes: int
+    pin_problem: str
 
 
 class Registered(NamedTuple):

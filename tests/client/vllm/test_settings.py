@@ -116,7 +116,7 @@ def test_a_deadline_of_zero_is_refused() -> None:
         ("verify_loads", "never", '"always", "sampled", "off"'),
         ("verify_loads", False, '"always", "sampled", "off"'),
         ("transfer", "cuda", '"auto", "shm", "cuda_ipc"'),
-        ("transfer", "cuda_ipc", 'UNIMPLEMENTED); use "auto"'),
+        ("transfer", ["shm"], '"auto", "shm", "cuda_ipc"'),
         ("tenant", "t" * 65, "at most 64 bytes"),
         ("weights_id", "", "weights_id is empty"),
         ("weights_id", 7, "a string"),

@@ -141,6 +141,31 @@ def test_status_as_json_has_every_field_and_numbers_as_numbers(kvtier: Kvtier, s
     assert shown["store_refused"] == {}
 
 
+def test_who_copies_and_how_far_the_pool_is_pinned_are_shown(kvtier: Kvtier, server: Server) -> None:
+    server.admin.status.sessions[0].path = "cuda_ipc"
+    server.admin.status.copy_devices.add(
+        device="00112233445566778899aabbccddeeff",
+        state="serving",
+        restarts=2,
+        memories=8,
+        jobs=3,
+        pinned_bytes=1 << 30,
+        problem="64 bytes of the pool at 1073741824 cannot be registered: check `ulimit -l`",
+    )
+    server.admin.status.copy_devices.add(device="host", state="it cannot be begun: no memory")
+    shown = kvtier("status", "--address", server.address).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    as_one_line = " ".join(shown.split())
+    assert "copied by cuda_ipc" in as_one_line
+    assert "copies by device 00112233445566778899aabbccddeeff serving 8 memories, 3 jobs" in as_one_line
+    assert "pinned 1GiB of 4GiB begun anew 2 times" in as_one_line
+    assert "check `ulimit -l`" in as_one_line
+    assert "copies by device host it cannot be begun: no memory" in as_one_line
+    told = json.loads(kvtier("status", "-o", "json", "--address", server.address).stdout)
+    assert told["sessions"][0]["path"] == "cuda_ipc"
+    assert told["copy_devices"][0]["pinned_bytes"] == 1 << 30
+
+
 def test_an_engine_is_one_entry_whatever_the_number_of_its_ranks(kvtier: Kvtier, server: Server) -> None:
     worker = server.admin.status.sessions[0]
     worker.engine_id = "e1"
