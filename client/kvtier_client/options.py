@@ -9,6 +9,7 @@ import secrets
 from dataclasses import dataclass
 from enum import Enum
 
+from kvtier_client.tls import TlsFiles
 from kvtier_ops.namespace import MAX_WORLD_SIZE
 
 
@@ -89,6 +90,9 @@ class ClientOptions:
     max_queued_entries: int = 262_144
     """Slots, keys and ids waiting for Complete. Beyond it the daemon has not listened for so long that the
     session is given up, which ends its leases for certain."""
+
+    tls: TlsFiles | None = None
+    """Certificates for an address of TCP; a unix socket needs none."""
 
     def __post_init__(self) -> None:
         for name in (

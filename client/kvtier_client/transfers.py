@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -29,6 +30,7 @@ from kvtier.v1 import transfer_pb2, transfer_pb2_grpc
 from kvtier_client.answers import SessionInfo
 from kvtier_client.channel import open_channel, read_failure
 from kvtier_client.jobs import NO_SLOT, CopyFailure, Job, JobKind
+from kvtier_client.tls import TlsFiles
 from kvtier_ops.ipc import MemoryHandle
 from kvtier_ops.locks import owner_lock_is_free
 
@@ -72,8 +74,11 @@ class _Sent:
 class RemoteCopies:
     """Copies for one rank's memory, whichever session is open. `groups[g]`: a group's tensors, in order."""
 
-    def __init__(self, target: str, groups: Sequence[Sequence[MemoryHandle]]) -> None:
-        self._target = target
+    def __init__(
+        self, target: str, groups: Sequence[Sequence[MemoryHandle]], tls: TlsFiles | None = None
+    ) -> None:
+        """`target` and `tls` as the client's, `ClientOptions.tls`."""
+        self._open_channel = partial(open_channel, target, tls)
         self._groups = [
             transfer_pb2.GroupMemory(tensors=[_message_of(handle) for handle in group]) for group in groups
         ]
@@ -90,7 +95,7 @@ class RemoteCopies:
         self.end()
         if self._last is not None and self._last.boot_id == session.boot_id:
             self._last.release()  # another daemon knows nothing of what this one's copied
-        self._stream = self._last = _Stream(self, self._target, self._groups, session, pool_directory)
+        self._stream = self._last = _Stream(self, self._open_channel, self._groups, session, pool_directory)
 
     def end(self) -> None:
         """Take no more jobs: the session is over. Those that were sent are answered all the same."""
@@ -115,13 +120,13 @@ class _Stream:
     def __init__(
         self,
         owner: RemoteCopies,
-        target: str,
+        connect: Callable[[], grpc.Channel],
         groups: Sequence[transfer_pb2.GroupMemory],
         session: SessionInfo,
         pool_directory: Path,
     ) -> None:
         self._owner = owner
-        self._target = target
+        self._connect = connect
         self._groups = groups
         self._session_id = session.session_id
         self.boot_id = session.boot_id
@@ -161,8 +166,9 @@ class _Stream:
         self._released.set()
 
     def _run(self) -> None:
-        channel = open_channel(self._target)
+        channel = None
         try:
+            channel = self._connect()
             stub = transfer_pb2_grpc.TransferServiceStub(channel)
             if self._register(stub):
                 self._read(stub)
@@ -172,7 +178,8 @@ class _Stream:
             if self.ready:
                 self._owner.on_broken(self._session_id, "the stream of copies has ended")
             self.take_no_more()
-            channel.close()
+            if channel is not None:
+                channel.close()
             self._fail_the_rest()
 
     def _register(self, stub: transfer_pb2_grpc.TransferServiceStub) -> bool:

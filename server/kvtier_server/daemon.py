@@ -18,9 +18,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.locks import owner_lock_is_free
@@ -32,7 +31,7 @@ from kvtier_server.core.instances import Session
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.tiering import Core
 from kvtier_server.core_limits import core_limits
-from kvtier_server.grpc_server import Handlers, build_server
+from kvtier_server.grpc_server import Handlers, Servers, raise_file_limit
 from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
 from kvtier_server.observer import Observer
@@ -68,6 +67,7 @@ UNARY_METHODS = (
 def run(config: Config) -> int:
     """Serve in the foreground until SIGTERM or SIGINT. Returns the exit code of `kvtier serve`."""
     limiter = logs.setup(config.server.log_level, config.server.log_format)
+    raise_file_limit()
     try:
         daemon = Daemon(config)
     except StartError as error:
@@ -89,7 +89,9 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self._config = config
         self.boot_id = secrets.token_hex(8)
-        self._socket_lock = SocketLock.of(config.server.address)
+        self._socket_locks = [SocketLock.of(config.server.address)]
+        if config.server.admin_address:
+            self._socket_locks.append(SocketLock.of(config.server.admin_address))
         self._pool = open_pool(config)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tiers = make_tiers(config, self._pool, self._on_tier_finished)
@@ -229,26 +231,24 @@ class Daemon:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, stop)
-        server, health_servicer = build_server(
-            self._config.server.address, self._config.limits.max_message, self._services()
-        )
+        servers = Servers(self._config, self._services(), self._scope)
         self._metrics.publish(self._observer.snapshot())  # the first scrape may come before the first tick
         http = self._start_http()
-        await server.start()
+        await servers.start()
         self._backing.start()
         self._observer.phase = PHASE_SERVING
         for name in ("", service.SERVICE, admin.SERVICE):
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-        tier_health = TierHealth(health_servicer)
+            await servers.health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        tier_health = TierHealth(servers.health)
         await tier_health.tell(self._metrics.snapshot.tiers[1:])
         gc.freeze()
         # A full collection over a million index entries stops the loop for a third of a second.
         gc.set_threshold(50_000, 20, 1 << 30)
-        self._announce(http)
+        self._announce(servers, http)
         ticks = asyncio.create_task(self._upkeep.tick_forever(limiter, tier_health))
         try:
             await stop.wait()
-            await self._drain(server, health_servicer)
+            await self._drain(servers)
         finally:
             ticks.cancel()
             self._copies_hang = not await self._transfers.close(TIER_STOP_S)
@@ -269,14 +269,14 @@ class Daemon:
             raise StartError(f"{error.strerror}; choose another --metrics-address", 1) from error
         return http
 
-    def _announce(self, http: HttpServer | None) -> None:
+    def _announce(self, servers: Servers, http: HttpServer | None) -> None:
         """Say on stdout where everything is: the first thing a person looks for."""
         pool = self._pool
         metrics = f"http://127.0.0.1:{http.port}/metrics" if http is not None else "off"
         kept = f"warm: {self._adopted.published} chunks kept" if self._adopted is not None else "empty"
         lines = (
             f"kvtier {__version__} serving",
-            f"  address  {self._config.server.address}",
+            *(f"  address  {address}{how and f' ({how})'}" for address, how in servers.listening),
             f"  pool     {pool.path} ({pool.data_bytes} bytes, {kept}, policy {self._config.pool.policy})",
             f"  tiers    primary (the pool){''.join(f', {b.rules.name}' for b in self.core.below.tiers)}",
             f"  metrics  {metrics}",
@@ -287,15 +287,16 @@ class Daemon:
     def _on_signal(self, stop: asyncio.Event) -> None:
         if stop.is_set():
             log.warning("stopped_at_once", why="second signal")
-            self._socket_lock.unlink()
+            for lock in self._socket_locks:
+                lock.unlink()
             os._exit(0)
         stop.set()
 
-    async def _drain(self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:
+    async def _drain(self, servers: Servers) -> None:
         """Refuse what is new, wait for copies that run, close the streams, stop."""
         self._observer.phase = PHASE_DRAINING
         self.core.books.draining = True
-        await health_servicer.enter_graceful_shutdown()
+        await servers.health.enter_graceful_shutdown()
         deadline = time.monotonic() + self._config.drain.copies / 1e9
         self._sessions.tell_all(
             pb.AttachResponse(draining=pb.Draining(deadline_ms=self._config.drain.copies // 1_000_000))
@@ -306,7 +307,7 @@ class Daemon:
         left_copies = self._running_copies()  # asked before the sessions end, and their leases with them
         self._sessions.end_all()
         await self._flush_tiers()
-        await server.stop(grace=1.0)
+        await servers.stop(grace_s=1.0)
         log.info("stopped", left_copies=left_copies)
         print(  # noqa: T201 the person who stopped it should know where the memory went
             f"kvtier stopped. The pool keeps its memory for the next start; to free it: kvtier pool remove "
@@ -339,7 +340,8 @@ class Daemon:
             return
         self._threads.shutdown(cancel_futures=True)
         self._pool.close()
-        self._socket_lock.release()
+        for lock in self._socket_locks:
+            lock.release()
 
 
 async def _let_tasks_end() -> None:

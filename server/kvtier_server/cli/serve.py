@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         for error in errors.errors:
             print(f"kvtier serve: {error}", file=sys.stderr)
         return 2
+    # gRPC's own lines are no JSON, nobody limits them, and strangers cause them, by handshakes that fail.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from kvtier_server.daemon import run as serve_daemon
 
     return serve_daemon(config)

@@ -23,6 +23,7 @@ import structlog
 from kvtier.v1 import transfer_pb2 as pb
 from kvtier_ops.ipc import MAX_TENSORS, HandleError, MemoryHandle, MemoryKind
 from kvtier_ops.locks import OwnerLock
+from kvtier_server.callers import current_caller
 from kvtier_server.core.instances import Session
 from kvtier_server.core.namespaces import GeometryMismatch
 from kvtier_server.core.refused import BadRequest, Refused
@@ -162,10 +163,13 @@ class TransferService:
             self._lock.release()
         return all(ended)
 
+    def _session(self, session_id: str) -> Session:
+        return current_caller().check_own(self._core.books.instances.session(session_id))
+
     # RegisterMemory
 
     async def _register(self, request: pb.RegisterMemoryRequest) -> pb.RegisterMemoryResponse:
-        session = self._core.books.instances.session(request.session_id)
+        session = self._session(request.session_id)
         self._core.transfers.check_worker(session)
         if sum(memory.session is session for memory in self._memories.values()) >= MAX_MEMORIES:
             raise BadRequest("session_id", f"{MAX_MEMORIES} registrations are open, the limit for a session")
@@ -227,7 +231,7 @@ class TransferService:
             async for raw in requests:
                 await self._make_room(stream)
                 request = pb.TransferRequest.FromString(raw)
-                session = self._core.books.instances.session(request.session_id)
+                session = self._session(request.session_id)
                 self._core.transfers.check_worker(session)
                 if request.job_id:
                     self._begin(session, request, stream)
