@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from kvtier_ops.directory import default_pool_directory
 from kvtier_server.address import AddressError, default_address, is_remote, socket_path
+from kvtier_server.config_otel import OtelConfig
 from kvtier_server.config_tiers import TierProblem, TierSettings, read_tiers
 from kvtier_server.config_tls import FILES, NEEDS_TLS, TlsConfig
 from kvtier_server.config_values import (
@@ -167,6 +168,7 @@ class Config(_Section):
     admission: AdmissionConfig = AdmissionConfig()
     drain: DrainConfig = DrainConfig()
     tls: TlsConfig = TlsConfig()
+    otel: OtelConfig = OtelConfig()
     tiers: tuple[TierSettings, ...] = ()
     """Below the pool, in the order they are asked; [[tiers]] in the file (kvtier_server.config_tiers)."""
 
@@ -198,6 +200,7 @@ def _known() -> dict[str, dict[str, str]]:
 KNOWN = _known()
 _DURATIONS = {
     "limits.tombstone",
+    "otel.timeout",
     *(f"{section}.{key}" for section in ("leases", "drain") for key in KNOWN[section]),
 }
 

@@ -45,6 +45,7 @@ from kvtier_server.socket_lock import SocketLock, StartError
 from kvtier_server.stats import PHASE_DRAINING, PHASE_SERVING
 from kvtier_server.tier_health import TierHealth
 from kvtier_server.tiers_start import TIER_STOP_S, make_tiers
+from kvtier_server.tracing import Tracing
 from kvtier_server.transfer import service as transfer
 from kvtier_server.transfer.service import TransferService
 from kvtier_server.upkeep import TICK_S, Upkeep
@@ -117,7 +118,10 @@ class Daemon:
             limits=config.limit_values(),
             tiers=[common.name for common, _ in config.tiers],
         )
-        self._scope = CallScope(self.boot_id, config.limits.unary_calls, self._metrics, self._after_call)
+        self._tracing = self._make_tracing(config)
+        self._scope = CallScope(
+            self.boot_id, config.limits.unary_calls, self._metrics, self._after_call, self._tracing
+        )
         self._registry = Registry(self._pool, self.core)
         self._service = OffloadService(
             self.core,
@@ -158,6 +162,18 @@ class Daemon:
             self._threads,
         )
         self._copies_hang = False
+
+    def _make_tracing(self, config: Config) -> Tracing | None:
+        if not config.otel.endpoint:
+            return None
+        resource = {
+            "service.name": "kvtier",
+            "service.version": __version__,
+            "service.instance.id": self.boot_id,
+        }
+        tracing = Tracing(config.otel, self._metrics.registry, resource)
+        tracing.follow(self.core.books.instances.sessions.get)
+        return tracing
 
     def _lock_is_free(self, name: str) -> bool:
         """Tell whether a process can write no more: it is gone, and nothing is copied for it."""
@@ -331,7 +347,9 @@ class Daemon:
         return loads + sum(reservation.key is not None for reservation in books.reservations)
 
     def close(self) -> None:
-        """Give back the pool's and the socket's locks. The pool's file stays."""
+        """Give back the pool's and the sockets' locks. The pool's file stays."""
+        if self._tracing is not None:
+            self._tracing.close()
         ended = [tier.shutdown(TIER_STOP_S) for tier, _ in self._tiers]
         if not all(ended) or self._copies_hang:
             # Something hangs that may still write into a slot: the locks go with the process, not before.
