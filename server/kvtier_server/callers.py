@@ -14,6 +14,9 @@ from enum import StrEnum
 from kvtier_server.core.instances import Session, session_unknown
 from kvtier_server.core.refused import Refused
 
+MAX_SAID = 64
+"""Characters of what a caller says that an answer repeats."""
+
 
 class CertificateUnknown(Refused):
     """The certificate is valid, and nobody said what its holder may do."""
@@ -58,8 +61,8 @@ class Caller:
             return claimed
         if claimed not in ("", self.tenant):
             raise TenantMismatch(
-                f"tenant {claimed!r} is claimed, and the certificate of {self.name!r} belongs to tenant "
-                f"{self.tenant!r} ([tls.tenants]); leave the engine's tenant empty, or write this one",
+                f"tenant {claimed[:MAX_SAID]!r} is claimed, and the certificate of {self.name!r} belongs to "
+                f"tenant {self.tenant!r} ([tls.tenants]); leave the engine's tenant empty, or write this one",
                 field="tenant",
             )
         return self.tenant

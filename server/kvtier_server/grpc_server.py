@@ -116,14 +116,16 @@ def _listeners(config: Config) -> list[_Listener]:
     def by_certificate(context: grpc.aio.ServicerContext[bytes, bytes]) -> Caller:
         return holders.holder(context.auth_context())
 
+    local = _engines if server.admin_address else None
+
     def tcp(address: str) -> _Listener:
-        return _Listener(address, credentials, by_certificate if credentials is not None else None)
+        return _Listener(address, credentials, local if credentials is None else by_certificate)
 
     listeners = []
     if socket_path(server.address) is None:
         listeners.append(tcp(server.address))
     else:
-        listeners.append(_Listener(server.address, identify=_engines if server.admin_address else None))
+        listeners.append(_Listener(server.address, identify=local))
     if server.tcp_address:
         listeners.append(tcp(server.tcp_address))
     if server.admin_address:

@@ -2,6 +2,14 @@
 
 Owns the format, the rate limit and the rule that no line holds a key or a prompt. What is worth a line is
 decided where it happens: `structlog.get_logger().info("session opened", engine=...)`.
+
+    event        what happened: a word for what the daemon does, a sentence of a tier or a library
+    level        debug, info, warning, error
+    timestamp    UTC, ISO 8601, microseconds
+    held_back    lines of this event that the last minute had beyond REPEATS_PER_WINDOW
+    exception    a trace, where there is one
+    others       say themselves: boot, session, engine, role, rank, namespace (12 digits), tier, slot, method,
+                 reason (as in errors), why and fix (for people)
 """
 
 from __future__ import annotations

@@ -396,6 +396,37 @@ def test_calls_that_change_something_have_a_socket_of_their_own_where_that_is_wi
         shutil.rmtree(admin, ignore_errors=True)
 
 
+def test_a_socket_for_operators_leaves_them_no_other_way_without_a_certificate(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    admin = Path(f"/tmp/{tmp_path.name[:20]}-{os.getpid()}")
+    try:
+        daemon = start_daemon(
+            config=f'[server]\nadmin_address = "unix://{admin}/admin.sock"\ntcp_address = "127.0.0.1:0"\n'
+        )
+        with grpc.insecure_channel(f"127.0.0.1:{daemon.tcp_port}") as channel:
+            assert call_every_method(channel)["/kvtier.v1.AdminService/Clear"] == "ROLE_MISSING"
+    finally:
+        shutil.rmtree(admin, ignore_errors=True)
+
+
+def test_a_port_that_is_taken_ends_the_start_and_is_named(served: DaemonProcess, tmp_path: Path) -> None:
+    config = f'[server]\ntcp_address = "localhost:{served.tcp_port}"\n'
+    with DaemonProcess(tmp_path, config=config) as daemon:
+        assert daemon.launch().wait() == 1
+        assert f"cannot listen on localhost:{served.tcp_port}" in daemon.log_text()
+        assert "choose another address" in daemon.log_text()
+
+
+def test_what_a_caller_claims_is_not_repeated_at_length(
+    served: DaemonProcess, issued: dict[str, Issued]
+) -> None:
+    with TlsEngine(served.tcp_port, issued["engine-a"], "x" * (4 << 20)) as engine:
+        assert len(refusal(engine.attach_scheduler).message) < 1000
+        lookup = pb.LookupRequest(session_id="y" * (4 << 20), keys=[to_key(1)])
+        assert len(refusal(lambda: engine.stub.Lookup(lookup, timeout=WAIT_S)).message) < 1000
+
+
 def test_loopback_tcp_without_certificates_works_and_says_to_whom_it_is_open(
     start_daemon: StartDaemon,
 ) -> None:

@@ -62,9 +62,13 @@ class TooManySessions(Refused):
     reason = "LIMIT_SESSIONS"
 
 
+MAX_SAID = 80
+"""Characters of a session's id that an answer repeats: those of ours have 33."""
+
+
 def session_unknown(session_id: str) -> SessionUnknown:
     """Make the refusal of a session that is not there, or not the caller's: nobody can tell which."""
-    return SessionUnknown(f"session {session_id!r} is not open here; attach again")
+    return SessionUnknown(f"session {session_id[:MAX_SAID]!r} is not open here; attach again")
 
 
 @dataclass(frozen=True, slots=True)
