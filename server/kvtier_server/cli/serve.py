@@ -15,7 +15,7 @@ SUMMARY = "run the daemon in the foreground"
 
 # Named by their setting (kvtier_server.config.OPTIONS), which is not imported here: pydantic costs 0.1 s.
 _OPTIONS = {
-    "--address": ("server.address", "ADDRESS", "unix:///path or a loopback host:port to listen on"),
+    "--address": ("server.address", "ADDRESS", "unix:///path or host:port to listen on"),
     "--name": ("server.name", "NAME", "name of the pool; one daemon per name (default: default)"),
     "--pool-bytes": ("pool.bytes", "SIZE", "size of the pool (default: 4GiB)"),
     "--metrics-address": ("server.metrics_address", "HOST:PORT", "for /metrics (default: 127.0.0.1:9471)"),
