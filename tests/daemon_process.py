@@ -97,6 +97,8 @@ class DaemonProcess:
         self._run_dir = Path(tempfile.mkdtemp(prefix="kvtier-run-"))
         self.address = address or f"unix://{self._run_dir}/s/kvtier.sock"
         self.metrics_port = 0
+        self.tcp_port = 0
+        """Of `server.tcp_address`, where the configuration has one."""
         self.process: subprocess.Popen[bytes] | None = None
         self._env = child_environment(**(env or {}))
         self._arguments = [
@@ -273,6 +275,8 @@ class DaemonProcess:
         found = re.search(r"^  metrics  (off$|http://[^:]+:(\d+)/)", self.out_text(), re.MULTILINE)
         if found is not None:
             self.metrics_port = int(found[2] or 0)
+        tcp = re.search(r"^  address  (?!unix:)\S+:(\d+)( |$)", self.out_text(), re.MULTILINE)
+        self.tcp_port = int(tcp[1]) if tcp is not None else 0
         return found is not None
 
 

@@ -204,6 +204,7 @@ class RawEngine:
         world_size: int = 1,
         facts: pb.NamespaceFacts | None = None,
         tenant: str = "",
+        channel: grpc.Channel | None = None,
     ) -> None:
         self.engine_id = engine_id or f"engine-{secrets.token_hex(4)}"
         self.nonce = nonce or secrets.randbits(63) + 1
@@ -214,7 +215,7 @@ class RawEngine:
         self.workers: dict[int, RawSession] = {}
         self.scheduler: RawSession | None = None
         self.address = address
-        self.channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.channel = channel or grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.stub = offload_pb2_grpc.OffloadServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
         self._lease_ids = itertools.count(1)

@@ -20,6 +20,7 @@ from kvtier_client.lookups import PendingLookup
 from kvtier_client.options import ClientOptions, EngineIdentity, Role, new_instance_nonce
 from kvtier_client.reports import ChecksumMismatch, LoadReportItem, StoreReportItem
 from kvtier_client.stats import ClientStats
+from kvtier_client.tls import TlsFiles
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "StoreGrant",
     "StoreReportItem",
     "StoreVerdict",
+    "TlsFiles",
     "__version__",
     "new_instance_nonce",
 ]

@@ -11,6 +11,8 @@ from ipaddress import ip_address
 
 import grpc
 
+from kvtier_client.tls import TlsFiles
+
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_SOCKET_PATH_BYTES = 107
 """What sockaddr_un has room for."""
@@ -18,10 +20,10 @@ MAX_SOCKET_PATH_BYTES = 107
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):(?P<port>\d{1,5})")
 
 
-def parse_address(address: str) -> str:
+def parse_address(address: str, tls: TlsFiles | None = None) -> str:
     """Return the gRPC target for `address`, or raise ValueError saying what to write instead.
 
-    `unix:///absolute/path`, `unix:path`, or `host:port` with a loopback host: the client has no certificates.
+    `unix:///absolute/path`, `unix:path`, or `host:port`, of another machine only with certificates.
     """
     if address.startswith("unix:"):
         return _parse_unix(address)
@@ -30,10 +32,10 @@ def parse_address(address: str) -> str:
     match = _HOST_PORT.fullmatch(address)
     if match is None or not 0 < int(match["port"]) < 1 << 16:
         raise ValueError(f"{address!r} is no address; write unix:///path/to/socket or 127.0.0.1:port")
-    if not _is_loopback(match["host"].strip("[]")):
+    if tls is None and not _is_loopback(match["host"].strip("[]")):
         raise ValueError(
-            f"{address!r} is not on this machine; engines reach the daemon of their own node, "
-            "by unix:///path/to/socket or 127.0.0.1:port"
+            f"{address!r} is not on this machine; engines reach the daemon of their own node, by "
+            "unix:///path/to/socket or 127.0.0.1:port, or with certificates (ClientOptions.tls)"
         )
     return address
 
@@ -62,28 +64,30 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def open_channel(target: str) -> grpc.Channel:
-    """Return a channel that connects when it is first used, once.
+def open_channel(target: str, tls: TlsFiles | None = None) -> grpc.Channel:
+    """Return a channel that connects when it is first used, once. Over TCP with `tls`, if that is given.
 
     It is made for one attempt to attach: a channel that has failed to connect imposes its own pauses, and
     makes no progress while no call waits in it. A daemon that came back was found only after seconds.
+    Raises TlsUnusable.
     """
-    return grpc.insecure_channel(
-        target,
-        options=[
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            # The environment of an engine often has a proxy, and none leads to a unix socket.
-            ("grpc.enable_http_proxy", 0),
-            # No retry is configured, yet this is what makes deadlines hold: a call whose message exceeds this
-            # buffer (or any, with retries disabled) does not return at its deadline while the message waits
-            # in a full socket, that is, never when the daemon is stopped. Measured with grpcio 1.76.
-            ("grpc.per_rpc_retry_buffer_size", 2 * MAX_MESSAGE_BYTES),
-            ("grpc.service_config_disable_resolution", 1),
-            # Two clients of one process must not stall each other in one connection.
-            ("grpc.use_local_subchannel_pool", 1),
-        ],
-    )
+    options = [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        # The environment of an engine often has a proxy, and none leads to a unix socket.
+        ("grpc.enable_http_proxy", 0),
+        # No retry is configured, yet this is what makes deadlines hold: a call whose message exceeds this
+        # buffer (or any, with retries disabled) does not return at its deadline while the message waits
+        # in a full socket, that is, never when the daemon is stopped. Measured with grpcio 1.76.
+        ("grpc.per_rpc_retry_buffer_size", 2 * MAX_MESSAGE_BYTES),
+        ("grpc.service_config_disable_resolution", 1),
+        # Two clients of one process must not stall each other in one connection.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if tls is None or target.startswith("unix:"):
+        return grpc.insecure_channel(target, options=options)
+    named = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
+    return grpc.secure_channel(target, tls.credentials(), options=[*options, *named])
 
 
 @dataclass(frozen=True, slots=True)

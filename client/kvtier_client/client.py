@@ -56,12 +56,12 @@ class OffloadClient:
         options: ClientOptions | None = None,
         listener: ClientListener | None = None,
     ) -> None:
-        self._target = parse_address(address)
         facts.validate()
         check_geometry(identity, facts, geometry)
         self.identity = identity
         self.facts = facts
         self._options = options or ClientOptions()
+        self._target = parse_address(address, self._options.tls)
         self.stats = ClientStats()
         self._request = attach_request(identity, facts, geometry or ())
         self._gate = Gate(self._options, self.stats, listener or ClientListener())

@@ -29,6 +29,8 @@ class ReqContext:
 
     req_id: str
     kv_transfer_params: Mapping[str, Any] | None = None
+    trace_parent: str = ""
+    """W3C's header of the request's trace, if it has one: the daemon's spans belong to it."""
     _wire_id: str = field(init=False, repr=False, compare=False)
     _params: list[ParamsJson] = field(init=False, repr=False, compare=False, default_factory=list)
 

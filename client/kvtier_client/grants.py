@@ -48,7 +48,9 @@ class GrantCalls:
         self._stats.add("rpc_prepare_load")
         epoch = link.info.epoch
         try:
-            reply = link.stub.PrepareLoad(request, timeout=self._deadline_s)
+            reply = link.stub.PrepareLoad(
+                request, timeout=self._deadline_s, metadata=link.trace_metadata(ctx)
+            )
         except (grpc.RpcError, ValueError) as error:
             self._failed(link, error, lease_id)
             return None
@@ -67,7 +69,9 @@ class GrantCalls:
         self._stats.add("rpc_prepare_store")
         epoch = link.info.epoch
         try:
-            reply = link.stub.PrepareStore(request, timeout=self._deadline_s)
+            reply = link.stub.PrepareStore(
+                request, timeout=self._deadline_s, metadata=link.trace_metadata(ctx)
+            )
         except (grpc.RpcError, ValueError) as error:
             return StoreGrant.refused(len(keys), self._failed(link, error, lease_id))
         if not self._usable(link, epoch, ctx, reply.boot_id, lease_id):

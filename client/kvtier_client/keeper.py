@@ -24,6 +24,7 @@ from kvtier_client.places import PoolPlace
 from kvtier_client.reset import Weights
 from kvtier_client.sender import CompletionSender
 from kvtier_client.stats import ClientStats
+from kvtier_client.tls import TlsUnusable
 from kvtier_ops.pool import PoolError
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,10 @@ class SessionKeeper:
 
         Over a channel of its own, whose end is also the end of all calls of the session.
         """
-        channel = open_channel(self._address)
+        try:
+            channel = open_channel(self._address, self._options.tls)
+        except TlsUnusable as error:
+            raise CannotAttach(f"no certificate to show the daemon: {error}") from None
         try:
             self._live_over(offload_pb2_grpc.OffloadServiceStub(channel))
         finally:
@@ -184,9 +188,10 @@ class SessionKeeper:
                 raise CannotAttach(f"the daemon refuses: {failure.reason}: {failure.details}") from None
             # grpc's details change from attempt to attempt, and each would be a new line in the log.
             logger.debug("Describe failed: %s", failure.details)
-            raise CannotAttach(
-                f"no daemon answers at {self._address} ({failure.reason}); start one: kvtier serve"
-            ) from None
+            advice = "start one: kvtier serve"
+            if not self._address.startswith("unix:"):
+                advice += ", or look into its log whether it refuses this client's certificate"
+            raise CannotAttach(f"no daemon answers at {self._address} ({failure.reason}); {advice}") from None
         directory = Path(described.pool.directory)
         try:
             lock_file = self._place.take_lock(directory)

@@ -16,6 +16,7 @@ from kvtier_client.flush import CompletionBuffer
 from kvtier_client.leases import LeaseBook
 from kvtier_client.options import ClientOptions
 from kvtier_client.stats import ClientStats
+from kvtier_client.trace import Metadata, trace_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,10 @@ class Link:
         if dropped:
             self._warn_dropped(ctx, dropped)
         return offload_pb2.RequestContext(request_id=ctx.wire_id, params_json=data)
+
+    def trace_metadata(self, ctx: ReqContext) -> Metadata | None:
+        """Return what a call for this request says of its trace. On the engine's thread; needs no lock."""
+        return trace_metadata(ctx, self._options.trace_context)
 
     def mark_seen(self, ctx: ReqContext) -> None:
         """The daemon has the request's parameters."""

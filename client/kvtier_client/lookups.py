@@ -37,6 +37,7 @@ class LookupCall:
         "_lease_id",
         "_link",
         "_max_tokens",
+        "_metadata",
         "_num_keys",
         "_pending_wait_ms",
         "_sent_at",
@@ -76,16 +77,17 @@ class LookupCall:
         self._lease_hits = lease_hits
         self._slots_for_misses = slots_for_misses
         self._store_lease_id = store_lease_id
+        self._metadata = link.trace_metadata(ctx)
         self._epoch = link.info.epoch
         self._sent_at = 0.0
 
     def send(self, timeout_s: float) -> offload_pb2.LookupResponse:
         """Send it and wait for the reply. Raises grpc.RpcError; ValueError if the channel was closed."""
-        return self._link.stub.Lookup(self._message(), timeout=timeout_s)
+        return self._link.stub.Lookup(self._message(), timeout=timeout_s, metadata=self._metadata)
 
     def send_async(self, timeout_s: float) -> grpc.Future[offload_pb2.LookupResponse]:
         """Send it. Raises ValueError if the channel was closed."""
-        return self._link.stub.Lookup.future(self._message(), timeout=timeout_s)
+        return self._link.stub.Lookup.future(self._message(), timeout=timeout_s, metadata=self._metadata)
 
     def _message(self) -> offload_pb2.LookupRequest:
         """Build it where it is sent: the engine's scheduler has better things to do."""

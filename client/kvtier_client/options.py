@@ -6,9 +6,11 @@ Owns the checks of what the engine configures: a wrong value raises ValueError w
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from kvtier_client.tls import TlsFiles
 from kvtier_ops.namespace import MAX_WORLD_SIZE
 
 
@@ -89,6 +91,11 @@ class ClientOptions:
     max_queued_entries: int = 262_144
     """Slots, keys and ids waiting for Complete. Beyond it the daemon has not listened for so long that the
     session is given up, which ends its leases for certain."""
+
+    trace_context: Callable[[], str] | None = None
+    """Tells the `traceparent` of what the calling thread does, "" = nothing; asked once a call."""
+    tls: TlsFiles | None = None
+    """Certificates for an address of TCP; a unix socket needs none."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -38,6 +39,7 @@ from kvtier.v1 import transfer_pb2, transfer_pb2_grpc
 from kvtier_client.answers import SessionInfo
 from kvtier_client.channel import RpcFailure, open_channel, read_failure
 from kvtier_client.jobs import NO_SLOT, CopyFailure, Job, JobKind
+from kvtier_client.tls import TlsFiles
 from kvtier_ops.directory import PoolError
 from kvtier_ops.ipc import MemoryHandle
 from kvtier_ops.locks import CopyGate, owner_lock_is_free
@@ -111,8 +113,10 @@ class RemoteCopies:
         target: str,
         groups: Sequence[Sequence[MemoryHandle]],
         event: ComputeEvent | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
-        self._target = target
+        """`target` and `tls` as the client's, `ClientOptions.tls`."""
+        self._open_channel = partial(open_channel, target, tls)
         self._event = event
         self._groups = [
             transfer_pb2.GroupMemory(tensors=[_message_of(handle) for handle in group]) for group in groups
@@ -138,7 +142,7 @@ class RemoteCopies:
         self.problem = ""
         event_handle = self._event.handle if self._event is not None else b""
         self._stream = self._last = _Stream(
-            self, self._target, self._groups, event_handle, session, pool_directory
+            self, self._open_channel, self._groups, event_handle, session, pool_directory
         )
 
     def end(self) -> None:
@@ -173,14 +177,14 @@ class _Stream:
     def __init__(
         self,
         owner: RemoteCopies,
-        target: str,
+        connect: Callable[[], grpc.Channel],
         groups: Sequence[transfer_pb2.GroupMemory],
         event_handle: bytes,
         session: SessionInfo,
         pool_directory: Path,
     ) -> None:
         self._owner = owner
-        self._target = target
+        self._connect = connect
         self._groups = groups
         self._event_handle = event_handle
         self._session_id = session.session_id
@@ -238,8 +242,9 @@ class _Stream:
             self._gate.close()
 
     def _run(self) -> None:
-        channel = open_channel(self._target)
+        channel = None
         try:
+            channel = self._connect()
             stub = transfer_pb2_grpc.TransferServiceStub(channel)
             if self._register(stub):
                 self._read(stub)
@@ -249,7 +254,8 @@ class _Stream:
             if self.ready:
                 self._owner.on_broken(self._session_id, "the stream of copies has ended")
             self.take_no_more()
-            channel.close()
+            if channel is not None:
+                channel.close()
             self._fail_the_rest()
 
     def _register(self, stub: transfer_pb2_grpc.TransferServiceStub) -> bool:

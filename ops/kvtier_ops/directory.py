@@ -32,6 +32,25 @@ class PoolDirectoryError(PoolError):
     """The pool directory is not a directory of ours alone."""
 
 
+def planted_link(path: Path) -> Path | None:
+    """Return the first link on the way to `path` that neither this user nor root has made; None = no such.
+
+    Whoever made it decides where the path leads. Directories that others may write to are no danger on the
+    way as long as no such link, and no file of theirs, is followed there.
+    """
+    trusted = (0, os.geteuid())
+    so_far = Path(path.anchor or ".")
+    for part in path.parts[1:] if path.anchor else path.parts:
+        so_far /= part
+        try:
+            status = os.lstat(so_far)
+        except OSError:
+            return None  # nothing is there, or nothing that this user may look at: what uses it will say so
+        if stat.S_ISLNK(status.st_mode) and status.st_uid not in trusted:
+            return so_far
+    return None
+
+
 def default_pool_directory(name: str) -> Path:
     """Return where the pool called `name` lives for this user. Raises PoolDirectoryError for a bad name."""
     if not _NAME.fullmatch(name):

@@ -61,20 +61,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_remote(address: str) -> bool:
+    """Tell whether other machines may reach an address that `check_listen_address` has let through."""
+    return socket_path(address) is None and not is_loopback(parse_host_port(address)[0])
+
+
 def check_listen_address(address: str) -> None:
-    """Raise AddressError unless a daemon may listen there: a short unix socket path, or TCP on loopback."""
+    """Raise AddressError unless a daemon can listen there: a short unix socket path, or host:port.
+
+    Whether it may, where other machines reach it, depends on [tls].
+    """
     path = socket_path(address)
     if path is None:
         if address.startswith("unix:"):
             raise AddressError(
                 f"{address!r} must name an absolute path; for example unix:///run/kvtier/kvtier.sock"
             )
-        host, _ = parse_host_port(address)
-        if not is_loopback(host):
-            raise AddressError(
-                f"{address!r} is reachable from other machines, which needs mTLS, and mTLS is UNIMPLEMENTED "
-                "in this version; use a unix:// socket or a loopback address such as 127.0.0.1:9470"
-            )
+        parse_host_port(address)
         return
     if not path.is_absolute() or path.name in ("", ".."):
         raise AddressError(

@@ -9,9 +9,10 @@ the daemon has built something on it, or attached engines were told it and would
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -21,11 +22,14 @@ from pydantic_core import ErrorDetails
 
 from kvtier_ops.directory import default_pool_directory
 from kvtier_ops.ipc import MAX_TENSORS
-from kvtier_server.address import default_address
+from kvtier_server.address import AddressError, default_address, is_remote, socket_path
+from kvtier_server.config_otel import OtelConfig
 from kvtier_server.config_tiers import TierProblem, TierSettings, read_tiers
+from kvtier_server.config_tls import FILES, NEEDS_TLS, TlsConfig
 from kvtier_server.config_values import (
     AT_ATTACH,
     LIVE,
+    AdminAddress,
     Bytes,
     Count,
     CountOrNone,
@@ -37,6 +41,7 @@ from kvtier_server.config_values import (
     NanosecondsOrNone,
     PolicyName,
     Share,
+    TcpAddress,
 )
 
 ENV_PREFIX = "KVTIER_"
@@ -63,7 +68,12 @@ class ServerConfig(_Section):
     """Where the daemon listens and how it speaks."""
 
     address: ListenAddress
-    """unix:///path, or a loopback host:port. Default: one socket per user (kvtier_server.address)."""
+    """unix:///path, or host:port. Default: one socket per user (kvtier_server.address)."""
+    tcp_address: TcpAddress = ""
+    """host:port to listen on too, for tools and other machines; "" = none. Beyond loopback with [tls]."""
+    admin_address: AdminAddress = ""
+    """unix:///path, in a directory of its own: calls that change something come here, and `address` refuses
+    them. "" = `address` takes all."""
     metrics_address: MetricsAddress = DEFAULT_METRICS_ADDRESS
     """host:port of /metrics and the health pages; port 0 = any free one, "" = none."""
     name: Name = "default"
@@ -179,6 +189,8 @@ class Config(_Section):
     leases: LeasesConfig = LeasesConfig()
     admission: AdmissionConfig = AdmissionConfig()
     drain: DrainConfig = DrainConfig()
+    tls: TlsConfig = TlsConfig()
+    otel: OtelConfig = OtelConfig()
     tiers: tuple[TierSettings, ...] = ()
     """Below the pool, in the order they are asked; [[tiers]] in the file (kvtier_server.config_tiers)."""
 
@@ -210,6 +222,7 @@ def _known() -> dict[str, dict[str, str]]:
 KNOWN = _known()
 _DURATIONS = {
     "limits.tombstone",
+    "otel.timeout",
     *(f"{section}.{key}" for section in ("leases", "drain") for key in KNOWN[section]),
 }
 
@@ -277,6 +290,7 @@ def read_config(
             known.setdefault(section, {})[key] = given.raw
         else:
             errors.append(ConfigError(f"{section}.{key}", given.source, _unknown(section, key)))
+    errors += _unprotected(values)
     config = _build(known, values, errors)
     if config is not None:
         errors += _check_together(config, values)
@@ -383,7 +397,43 @@ def _check_together(config: Config, values: _Values) -> list[ConfigError]:
         errors.append(
             wrong("leases", "pending_wait", "must be shorter than leases.lookup, which pins meanwhile")
         )
+    for path, problem in _check_addresses(config):
+        section, _, key = path.partition(".")
+        errors.append(wrong(section, key, problem))
     return errors
+
+
+def _unprotected(values: _Values) -> Iterator[ConfigError]:
+    """Find addresses that other machines reach where no certificates are named; some are `problems`'.
+
+    Asked of what was written, so that it is told among all other mistakes.
+    """
+    if any(("tls", name) in values and values["tls", name].raw for name in FILES):
+        return
+    for key in ("address", "tcp_address"):
+        given = values.get(("server", key))
+        if given is not None and isinstance(given.raw, str):
+            with contextlib.suppress(AddressError):
+                if given.raw and is_remote(given.raw):
+                    yield ConfigError(f"server.{key}", given.source, NEEDS_TLS)
+
+
+def _check_addresses(config: Config) -> Iterator[tuple[str, str]]:
+    """Find addresses and certificates that do not go together: (dotted path, problem)."""
+    server = config.server
+    is_tcp = socket_path(server.address) is None
+    yield from config.tls.problems(listens_on_tcp=is_tcp or bool(server.tcp_address))
+    if is_tcp and server.tcp_address:
+        yield (
+            "server.tcp_address",
+            "server.address is TCP too; make that a unix:// socket, or leave one out",
+        )
+    admin, engines = socket_path(server.admin_address), socket_path(server.address)
+    if admin is not None and engines is not None and admin.parent == engines.parent:
+        problem = (
+            f"is in {engines.parent}, as server.address: whoever is given that directory has both sockets"
+        )
+        yield "server.admin_address", f"{problem}; put it into another one"
 
 
 def _unknown(section: str, key: str) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from kvtier_ops.directory import PoolDirectoryError, default_pool_directory
-from kvtier_server.address import check_listen_address, parse_host_port
+from kvtier_server.address import AddressError, check_listen_address, parse_host_port, socket_path
 from kvtier_server.units import UnitError, exact_bytes, exact_duration, parse_bytes, parse_duration
 
 
@@ -62,6 +62,24 @@ def _check_address(address: str) -> str:
     return address
 
 
+def _check_tcp_address(address: str) -> str:
+    if socket_path(address) is not None:
+        raise AddressError(
+            f"{address!r} is a unix socket; that is server.address, this is a host:port beside it"
+        )
+    if address:
+        check_listen_address(address)
+    return address
+
+
+def _check_admin_address(address: str) -> str:
+    if address:
+        check_listen_address(address)
+        if socket_path(address) is None:
+            raise AddressError(f"{address!r} is no unix socket; over TCP certificates have roles ([tls])")
+    return address
+
+
 def _check_metrics_address(address: str) -> str:
     if address:
         parse_host_port(address)
@@ -100,8 +118,11 @@ CountOrNone = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, le=1 << 
 Share = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, le=1, allow_inf_nan=False)]
 Name = Annotated[str, AfterValidator(_check_name)]
 ListenAddress = Annotated[str, AfterValidator(_check_address)]
+TcpAddress = Annotated[str, AfterValidator(_check_tcp_address)]
+AdminAddress = Annotated[str, AfterValidator(_check_admin_address)]
 MetricsAddress = Annotated[str, AfterValidator(_check_metrics_address)]
 Directory = Annotated[str, AfterValidator(_check_directory)]
+AbsolutePath = Annotated[str, AfterValidator(_check_directory)]
 PolicyName = Annotated[str, AfterValidator(_check_policy)]
 
 

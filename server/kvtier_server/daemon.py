@@ -20,22 +20,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.locks import owner_lock_is_free
 from kvtier_server import __version__, events, logs, service
+from kvtier_server.access import METHOD_ROLES
 from kvtier_server.admin import service as admin
-from kvtier_server.admin.methods import METHODS as ADMIN_METHODS
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.config import Config
 from kvtier_server.core.adoption import Adopted
 from kvtier_server.core.instances import Session
 from kvtier_server.core.tiering import Core
 from kvtier_server.core_limits import core_limits
-from kvtier_server.grpc_server import Handlers, build_server
+from kvtier_server.grpc_server import Handlers, Servers, raise_file_limit
 from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
 from kvtier_server.notify import Notifier
@@ -52,6 +51,7 @@ from kvtier_server.stats import PHASE_DRAINING, PHASE_SERVING
 from kvtier_server.stopping import Stopping, held
 from kvtier_server.tier_health import TierHealth
 from kvtier_server.tiers_start import TIER_STOP_S, make_tiers, rules_of
+from kvtier_server.tracing import Tracing
 from kvtier_server.transfer import service as transfer
 from kvtier_server.transfer.service import TransferService
 from kvtier_server.upkeep import TICK_S, Upkeep
@@ -68,10 +68,15 @@ STDIN = 0
 FLUSH_POLL_S = 0.01
 """Between two looks at what goes down while the daemon stops."""
 
-UNARY_METHODS = (
-    "Describe", "Attach", "Lookup", "PrepareLoad", "PrepareStore", "Complete", "RenewLeases", "Touch",
-    "FinishRequest", "Reset",
-)  # fmt: skip
+PACKAGE = "/kvtier.v1."
+STREAMS = {"TransferService/Transfer", "EventsService/Watch", "EventsService/Snapshot"}
+"""Calls that last as long as their caller likes: their duration says nothing."""
+
+TIMED_METHODS = tuple(
+    name.removeprefix(PACKAGE)
+    for name in METHOD_ROLES
+    if name.startswith(PACKAGE) and name.removeprefix(PACKAGE) not in STREAMS
+)
 
 
 def run(config: Config, reread: Callable[[], Config]) -> int:
@@ -80,6 +85,7 @@ def run(config: Config, reread: Callable[[], Config]) -> int:
     `reread` reads the configuration's sources again, for SIGHUP.
     """
     limiter = logs.setup(config.server.log_level, config.server.log_format)
+    raise_file_limit()
     try:
         daemon = Daemon(config, reread)
     except StartError as error:
@@ -102,7 +108,9 @@ class Daemon:
         self._config = config
         self._notifier = Notifier.take(os.environ, os.getpid())  # before there are child processes
         self.boot_id = secrets.token_hex(8)
-        self._socket_lock = SocketLock.of(config.server.address)
+        self._socket_locks = [SocketLock.of(config.server.address)]
+        if config.server.admin_address:
+            self._socket_locks.append(SocketLock.of(config.server.admin_address))
         self._pool = open_pool(config)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tiers = make_tiers(config, self._pool, self._on_tier_finished)
@@ -119,15 +127,14 @@ class Daemon:
         )
         self._metrics = Metrics(
             version=__version__,
-            methods=[
-                *(f"OffloadService/{method}" for method in UNARY_METHODS),
-                *(f"AdminService/{method}" for method in ADMIN_METHODS),
-                "TransferService/RegisterMemory",
-            ],
+            methods=TIMED_METHODS,
             limits=config.limit_values(),
             tiers=[common.name for common, _ in config.tiers],
         )
-        self._scope = CallScope(self.boot_id, config.limits.unary_calls, self._metrics, self._after_call)
+        self._tracing = self._make_tracing(config)
+        self._scope = CallScope(
+            self.boot_id, config.limits.unary_calls, self._metrics, self._after_call, self._tracing
+        )
         self._registry = Registry(self._pool, self.core)
         self._service = OffloadService(
             self.core,
@@ -178,6 +185,18 @@ class Daemon:
         self._stopping = Stopping(lambda: self._config.drain.copies)
         self._reloads = Reloads(config, reread, self._apply, self._metrics, self._threads)
         self._copies_hang = False
+
+    def _make_tracing(self, config: Config) -> Tracing | None:
+        if not config.otel.endpoint:
+            return None
+        resource = {
+            "service.name": "kvtier",
+            "service.version": __version__,
+            "service.instance.id": self.boot_id,
+        }
+        tracing = Tracing(config.otel, self._metrics.registry, resource)
+        tracing.follow(self.core.books.instances.sessions.get)
+        return tracing
 
     def _lock_is_free(self, name: str) -> bool:
         """Tell whether a process can write no more: it is gone, and nothing is copied for it."""
@@ -269,28 +288,26 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup, os.isatty(STDIN))
-        server, health_servicer = build_server(
-            self._config.server.address, self._config.limits.max_message, self._services()
-        )
+        servers = Servers(self._config, self._services(), self._scope)
         self._metrics.publish(self._observer.snapshot())  # the first scrape may come before the first tick
         http = self._start_http()
-        await server.start()
+        await servers.start()
         self._backing.start()
         self._observer.phase = PHASE_SERVING
         for name in ("", service.SERVICE, admin.SERVICE):
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-        tier_health = TierHealth(health_servicer)
+            await servers.health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        tier_health = TierHealth(servers.health)
         await tier_health.tell(self._metrics.snapshot.tiers[1:])
         gc.freeze()
         # A full collection over a million index entries stops the loop for a third of a second.
         gc.set_threshold(50_000, 20, 1 << 30)
-        self._announce(http)
+        self._announce(servers, http)
         self._notifier.ready(self._status())
         beats = asyncio.create_task(self._notifier.beat_forever(self._status))
         ticks = asyncio.create_task(self._upkeep.tick_forever(limiter, tier_health))
         try:
             await self._stopping.wait()
-            await self._drain(server, health_servicer)
+            await self._drain(servers)
         finally:
             ticks.cancel()
             beats.cancel()
@@ -312,14 +329,14 @@ class Daemon:
             raise StartError(f"{error.strerror}; choose another --metrics-address", 1) from error
         return http
 
-    def _announce(self, http: HttpServer | None) -> None:
+    def _announce(self, servers: Servers, http: HttpServer | None) -> None:
         """Say on stdout where everything is: the first thing a person looks for."""
         pool = self._pool
         metrics = f"{http.url}/metrics" if http is not None else "off"
         kept = f"warm: {self._adopted.published} chunks kept" if self._adopted is not None else "empty"
         lines = (
             f"kvtier {__version__} serving",
-            f"  address  {self._config.server.address}",
+            *(f"  address  {address}{how and f' ({how})'}" for address, how in servers.listening),
             f"  pool     {pool.path} ({pool.data_bytes} bytes, {kept}, policy {self._config.pool.policy})",
             f"  tiers    primary (the pool){''.join(f', {b.rules.name}' for b in self.core.below.tiers)}",
             f"  metrics  {metrics}",
@@ -335,7 +352,8 @@ class Daemon:
     def _on_signal(self) -> None:
         if self._stopping.by_signal():
             log.warning("stopped_at_once", why="second signal")
-            self._socket_lock.unlink()
+            for lock in self._socket_locks:
+                lock.unlink()
             os._exit(0)
 
     def _on_hangup(self, had_terminal: bool) -> None:
@@ -345,12 +363,12 @@ class Daemon:
         else:
             self._reloads.ask()
 
-    async def _drain(self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:
+    async def _drain(self, servers: Servers) -> None:
         """Refuse what is new, wait for copies that run, close the streams, stop."""
         self._observer.phase = PHASE_DRAINING
         self._notifier.stopping(self._status())
         self.core.books.draining = True
-        await health_servicer.enter_graceful_shutdown()
+        await servers.health.enter_graceful_shutdown()
         deadline_ms = self._stopping.copies_ms
         self._sessions.tell_all(pb.AttachResponse(draining=pb.Draining(deadline_ms=deadline_ms)))
         log.info("draining", copies=held(self.core).copies, deadline_ms=deadline_ms)
@@ -359,7 +377,7 @@ class Daemon:
         left_copies = held(self.core).copies  # asked before the sessions end, and their leases with them
         self._sessions.end_all()
         await self._flush_tiers()
-        await server.stop(grace=1.0)
+        await servers.stop(grace_s=1.0)
         log.info("stopped", left_copies=left_copies)
         directory = self._config.pool.directory
         which = f"--directory {shlex.quote(directory)}" if directory else f"--name {self._config.server.name}"
@@ -381,8 +399,10 @@ class Daemon:
             log.warning("tiers_not_flushed", waited_s=self._config.drain.tiers / 1e9)
 
     def close(self) -> None:
-        """Give back the pool's and the socket's locks. The pool's file stays."""
+        """Give back the pool's and the sockets' locks. The pool's file stays."""
         self._notifier.close()
+        if self._tracing is not None:
+            self._tracing.close()
         ended = [tier.shutdown(TIER_STOP_S) for tier, _ in self._tiers]
         if not all(ended) or self._copies_hang:
             # Something hangs that may still write into a slot: the locks go with the process, not before.
@@ -391,7 +411,8 @@ class Daemon:
             return
         self._threads.shutdown(cancel_futures=True)
         self._pool.close()
-        self._socket_lock.release()
+        for lock in self._socket_locks:
+            lock.release()
 
 
 async def _let_tasks_end() -> None:

@@ -2,12 +2,21 @@
 
 Owns the format, the rate limit and the rule that no line holds a key or a prompt. What is worth a line is
 decided where it happens: `structlog.get_logger().info("session opened", engine=...)`.
+
+    event        what happened: a word for what the daemon does, a sentence of a tier or a library
+    level        debug, info, warning, error
+    timestamp    UTC, ISO 8601, microseconds
+    held_back    lines of this event that the last minute had beyond REPEATS_PER_WINDOW
+    exception    a trace, where there is one
+    others       say themselves: boot, session, engine, role, rank, namespace (12 digits), tier, slot, method,
+                 reason (as in errors), why and fix (for people)
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -25,6 +34,9 @@ MAX_EVENTS_TRACKED = 1024
 
 PAYLOAD_FIELDS = frozenset({"key", "keys", "evicted_keys", "prompt", "token_ids", "params", "params_json"})
 """Fields that would hold what users wrote, or names made from it."""
+
+KEY_DIGITS = 8
+"""So many of a key's hexadecimal digits may stand in a line."""
 
 LEVELS = {
     "debug": logging.DEBUG,
@@ -100,6 +112,18 @@ def hide_payload(_: object, __: str, event: EventDict) -> EventDict:
     return event
 
 
+_LONG_HEX = re.compile(r"([0-9a-fA-F]{8})[0-9a-fA-F]{32,}")
+"""A key has 20 bytes or more: a hash of 16 at least, and the group. Names of locks are shorter."""
+
+
+def cut_keys(_: object, __: str, event: EventDict) -> EventDict:
+    """Leave 8 digits of whatever may be a key in hexadecimal: system errors name chunks' files."""
+    for name, value in event.items():
+        if isinstance(value, str) and len(value) > KEY_DIGITS:
+            event[name] = _LONG_HEX.sub(r"\1..", value)
+    return event
+
+
 def setup(level: str, log_format: str, stream: TextIO | None = None) -> RepeatLimit:
     """Send the lines of this process, libraries included, to `stream` (stderr). Replaces an earlier setup."""
     stream = sys.stderr if stream is None else stream
@@ -109,6 +133,7 @@ def setup(level: str, log_format: str, stream: TextIO | None = None) -> RepeatLi
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         hide_payload,
         structlog.processors.format_exc_info,
+        cut_keys,
     ]
     render: Processor
     if console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvtier_ops.directory import planted_link
 from kvtier_ops.locks import PoolStillWritten
 from kvtier_ops.pool import Pool, PoolBusy, PoolError, check_capacity
 from kvtier_server.config import Config
@@ -16,6 +17,13 @@ def open_pool(config: Config) -> Pool:
     except PolicyLoadError as error:
         raise StartError(str(error), 2) from error
     directory = config.pool_directory
+    link = planted_link(directory)
+    if link is not None:
+        raise StartError(
+            f"the pool {directory} lies behind {link}, a link of another user; choose another pool.directory "
+            "or --name",
+            2,
+        )
     try:
         check_capacity(directory, config.pool.bytes)
         return Pool.create(directory, config.pool.bytes, fresh=config.pool.fresh)

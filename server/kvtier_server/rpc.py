@@ -22,6 +22,7 @@ from google.rpc.status_pb2 import Status
 
 from kvtier_server.core.refused import BadRequest, Refused
 from kvtier_server.metrics import Metrics
+from kvtier_server.tracing import Tracing, call_belongs_to
 
 DOMAIN = "kvtier"
 
@@ -46,6 +47,9 @@ CODES: dict[str, grpc.StatusCode] = {
     "LIMIT_TRANSFER_MEMORIES": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "LIMIT_TRANSFER_DEVICES": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "LIMIT_UNARY_CALLS": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "CERTIFICATE_UNKNOWN": grpc.StatusCode.PERMISSION_DENIED,
+    "ROLE_MISSING": grpc.StatusCode.PERMISSION_DENIED,
+    "TENANT_MISMATCH": grpc.StatusCode.PERMISSION_DENIED,
     "DRAINING": grpc.StatusCode.UNAVAILABLE,
     "UNIMPLEMENTED": grpc.StatusCode.UNIMPLEMENTED,
     "INTERNAL": grpc.StatusCode.INTERNAL,
@@ -79,13 +83,19 @@ class CallScope:
     """Wraps handlers. `after_call` runs after each, on the loop's thread, whatever became of the call."""
 
     def __init__(
-        self, boot_id: str, max_unary_calls: int, metrics: Metrics, after_call: Callable[[], None]
+        self,
+        boot_id: str,
+        max_unary_calls: int,
+        metrics: Metrics,
+        after_call: Callable[[], None],
+        tracing: Tracing | None = None,
     ) -> None:
         self.boot_id = boot_id
         self.max_unary_calls = max_unary_calls
         """Calls at once; more are refused."""
         self._metrics = metrics
         self._after_call = after_call
+        self._tracing = tracing
         self._in_progress = 0
 
     def unary(
@@ -98,6 +108,8 @@ class CallScope:
 
         A handler of calls that can be long returns an awaitable, and lets others in between its slices.
         """
+        spanned = self._tracing.around(method, handler) if self._tracing is not None else None
+        handler = spanned or handler
         parse = request_type.FromString
         observe = self._metrics.observe_rpc
         clock = time.perf_counter
@@ -124,7 +136,11 @@ class CallScope:
                 self._in_progress -= 1
                 self._after_call()
 
-        return grpc.unary_unary_rpc_method_handler(call)
+        async def call_in_trace(raw: bytes, context: ServicerContext) -> bytes:
+            call_belongs_to(context.invocation_metadata())
+            return await call(raw, context)
+
+        return grpc.unary_unary_rpc_method_handler(call if spanned is None else call_in_trace)
 
     def unimplemented(self, method: str, what: str) -> Callable[[object, ServicerContext], Awaitable[bytes]]:
         """Make the behaviour of a call that this daemon does not have, of whatever arity."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from kvtier.v1 import offload_pb2 as pb
+from kvtier_server.callers import current_caller
 from kvtier_server.core.completions import MismatchReport
 from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.core.instances import Session
@@ -83,7 +84,7 @@ class OffloadService:
         }
 
     def _session(self, session_id: str) -> Session:
-        return self._core.books.instances.session(session_id)
+        return current_caller().check_own(self._core.books.instances.session(session_id))
 
     def _request(self, session: Session, context: pb.RequestContext) -> Request:
         params = context.params_json if context.HasField("params_json") else None

@@ -14,6 +14,7 @@ import grpc
 import structlog
 
 from kvtier.v1 import offload_pb2 as pb
+from kvtier_server.callers import current_caller
 from kvtier_server.core.books import Notice
 from kvtier_server.core.instances import Session
 from kvtier_server.core.tiering import Core
@@ -87,6 +88,7 @@ class Sessions:
             log.info("session_closed", session=session_id)
 
     def _open(self, session_id: str, request: pb.AttachRequest) -> pb.AttachResponse:
+        request.tenant = current_caller().tenant_to_attach_as(request.tenant)
         applicant = applicant_of(request)
         session = self._core.attach(session_id, applicant, facts_of(request), self._clock())
         try:

@@ -10,6 +10,7 @@ import os
 import stat
 from pathlib import Path
 
+from kvtier_ops.directory import planted_link
 from kvtier_server.address import socket_path
 
 
@@ -34,6 +35,12 @@ class SocketLock:
         path = socket_path(address)
         if path is None:
             return cls(None, -1)
+        link = planted_link(path.parent)
+        if link is not None:
+            owner = os.lstat(link).st_uid
+            raise StartError(
+                f"{link} is a link that uid {owner} has made; remove it or choose another --address", 2
+            )
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = path.parent.stat()

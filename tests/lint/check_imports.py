@@ -117,7 +117,7 @@ ROOMS = (
         "server/kvtier_server",
         ours=("kvtier", "kvtier_ops", "kvtier_server"),
         libraries=DAEMON_LIBRARIES,
-        deferred=("cuda", "cupy"),
+        deferred=("cuda", "cupy", "opentelemetry"),
         why="the server has the libraries of its extra and never meets the client",
     ),
     Room(

@@ -140,3 +140,19 @@ def test_event_names_without_end_do_not_fill_the_memory() -> None:
     for number in range(logs.MAX_EVENTS_TRACKED * 2):
         assert limit.filter(record(f"event {number}"))
     assert len(limit._windows) == logs.MAX_EVENTS_TRACKED
+
+
+def test_of_a_key_in_a_system_error_eight_digits_are_left() -> None:
+    stream = io.StringIO()
+    logs.setup("info", "json", stream)
+    key = bytes(range(36)).hex()
+    try:
+        raise FileNotFoundError(2, "No such file", f"{key}.chunk")
+    except FileNotFoundError as error:
+        structlog.get_logger("kvtier.test").exception("read failed", why=str(error), lock="ab" * 16)
+        logging.getLogger("kvtier_server.secondary").warning("a file could not be removed: %s", error)
+    assert key[:10] not in stream.getvalue()
+    first, second = lines(stream)
+    for text in (first["why"], first["exception"], second["event"]):
+        assert f"{key[:8]}.." in str(text)
+    assert first["lock"] == "ab" * 16, "the name of a lock is no key"

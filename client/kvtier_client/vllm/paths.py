@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from vllm.logger import init_logger
 
 from kvtier_client.channel import parse_address
+from kvtier_client.tls import TlsFiles
 from kvtier_client.transfers import RemoteCopies
 from kvtier_client.vllm.device import Device, device_of
 from kvtier_client.vllm.settings import Transfer
@@ -37,7 +38,9 @@ class Path:
     """Why the daemon cannot copy, where it should have."""
 
 
-def choose_path(transfer: Transfer, bound: BoundTensors, address: str, device: Device | None) -> Path:
+def choose_path(
+    transfer: Transfer, bound: BoundTensors, address: str, tls: TlsFiles | None, device: Device | None
+) -> Path:
     """Decide; `device` None = where torch says the tensors are. Raises UnsupportedTensors."""
     try:
         device = device or device_of(bound.tensors)
@@ -54,7 +57,7 @@ def choose_path(transfer: Transfer, bound: BoundTensors, address: str, device: D
     if transfer == "shm":
         return Path(tensors)
     try:
-        remote = RemoteCopies(parse_address(address), bound.export(device), device.compute_event())
+        remote = RemoteCopies(parse_address(address), bound.export(device), device.compute_event(), tls)
     except HandleError as error:
         if transfer == "cuda_ipc":
             raise UnsupportedTensors(f'transfer: "cuda_ipc" is not possible: {error}') from error

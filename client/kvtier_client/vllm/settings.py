@@ -15,6 +15,7 @@ from typing import Literal, cast, get_args
 
 from kvtier_client.channel import parse_address
 from kvtier_client.options import ClientOptions
+from kvtier_client.tls import VARIABLES, TlsFiles
 from kvtier_client.worker import VerifyLoads
 
 Transfer = Literal["auto", "shm", "cuda_ipc"]
@@ -26,6 +27,7 @@ MAX_WAIT_MS = 3_600_000
 """An hour. Longer is a mistake in the unit."""
 MAX_TENANT_BYTES = 64
 MAX_WEIGHTS_ID_BYTES = 256
+MAX_PATH_BYTES = 4096
 
 VLLM_KEYS = frozenset(
     {
@@ -68,13 +70,24 @@ class Settings:
     """Whom the chunks belong to and are counted for."""
     verify_loads: VerifyLoads = "always"
     """How often the checksum of a loaded chunk is compared."""
+    tls_ca: str = ""
+    """PEM of who signed the daemon's certificate, for an address of TCP; with `tls_cert` and `tls_key`."""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_server_name: str = ""
+    """What the daemon's certificate is called, where that is not the address' host."""
 
     @classmethod
     def from_extra_config(cls, extra_config: Mapping[str, object]) -> Settings:
         """Check all keys at once and raise SettingsError with everything that is wrong."""
         reader = _Reader(extra_config)
+        tls = reader.tls()
         settings = cls(
-            address=reader.address(),
+            address=reader.address(TlsFiles.given(tls)),
+            tls_ca=tls["ca"],
+            tls_cert=tls["cert"],
+            tls_key=tls["key"],
+            tls_server_name=tls["server_name"],
             lookup_wait_ms=reader.milliseconds("lookup_wait_ms", _DEFAULTS.lookup_wait_ms, zero=True),
             lookup_deadline_ms=reader.milliseconds(
                 "lookup_deadline_ms", _DEFAULTS.lookup_deadline_ms, zero=False
@@ -104,6 +117,14 @@ class Settings:
             lookup_deadline_ms=self.lookup_deadline_ms,
             prepare_deadline_ms=max(ClientOptions().prepare_deadline_ms, 2 * self.lookup_deadline_ms),
             promotion_wait_ms=self.promotion_wait_ms,
+            tls=TlsFiles.given(
+                {
+                    "ca": self.tls_ca,
+                    "cert": self.tls_cert,
+                    "key": self.tls_key,
+                    "server_name": self.tls_server_name,
+                }
+            ),
         )
 
 
@@ -119,7 +140,20 @@ class _Reader:
         self._config = extra_config
         self.problems: list[str] = []
 
-    def address(self) -> str:
+    def tls(self) -> dict[str, str]:
+        """Read the certificates' paths: from the configuration, else the environment; all "" if wrong."""
+        found = {
+            name: self.text(f"tls_{name}", MAX_PATH_BYTES) or os.environ.get(variable, "")
+            for name, variable in VARIABLES.items()
+        }
+        try:
+            TlsFiles.given(found)
+        except ValueError as error:
+            self.problems.append(f"tls_ca, tls_cert, tls_key: {error}")
+            return dict.fromkeys(VARIABLES, "")
+        return found
+
+    def address(self, tls: TlsFiles | None) -> str:
         found = self._config.get("address")
         origin = "address"
         if found is None and ADDRESS_VARIABLE in os.environ:
@@ -134,7 +168,7 @@ class _Reader:
             self.problems.append(f"{origin}: must be a string as unix:///path/to/socket, not {found!r}")
             return ""
         try:
-            parse_address(found)
+            parse_address(found, tls)
         except ValueError as error:
             self.problems.append(f"{origin}: {error}")
         return found

@@ -77,7 +77,7 @@ class KVTierOffloadingWorker(OffloadingWorker):
         bound = bind_tensors(kv_caches, facts)
         geometry = [layout.tensors for layout in bound.layouts]
         self._client = OffloadClient(address, identity, facts, geometry=geometry, options=options)
-        path = choose_path(transfer, bound, address, device)
+        path = choose_path(transfer, bound, address, options.tls if options else None, device)
         self._fallbacks: Counter[str] = Counter({"export": 1} if path.problem else {})
         self._shim = WorkerShim(
             self._client,

@@ -20,7 +20,7 @@ SUMMARY = "run the daemon in the foreground"
 
 # Named by their setting (kvtier_server.config.OPTIONS), which is not imported here: pydantic costs 0.1 s.
 _OPTIONS = {
-    "--address": ("server.address", "ADDRESS", "unix:///path or a loopback host:port to listen on"),
+    "--address": ("server.address", "ADDRESS", "unix:///path or host:port to listen on"),
     "--name": ("server.name", "NAME", "name of the pool; one daemon per name (default: default)"),
     "--pool-bytes": ("pool.bytes", "SIZE", "size of the pool (default: 4GiB)"),
     "--metrics-address": ("server.metrics_address", "HOST:PORT", "for /metrics (default: 127.0.0.1:9471)"),
@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         for error in errors.errors:
             print(f"kvtier serve: {error}", file=sys.stderr)
         return 2
+    # gRPC's own lines are no JSON, nobody limits them, and strangers cause them, by handshakes that fail.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from kvtier_server.daemon import run as serve_daemon
 
     return serve_daemon(config, read)

@@ -62,6 +62,15 @@ class TooManySessions(Refused):
     reason = "LIMIT_SESSIONS"
 
 
+MAX_SAID = 80
+"""Characters of a session's id that an answer repeats: those of ours have 33."""
+
+
+def session_unknown(session_id: str) -> SessionUnknown:
+    """Make the refusal of a session that is not there, or not the caller's: nobody can tell which."""
+    return SessionUnknown(f"session {session_id[:MAX_SAID]!r} is not open here; attach again")
+
+
 @dataclass(frozen=True, slots=True)
 class Applicant:
     """Who wants to attach, with which tensors.
@@ -174,7 +183,7 @@ class Instances:
         """Return an open session. Raises SessionUnknown."""
         session = self.sessions.get(session_id)
         if session is None:
-            raise SessionUnknown(f"session {session_id!r} is not open here; attach again")
+            raise session_unknown(session_id)
         return session
 
     def seat_holder(self, applicant: Applicant, now_ns: int) -> Session | None:
@@ -183,7 +192,15 @@ class Instances:
         Raises RankTaken if its process lives and is not the applicant.
         """
         holder = self._seats.get((applicant.engine_id, applicant.role, applicant.rank))
-        if holder is None or applicant.lock_file == holder.lock_file or self._lock_is_free(holder.lock_file):
+        if holder is None or self._lock_is_free(holder.lock_file):
+            return holder
+        if holder.instance.tenant != applicant.tenant:
+            # Without the lock's name: who knows it passes for the process that holds it.
+            raise RankTaken(
+                f"engine {applicant.engine_id!r} has a living {applicant.role} of rank {applicant.rank} of "
+                "another tenant; give this engine another engine_id"
+            )
+        if applicant.lock_file == holder.lock_file:
             return holder
         age_s = (now_ns - holder.attached_ns) // 1_000_000_000
         raise RankTaken(

@@ -343,7 +343,7 @@ class Promotions:
     def _arrived(self, promotion: _Promotion, checksums: Sequence[int]) -> bool:
         """Publish what a tier has brought; False if the pool has got it otherwise by now."""
         space, key = promotion.space, promotion.key
-        assert promotion.slot_id is not None, f"{key!r} arrived without a slot"
+        assert promotion.slot_id is not None, f"{key.hex()} arrived without a slot"
         self._take_out(promotion)
         primary = self._books.primary
         if key in space.chunks:

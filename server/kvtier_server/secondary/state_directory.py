@@ -10,6 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from kvtier_ops.directory import planted_link
 from kvtier_server.secondary.base import TierError
 
 
@@ -28,9 +29,14 @@ def lock_state(file: Path, if_taken: str) -> int:
 
     Raises TierError, which ends with `if_taken` where another daemon has it.
     """
+    link = planted_link(file.parent)
+    if link is not None:
+        raise TierError(
+            f"no index is kept behind {link}, a link of another user; name another state_directory"
+        )
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise TierError(
             f"no index can be kept in {file.parent} ({error.strerror}); name a local directory that "

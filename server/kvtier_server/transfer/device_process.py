@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from kvtier_ops.helper_lines import relay_lines
 from kvtier_server.transfer.wire import (
     HANG_S,
     LAYOUT,
@@ -239,6 +240,7 @@ class _Life:
                 [sys.executable, "-P", "-m", _MODULE, json.dumps(settings)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 pass_fds=[theirs.fileno(), *lock_fds],
             )
         except OSError as error:
@@ -246,6 +248,7 @@ class _Life:
             raise HelperLost(f"it cannot be begun: {error.strerror}") from error
         finally:
             theirs.close()
+        relay_lines(process.stderr, lambda said: log.warning("copy_process_said", device=device, text=said))
         reader, writer = await asyncio.open_connection(sock=ours)
         life = cls(device, process, reader, writer)
         await life._in_time(life._ready)

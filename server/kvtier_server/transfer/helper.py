@@ -12,6 +12,7 @@ engines when nothing of it can arrive any more, the other keeps the pool from be
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -245,7 +246,8 @@ class Helper:
             since = self._taking_since
             taking_s = 0.0 if since is None else time.monotonic() - since
             if max(taking_s, self._engine.oldest_s()) > HANG_S:
-                print("a copy hangs", file=sys.stderr)  # noqa: T201 - the daemon's log
+                with contextlib.suppress(OSError):
+                    print("a copy hangs", file=sys.stderr)  # noqa: T201 - the daemon's log
                 os._exit(HUNG_STATUS)
             self.send(Alive(self._engine.pinned_bytes, self._engine.pin_problem))
 
@@ -325,8 +327,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _end_badly() -> NoReturn:
-    """End the process over a bug, with its trace on the daemon's stderr."""
-    traceback.print_exc()
+    """End the process over a bug, with its trace in the daemon's log."""
+    with contextlib.suppress(OSError):  # the daemon is gone, and with it who reads
+        traceback.print_exc()
     os._exit(1)
 
 

@@ -23,6 +23,7 @@ import structlog
 from kvtier.v1 import transfer_pb2 as pb
 from kvtier_ops.directory import PoolError
 from kvtier_ops.locks import CopyGate, OwnerLock
+from kvtier_server.callers import current_caller
 from kvtier_server.config import LimitsConfig
 from kvtier_server.core.instances import Session
 from kvtier_server.core.refused import BadRequest, Refused
@@ -221,10 +222,13 @@ class TransferService:
             self._lock.release()
         return all(ended)
 
+    def _session(self, session_id: str) -> Session:
+        return current_caller().check_own(self._core.books.instances.session(session_id))
+
     # RegisterMemory
 
     async def _register(self, request: pb.RegisterMemoryRequest) -> pb.RegisterMemoryResponse:
-        session = self._core.books.instances.session(request.session_id)
+        session = self._session(request.session_id)
         self._core.transfers.check_worker(session)
         limit = self._limits.transfer_memories
         if sum(memory.session is session for memory in self._memories.values()) >= limit:
@@ -318,7 +322,7 @@ class TransferService:
             async for raw in requests:
                 request = pb.TransferRequest.FromString(raw)
                 await self._make_room(stream, is_job=bool(request.job_id))
-                session = self._core.books.instances.session(request.session_id)
+                session = self._session(request.session_id)
                 self._core.transfers.check_worker(session)
                 if request.job_id:
                     self._begin(session, request, stream)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvtier_client import ClientOptions
+from kvtier_client import ClientOptions, TlsFiles
 from kvtier_client.vllm.settings import ADDRESS_VARIABLE, Settings, SettingsError
 
 ADDRESS = "unix:///run/kvtier/kvtier.sock"
@@ -38,6 +38,26 @@ def test_every_key_is_read() -> None:
     )
     assert settings == Settings("127.0.0.1:9470", 1, 20.5, 100, "shm", "llama@v3", "search", "sampled")
     assert isinstance(settings.promotion_wait_ms, int)
+
+
+TLS = {"tls_ca": "/ca.pem", "tls_cert": "/cert.pem", "tls_key": "/key.pem"}
+
+
+def test_certificates_let_the_address_be_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.from_extra_config({"address": "node7:9470", **TLS, "tls_server_name": "kvtier"})
+    assert settings.client_options().tls == TlsFiles("/ca.pem", "/cert.pem", "/key.pem", "kvtier")
+    assert "not on this machine" in problems_of(address="node7:9470")[0]
+    for variable, path in (("KVTIER_TLS_CA", "/a"), ("KVTIER_TLS_CERT", "/c"), ("KVTIER_TLS_KEY", "/k")):
+        monkeypatch.setenv(variable, path)
+    of_environment = Settings.from_extra_config({"address": "node7:9470", "tls_cert": "/mine"})
+    assert of_environment.client_options().tls == TlsFiles("/a", "/mine", "/k")
+
+
+@pytest.mark.parametrize("left_out", sorted(TLS))
+def test_half_of_the_certificates_is_a_mistake(left_out: str) -> None:
+    (problem,) = problems_of(**{key: path for key, path in TLS.items() if key != left_out})
+    assert left_out.removeprefix("tls_") + " is missing" in problem
+    assert Settings.from_extra_config({"address": ADDRESS}).client_options().tls is None
 
 
 def test_keys_of_vllm_pass() -> None:

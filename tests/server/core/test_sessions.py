@@ -53,6 +53,23 @@ def test_a_living_process_keeps_its_seat() -> None:
     assert engine.is_attached
 
 
+def test_a_seat_of_another_tenant_is_taken_whoever_names_its_lock_until_its_process_is_gone() -> None:
+    rig = Rig()
+    engine = rig.engine("engine")
+    other = Engine(rig, "engine", facts(), tenant="other")
+    for process, held in zip(other.processes, engine.processes, strict=True):
+        process.lock_file = held.lock_file
+    with pytest.raises(RankTaken) as refusal:
+        other.attach()
+    assert "lock" not in refusal.value.metadata
+    assert engine.is_attached
+    other.start()
+    for process in engine.processes:
+        rig.locks.free(process.lock_file)
+    other.attach()
+    assert other.is_attached
+
+
 def test_a_restarted_engine_takes_the_seats_of_its_dead_processes_although_their_streams_look_open() -> None:
     rig = Rig()
     engine = rig.engine()

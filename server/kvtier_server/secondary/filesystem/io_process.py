@@ -17,8 +17,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from threading import Lock
 
+from kvtier_ops.helper_lines import relay_lines
 from kvtier_server.secondary.base import JobKind, OffloadingSpec, TierChunk, TierError
 from kvtier_server.secondary.filesystem.chunk_files import ChunkIo, IoResult
 from kvtier_server.secondary.filesystem.io_wire import LAYOUT, MAX_BYTES, pack_request, unpack_answer
@@ -151,6 +153,7 @@ class _Process:
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 pass_fds=[life, *channels, *fds],
             )  # fmt: skip
         except OSError:
@@ -162,6 +165,7 @@ class _Process:
                 end.close()
         self._lock = Lock()
         self._free = channels_of_ours
+        relay_lines(self._process.stderr, partial(logger.warning, "the I/O process says: %s"))
 
     @property
     def pid(self) -> int:

@@ -24,11 +24,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from kvtier_ops.directory import planted_link
 from kvtier_ops.faults import fault_point
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.config_values import Bytes, BytesOrNone, Count, Nanoseconds, Share
@@ -54,7 +56,7 @@ from kvtier_server.secondary.chunk_file import (
     file_bytes,
     read_header,
 )
-from kvtier_server.secondary.chunk_names import SUFFIX, file_name, key_of
+from kvtier_server.secondary.chunk_names import FORMAT_DIRECTORY, SUFFIX, file_name, key_of
 from kvtier_server.secondary.filesystem.chunk_files import ChunkFiles, ChunkIo, IoResult
 from kvtier_server.secondary.filesystem.disk import Disk
 from kvtier_server.secondary.filesystem.io_process import ChunkProcess, ProcessLost
@@ -158,13 +160,18 @@ class FilesystemTier(KeptTier):
         super().__init__(spec, pool, tier_type, on_finished, parameters)
         self._own = parameters
         self._disk = disk or Disk()
+        link = planted_link(Path(parameters.root))
+        if link is not None:
+            raise TierError(f"root {parameters.root} lies behind {link}, a link of another user; remove it")
         try:
             self._places = Places.below(self._disk, parameters.root)
         except OSError as error:
             raise TierError(
-                f"root {parameters.root} cannot be used ({error.strerror}); make it a directory that this "
-                "user may write to, or name another one"
+                f"root {parameters.root} cannot be used ({error.filename}: {error.strerror}); make it a "
+                "directory that this user may write to, without links below it, or name another one"
             ) from error
+        if not parameters.shared:
+            self._check_owner()
         self._index = Index()
         index_file = state_file(parameters.state_directory, "filesystem", os.path.realpath(parameters.root))
         try:
@@ -201,6 +208,16 @@ class FilesystemTier(KeptTier):
         )
         self._keeper = Thread(target=self._keep_index, name=f"kvtier-{tier_type}-index", daemon=True)
         self._keeper.start()
+
+    def _check_owner(self) -> None:
+        """Raise TierError if what is below the root was made by another user, who may then change it."""
+        owner = os.fstat(self._places.fd).st_uid
+        if owner not in (0, os.geteuid()):
+            self._places.close()
+            raise TierError(
+                f"{self._own.root}/{FORMAT_DIRECTORY} belongs to uid {owner}, who can put chunks there; "
+                "remove it, name another root, or set shared = true if that is another daemon's user"
+            )
 
     def _make_io(self, pool: memoryview) -> ChunkIo:
         own = self._own
