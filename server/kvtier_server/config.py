@@ -95,6 +95,7 @@ class LimitsConfig(_Section):
     sessions: Count = 1024
     """64 engines with a scheduler and 15 ranks each."""
     watchers: Count = 64
+    """Streams of EventsService at once: watchers, and snapshots that are being sent."""
     unary_calls: Count = 256
     """Calls at once. An own counter: gRPC's maximum_concurrent_rpcs counts open streams too."""
     requests_per_instance: Count = 65_536
@@ -114,6 +115,8 @@ class LimitsConfig(_Section):
     """Credits that one instance may hold even where its share of a small pool is less."""
     events: Count = 65_536
     """Events kept for watchers that come back."""
+    event_keys: Count = 1 << 20
+    """Keys in all kept events together, some 100 MB: as many as come and go in a snapshot of a million."""
     session_events: Count = 65_536
     """Unread events of one session; a session that reads slower is ended (SLOW_READER). A writer's death
     resolves all keys of a call (max_keys) at once, and sending takes 65 us an event: room for eight calls."""

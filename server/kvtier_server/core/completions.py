@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvtier_server.core.below import Below
 from kvtier_server.core.books import Books, HashRequest
+from kvtier_server.core.events import STORED
 from kvtier_server.core.instances import Instance, Role, Session
 from kvtier_server.core.leases import Lease, LeaseKind
 from kvtier_server.core.refused import BadRequest
@@ -38,8 +39,6 @@ class Completions:
     def __init__(self, books: Books, below: Below) -> None:
         self._books = books
         self._below = below
-        self._stored: dict[KeySpace, list[bytes]] = {}
-        """What the report at hand has published, until it is recorded as one event."""
         self._hashing: set[tuple[int, int, int]] = set()
         """(slot, generation, part) of the hashes that were asked for and are not there yet."""
 
@@ -141,9 +140,6 @@ class Completions:
             if isinstance(found, Reservation):
                 found = self._take_part(found, part, key, checksum, index in failed)
             statuses.append(found)
-        for space, stored in self._stored.items():
-            self._books.events.record("stored", space.name, "store", stored)
-        self._stored.clear()
         return statuses
 
     def _take_part(
@@ -207,7 +203,7 @@ class Completions:
             request,
         )
         books.counts["store:published"] += 1
-        self._stored.setdefault(space, []).append(key)
+        books.events.record(STORED, space.name, "store", (key,))
         books.resolve(space, key, chunk)
         self._below.published(chunk)
 

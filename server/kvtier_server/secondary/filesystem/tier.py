@@ -59,7 +59,8 @@ from kvtier_server.secondary.filesystem.chunk_files import ChunkFiles, ChunkIo, 
 from kvtier_server.secondary.filesystem.disk import Disk
 from kvtier_server.secondary.filesystem.io_process import ChunkProcess, ProcessLost
 from kvtier_server.secondary.filesystem.places import TEMPORARY, Places
-from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile, Name
+from kvtier_server.secondary.holdings import Name
+from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile
 from kvtier_server.secondary.parameters import TierParameters
 from kvtier_server.secondary.state_directory import lock_state, state_file
 from kvtier_server.secondary.workers import ChunkResult, KeptTier, TierWorkers
@@ -157,6 +158,7 @@ class FilesystemTier(KeptTier):
                 "user may write to, or name another one"
             ) from error
         self._index = Index()
+        self._holdings = self._index.holdings
         index_file = state_file(parameters.state_directory, "filesystem", os.path.realpath(parameters.root))
         try:
             self._state_lock = lock_state(
@@ -348,7 +350,7 @@ class FilesystemTier(KeptTier):
 
     def _remove(self, name: Name, reason: str, *, unlink: bool = True) -> None:
         """Forget a chunk and remove its file. Raises OSError if that cannot be; it is forgotten anyway."""
-        if not self._index.remove(name):
+        if not self._index.remove(name, reason):
             return
         space, key = name
         try:

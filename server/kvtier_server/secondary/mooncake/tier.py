@@ -94,6 +94,7 @@ class MooncakeTier(KeptTier):
         self._local = local()
         self._counts = {"no_space": 0}
         self._known = Known()
+        self._holdings = self._known.holdings
         self._problem = STARTING
         self._store_closed = Event()
         self._workers = TierWorkers(
@@ -279,7 +280,7 @@ class MooncakeTier(KeptTier):
         self._known.add(chunk.space, chunk.key, Entry(name, HEADER_BYTES + chunk.num_bytes, is_own))
 
     def _forget(self, space: SpaceName, key: bytes, reason: str) -> None:
-        if self._known.remove(space, key):
+        if self._known.remove(space, key, reason):
             self._tell_removed([Removal(space, (key,), reason)])
 
     def _payload(self, chunk: TierChunk) -> memoryview:
