@@ -32,6 +32,7 @@ from kvtier_server.core.instances import Session
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.tiering import Core
 from kvtier_server.core_limits import core_limits
+from kvtier_server.events import EventStreams
 from kvtier_server.grpc_server import Handlers, build_server
 from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
@@ -111,6 +112,8 @@ class Daemon:
                 "AdminService/GetStatus",
                 "AdminService/Clear",
                 "TransferService/RegisterMemory",
+                events.WATCH,
+                events.SNAPSHOT,
             ],
             limits=config.limit_values(),
             tiers=[common.name for common, _ in config.tiers],
@@ -140,12 +143,15 @@ class Daemon:
             self._registry.write,
             self._transfers.drained,
         )
+        self._events = EventStreams(
+            self.core, self._scope, self._metrics, config.limits.watchers, config.limits.max_message
+        )
         self._threads = ThreadPoolExecutor(
             max(1, min(4, (os.cpu_count() or 2) - 1)), thread_name_prefix="kvtier-work"
         )
         self._adopted = self._take_over()
         self._backing = Backing(self._pool, config.pool.backing_piece, self._on_backed)
-        self._observer = Observer(self.boot_id, config, self._pool, self.core, self._backing)
+        self._observer = Observer(self.boot_id, config, self._pool, self.core, self._backing, self._events)
         self._upkeep = Upkeep(
             self.core,
             self._pool,
@@ -220,7 +226,7 @@ class Daemon:
             service.SERVICE: self._service.handlers() | {"Attach": self._sessions.handler()},
             admin.SERVICE: admin.handlers(self._scope, self._observer.snapshot, self.core.clearings),
             transfer.SERVICE: self._transfers.handlers(),
-            events.SERVICE: events.handlers(self._scope),
+            events.SERVICE: self._events.handlers(),
         }
 
     async def serve(self, limiter: logs.RepeatLimit) -> None:
@@ -295,6 +301,7 @@ class Daemon:
         """Refuse what is new, wait for copies that run, close the streams, stop."""
         self._observer.phase = PHASE_DRAINING
         self.core.books.draining = True
+        self._events.end_all()
         await health_servicer.enter_graceful_shutdown()
         deadline = time.monotonic() + self._config.drain.copies / 1e9
         self._sessions.tell_all(

@@ -12,6 +12,7 @@ from kvtier_ops.pool import Pool
 from kvtier_server import __version__
 from kvtier_server.config import Config
 from kvtier_server.core.tiering import Core
+from kvtier_server.events import EventStreams
 from kvtier_server.pool_slots import Backing
 from kvtier_server.service import boottime_ns
 from kvtier_server.snapshot import (
@@ -37,12 +38,15 @@ from kvtier_server.tier_health import in_order
 class Observer:
     """Counts one daemon. `phase` is set by the daemon: starting, serving, draining."""
 
-    def __init__(self, boot_id: str, config: Config, pool: Pool, core: Core, backing: Backing) -> None:
+    def __init__(
+        self, boot_id: str, config: Config, pool: Pool, core: Core, backing: Backing, events: EventStreams
+    ) -> None:
         self._boot_id = boot_id
         self._config = config
         self._pool = pool
         self._core = core
         self._backing = backing
+        self._events = events
         self._start_ns = self._last_tick_ns = boottime_ns()
         self._start_time_s = time.time()
         self._loop_lag_s = 0.0
@@ -107,4 +111,7 @@ class Observer:
             loads_torn=counts["load:torn"],
             credits=sum(r.key is None for r in books.reservations),
             tenant_used_bytes=tenant_bytes(books),
+            watchers=self._events.num_open,
+            event_keys=dict(books.events.num_recorded),
+            event_overflows=self._events.num_overflows,
         )

@@ -223,12 +223,6 @@ def test_a_call_that_is_not_built_yet_says_so(engine: RawEngine, method: str) ->
     assert "is not part of this version of kvtier" in failed.message
 
 
-@pytest.mark.parametrize("method", ["Watch", "Snapshot"])
-def test_a_stream_that_is_not_built_yet_says_so(engine: RawEngine, method: str) -> None:
-    failed = refusal(lambda: engine.stream_bytes(f"/kvtier.v1.EventsService/{method}", b""))
-    assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
-
-
 # -- Every number in every message, as large as it goes --
 
 _EXTREMES: dict[int, tuple[float, ...]] = {
