@@ -33,7 +33,7 @@ Rows = dict[tuple[str, SpaceName], list[bytes]]
 
 
 class IndexWalk:
-    """One walk. To be stepped to its end; each step looks at about `slice_items` slots or places."""
+    """One walk. To be stepped to its end; each step looks at most at `slice_items` slots or places."""
 
     def __init__(
         self, books: Books, below: Below, covers: Callable[[SpaceName], bool], slice_items: int
@@ -80,17 +80,18 @@ class IndexWalk:
             for slab in size_class.slabs.values()
         ]
         names: list[tuple[SpaceName, bytes]] = []
-        num_looked_at = 0
-        for slot_ids in slot_ranges:
-            for first in range(0, len(slot_ids), self._slice_items):
-                some = slot_ids[first : first + self._slice_items]
+        left = self._slice_items
+        for slab_slot_ids in slot_ranges:
+            slot_ids = slab_slot_ids
+            while slot_ids:
+                some, slot_ids = slot_ids[:left], slot_ids[left:]
                 # What is dropped and still pinned has left the index.
                 chunks = (by_slot[slot_id] for slot_id in some if slot_id in by_slot)
                 names += [(chunk.space.name, chunk.key) for chunk in chunks if not chunk.dropped]
-                num_looked_at += len(some)
-                if num_looked_at >= self._slice_items:
+                left -= len(some)
+                if not left:
                     yield self._rows(POOL, names)
-                    names, num_looked_at = [], 0
+                    names, left = [], self._slice_items
         yield self._rows(POOL, names)
 
     def _rows(self, tier: str, names: Sequence[tuple[SpaceName, bytes]]) -> Rows:
