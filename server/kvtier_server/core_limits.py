@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from kvtier_server.config import Config
 from kvtier_server.core.limits import Limits
-
-MAX_KEYS_PER_EVENT = 1_024
-"""Some 40 KiB as keys usually are: a watcher's event is made into bytes in one go."""
-
-EVENT_KEY_BYTES = 512
-"""Of a message for each key that one event may have: four times what the longest key takes."""
+from kvtier_server.event_wire import max_keys_of_a_message
 
 
 def core_limits(config: Config) -> Limits:
@@ -26,7 +21,7 @@ def core_limits(config: Config) -> Limits:
         max_remembered=limits.remembered_completions,
         max_events=limits.events,
         max_event_keys=limits.event_keys,
-        max_keys_per_event=min(MAX_KEYS_PER_EVENT, limits.max_message // EVENT_KEY_BYTES),
+        max_keys_per_event=max_keys_of_a_message(limits.max_message),
         lookup_lease_ns=config.leases.lookup,
         copy_lease_ns=config.leases.copy_,
         tombstone_ns=limits.tombstone,

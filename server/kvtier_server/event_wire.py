@@ -18,6 +18,10 @@ from kvtier_server.core.index_walk import Rows
 
 KINDS = {STORED: pb.EVENT_KIND_STORED, REMOVED: pb.EVENT_KIND_REMOVED}
 
+MAX_EVENT_KEYS, KEY_BYTES = 1_024, 512
+"""Of one event: some 40 KiB as keys usually are, and no more than a message has room for. A key takes 130
+bytes at most, and where each is of another tenant, 400."""
+
 MAX_BATCH_KEYS = 2_048
 EVENT_COST = 16
 """What an event costs beside its keys, in keys. A batch takes half a millisecond."""
@@ -30,6 +34,11 @@ MAX_CACHED_BYTES = 8 << 20
 """Watchers that keep up ask for the same batch within a tenth of a second."""
 
 REASON = "snapshot"
+
+
+def max_keys_of_a_message(max_message_bytes: int) -> int:
+    """Return how many keys an event, or a slice of a snapshot, may have."""
+    return min(MAX_EVENT_KEYS, max_message_bytes // KEY_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

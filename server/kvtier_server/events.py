@@ -24,7 +24,7 @@ from kvtier_ops.namespace import SpaceName
 from kvtier_server.core.index_walk import IndexWalk
 from kvtier_server.core.refused import BadRequest, Draining, Refused
 from kvtier_server.core.tiering import Core
-from kvtier_server.event_wire import Batches, snapshot_rows
+from kvtier_server.event_wire import Batches, max_keys_of_a_message, snapshot_rows
 from kvtier_server.metrics import Metrics
 from kvtier_server.rpc import CODES, CallScope, ServicerContext
 
@@ -37,10 +37,10 @@ GATHER_S = 0.05
 HEARTBEAT_S = 1.0
 """Without news a watcher hears so often that there are none, and from where it may continue."""
 
-WAKE_PAUSE_S = 0.001
-"""After each stream that is written to, for the calls of engines: a write takes 0.1 ms."""
+PAUSE_S = 0.001
+"""After each stream that is written to, for the calls of engines: a message takes up to 0.4 ms."""
 
-SLICE_ITEMS, REST_S = 1_024, 0.002
+REST_S = 0.002
 """A slice of a snapshot takes 0.4 ms; after each of them all snapshots together rest."""
 
 NAMESPACE = re.compile("[0-9a-f]{32}")
@@ -79,10 +79,12 @@ class EventStreams:
         self._scope = scope
         self._metrics = metrics
         self._max_streams = max_streams
+        self._slice_items = max_keys_of_a_message(max_message_bytes)
         self._batches = Batches(self._log, scope.boot_id, max_message_bytes)
         self._watchers: set[_Watcher] = set()
         self._pacer: asyncio.Task[None] | None = None
-        self._slices = asyncio.Lock()
+        self._turn = asyncio.Lock()
+        """Held by whoever has much to send, for one piece of it and the rest after it."""
         self._is_stopping = False
         self.num_open = 0
         """Streams of both kinds."""
@@ -156,13 +158,15 @@ class EventStreams:
             while True:
                 self._check_goes_on()
                 message = self._next_message(watcher)
-                if message is not None:
-                    await context.write(message)
-                elif watcher.position < self._log.next_sequence:
-                    await asyncio.sleep(0)  # others' events, a lot of them
-                else:
+                if message is None and watcher.position == self._log.next_sequence:
                     watcher.news.clear()
                     await watcher.news.wait()
+                    continue
+                if message is not None:
+                    await context.write(message)
+                if watcher.position < self._log.next_sequence:
+                    async with self._turn:  # many that are behind must not fill the loop
+                        await asyncio.sleep(PAUSE_S)
         finally:
             self._watchers.discard(watcher)
 
@@ -218,7 +222,7 @@ class EventStreams:
                 if watcher.position >= next_sequence and watcher.told_at > beat_before:
                     continue
                 watcher.news.set()
-                await asyncio.sleep(WAKE_PAUSE_S)
+                await asyncio.sleep(PAUSE_S)
         self._pacer = None
 
     # Snapshot
@@ -231,10 +235,10 @@ class EventStreams:
         def covers(space: SpaceName) -> bool:
             return wanted in ("", space.namespace)
 
-        walk = IndexWalk(self._core.books, self._core.below, covers, SLICE_ITEMS)
+        walk = IndexWalk(self._core.books, self._core.below, covers, self._slice_items)
         steps = walk.steps()
         while True:
-            async with self._slices:
+            async with self._turn:
                 rows = next(steps, None)
                 message = snapshot_rows(self._scope.boot_id, rows) if rows else b""
                 await asyncio.sleep(REST_S)

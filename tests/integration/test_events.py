@@ -125,6 +125,20 @@ def test_a_watcher_hears_live_and_in_order_what_is_stored_and_evicted(
         assert changes_of(read_until(again, 264)) == told
 
 
+def test_events_and_snapshots_fit_the_smallest_message_there_is(
+    start_daemon: StartDaemon, make_engine: MakeEngine
+) -> None:
+    daemon = start_daemon(pool_bytes="8MiB", config='[limits]\nmax_message = "64KiB"\nmax_params = "4KiB"\n')
+    engine = make_engine(daemon, tenant="t" * 64).attach()
+    keys = [number.to_bytes(128, "big") for number in range(1_000)]
+    with observer(daemon) as own:
+        call = own.watch()
+        for first in range(0, len(keys), 200):
+            engine.store(keys[first : first + 200], f"store-{first}")
+        assert sum(len(event.keys) for event in read_until(call, 1_000)) == 1_000
+        assert {key for _, _, key in own.snapshot()[0]} == set(keys)
+
+
 def test_a_watcher_of_one_namespace_hears_nothing_of_others_but_where_it_may_continue(
     start_daemon: StartDaemon, make_engine: MakeEngine
 ) -> None:

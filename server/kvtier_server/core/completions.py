@@ -39,6 +39,8 @@ class Completions:
     def __init__(self, books: Books, below: Below) -> None:
         self._books = books
         self._below = below
+        self._stored: dict[KeySpace, list[bytes]] = {}
+        """What the report at hand has published, until it is recorded; nothing is removed meanwhile."""
         self._hashing: set[tuple[int, int, int]] = set()
         """(slot, generation, part) of the hashes that were asked for and are not there yet."""
 
@@ -140,6 +142,9 @@ class Completions:
             if isinstance(found, Reservation):
                 found = self._take_part(found, part, key, checksum, index in failed)
             statuses.append(found)
+        for space, stored in self._stored.items():
+            self._books.events.record(STORED, space.name, "store", stored)
+        self._stored.clear()
         return statuses
 
     def _take_part(
@@ -203,7 +208,7 @@ class Completions:
             request,
         )
         books.counts["store:published"] += 1
-        books.events.record(STORED, space.name, "store", (key,))
+        self._stored.setdefault(space, []).append(key)
         books.resolve(space, key, chunk)
         self._below.published(chunk)
 

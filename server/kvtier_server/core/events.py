@@ -76,22 +76,27 @@ class EventLog:
     def record(
         self, kind: str, space: SpaceName, reason: str, keys: Sequence[bytes], tier: str = POOL
     ) -> None:
-        """Note what has happened to some keys of one space, after everything that was noted before."""
+        """Note what has happened to keys of one space, one at least, after all that was noted before."""
+        current = self._open
+        if current is None or not current.takes(kind, space, reason, tier):
+            self._seal()
+            current = self._open = _OpenEvent(kind, space, reason, tier)
+        current.keys += keys
         self.num_recorded[kind] += len(keys)
         self._num_keys += len(keys)
-        first = 0
-        while first < len(keys):
-            current = self._open
-            if current is None or not current.takes(kind, space, reason, tier):
-                self._seal()
-                current = self._open = _OpenEvent(kind, space, reason, tier)
-            room = self._max_keys_per_event - len(current.keys)
-            current.keys += keys[first : first + room]
-            first += room
-            if len(current.keys) >= self._max_keys_per_event:
-                self._seal()
+        if len(current.keys) >= self._max_keys_per_event:
+            self._split(current)
         while self._num_keys > self._max_keys:
             self._forget_oldest()
+
+    def _split(self, current: _OpenEvent) -> None:
+        """End as many events as there are whole ones in what was noted; the rest stays open."""
+        keys, most = current.keys, self._max_keys_per_event
+        for first in range(0, len(keys), most):
+            self._open = _OpenEvent(current.kind, current.space, current.reason, current.tier)
+            self._open.keys = keys[first : first + most]
+            if len(self._open.keys) == most:
+                self._seal()
 
     def _seal(self) -> None:
         """End the open event: what comes next has another number."""
@@ -125,11 +130,6 @@ class EventLog:
         """The number of the first event to come; all that has happened so far is in those before it."""
         self._seal()
         return self._next_sequence
-
-    @property
-    def has_news(self) -> int:
-        """A number that has changed when there is something new to read; costs nothing to ask for."""
-        return self._next_sequence + (self._open is not None)
 
     def keeps(self, sequence: int) -> bool:
         """Tell whether all events from `sequence` on are kept, or it is the next one.

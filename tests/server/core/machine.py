@@ -393,6 +393,17 @@ class CoreMachine(World, RuleBasedStateMachine):
             case _:
                 tier.hide(list(tier.stored)[which % len(tier.stored)])
 
+    @rule(tenant=st.sampled_from(["", "t", None]), tiers_end=st.booleans())
+    def clear(self, tenant: str | None, tiers_end: bool) -> None:
+        """An operator clears the pool, and the tiers when they get to it."""
+        core = self.rig.core
+        if not any(below.being_cleared for below in core.below.tiers):
+            for _ in core.clearings.begin("", tenant, "", lambda: None).pool:
+                pass
+        for tier in self.rig.tiers if tiers_end else ():
+            while tier.clearing:
+                tier.finish_clear()
+
     # Watchers.
 
     @rule(num_steps=st.integers(1, 6), slice_items=st.sampled_from([1, 3, 50]))

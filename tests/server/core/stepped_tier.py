@@ -153,8 +153,10 @@ class SteppedTier(SecondaryTier):
     def restart(self) -> None:
         """The daemon was killed: what was under way has not happened."""
         self.running.clear()
+        self.clearing.clear()
         self._finished.clear()
         self._removed.clear()
+        self._cleared.clear()
 
     def step(self, which: int = 0, how: str = "ok") -> None:
         """Do the next half of a chunk of one job. `how`: ok, failed, corrupt or missing, from now on."""
