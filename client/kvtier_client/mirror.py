@@ -46,6 +46,9 @@ SILENCE_S = 5.0
 
 CLOSE_S = 5.0
 
+LINE_EVERY_S, ONCE_S = 1.0, 10.0
+"""Of the command: between two lines, and the longest wait for the only one."""
+
 
 class OutOfStep(Exception):
     """The mirror cannot be carried on with events: it takes a new snapshot."""
@@ -231,11 +234,11 @@ class IndexMirror:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Mirror a daemon and say every second how many chunks each tier holds."""
+    """Mirror a daemon and say every second how many chunks each tier holds. Returns the exit code."""
     parser = argparse.ArgumentParser("python -m kvtier_client.mirror", description=main.__doc__)
     parser.add_argument("--address", default=os.environ.get("KVTIER_ADDRESS", ""), help="of the daemon")
     parser.add_argument("--namespace", default="", help="mirror only this one: all digits of its digest")
-    parser.add_argument("--once", action="store_true", help="one line, as soon as the mirror is live")
+    parser.add_argument("--once", action="store_true", help="one line, when the mirror is live; else exit 2")
     args = parser.parse_args(argv)
     try:
         mirror = IndexMirror(args.address, args.namespace)
@@ -243,14 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--address: {error}")
     mirror.start()
     try:
+        if args.once:
+            is_live = mirror.wait_live(ONCE_S)
+            print(_line(mirror), file=sys.stdout if is_live else sys.stderr)
+            return 0 if is_live else 2
         while True:
-            is_live = mirror.wait_live(1.0)
-            if is_live or not args.once:
-                print(_line(mirror), flush=True)  # noqa: T201 the command's output
-            if is_live and args.once:
-                return 0
+            is_live = mirror.wait_live(LINE_EVERY_S)
+            print(_line(mirror), flush=True)  # noqa: T201 the command's output
             if is_live:
-                time.sleep(1.0)
+                time.sleep(LINE_EVERY_S)
     except KeyboardInterrupt:
         return 0
     finally:

@@ -20,6 +20,7 @@ from tests.raw_engine import RawEngine, failure_of, namespace, to_key, to_keys
 
 from kvtier.v1 import admin_pb2, events_pb2, events_pb2_grpc
 from kvtier.v1 import offload_pb2 as pb
+from kvtier_client import mirror as mirror_module
 from kvtier_client.mirror import IndexMirror, main
 from kvtier_client.mirrored_index import MirroredIndex
 
@@ -251,6 +252,14 @@ def test_the_command_says_what_each_tier_holds(start_daemon: StartDaemon, make_e
     ).stdout
     assert said.startswith("primary 7  spare 7  event "), said
     assert "lag 0." in said
+
+
+def test_the_command_says_that_nobody_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_module, "ONCE_S", 0.5)
+    assert main(["--address", f"unix://{tmp_path}/s", "--once"]) == 2
+    assert "no chunks  event 0  not live: unavailable" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_wrong_with_an_address(capsys: pytest.CaptureFixture[str]) -> None:

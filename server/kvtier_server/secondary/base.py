@@ -285,8 +285,8 @@ class SecondaryTier(ABC):
     ) -> tuple[Sequence[tuple[SpaceName, bytes]], int | None]:
         """Return the chunks at the next `num_places` of a walk from 0, and the place to go on from, or None.
 
-        The walk meets every chunk that is held from its beginning to its end. At other chunks `get_changes`
-        is to tell, after the walk has passed them or before, what it should have seen.
+        The walk meets every chunk that is held from its beginning to its end. Of one that comes or goes
+        meanwhile it may see either; `get_changes` tells, and not before the walk would see it so.
         """
         raise NotImplementedError(f"{type(self).__name__} has no list_chunks; see can_list")
 

@@ -330,7 +330,9 @@ class TierConformance(TierBench):
                 apply_changes(bench.tier, mirror, max_changes=3)
             bench.results(*jobs)
             assert_known(bench.tier, mirror)
-            bench.run(JobKind.LOAD, *[bench.chunk(number, slot=0) for number in (1, 14, 15, 77)])
+            bench.run(
+                JobKind.LOAD, *[bench.chunk(number, slot) for slot, number in enumerate((1, 14, 15, 77))]
+            )
             assert_known(bench.tier, mirror)
             if bench.tier.can_clear:
                 bench.clear(ClearJob(7))

@@ -90,11 +90,11 @@ class WorkedTier(SecondaryTier):
 class KeptTier(WorkedTier):
     """A tier with a thread of its own beside its workers, its keeper, which removes what is cleared.
 
-    `_changed` wakes the keeper; `_lock` is for what the core takes; `_holdings` follow its index.
+    `_changed` wakes the keeper; `_lock` is for what the core takes; `_holdings` follow its index, in a
+    class that says `can_list`.
     """
 
     can_clear = True
-    can_list = True
     _holdings: Holdings
 
     def __init__(

@@ -133,6 +133,7 @@ class FilesystemTier(KeptTier):
     medium = Medium.STORAGE
     locality = Locality.LOCAL
     Parameters = FilesystemParameters
+    can_list = True
 
     def __init__(
         self,

@@ -73,6 +73,7 @@ class MooncakeTier(KeptTier):
     locality = Locality.REMOTE
     Parameters = MooncakeParameters
     is_shared = True
+    can_list = True
 
     def __init__(
         self,

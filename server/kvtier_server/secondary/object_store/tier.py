@@ -89,6 +89,7 @@ class ObjectTier(KeptTier):
     locality = Locality.REMOTE
     Parameters = ObjectParameters
     is_shared = True
+    can_list = True
 
     def __init__(
         self,
