@@ -265,7 +265,7 @@ def _line(mirror: IndexMirror) -> str:
     state = mirror.state
     counts = "  ".join(f"{tier} {count}" for tier, count in mirror.counts().items())
     how = f"lag {state.heard_s:.2f} s" if state.is_live else f"not live: {state.problem or 'no snapshot yet'}"
-    return f"{counts or 'no chunks'}  event {max(state.next_sequence - 1, 0)}  {how}"
+    return f"{counts}  event {max(state.next_sequence - 1, 0)}  {how}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -223,6 +224,20 @@ def test_it_begins_before_its_daemon_and_outlives_it(start_daemon: StartDaemon) 
     mirror.close()
 
 
+def test_it_does_not_count_as_live_while_its_daemon_is_silent(
+    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_module, "SILENCE_S", 2.0)
+    daemon = start_daemon()
+    with mirror_of(daemon) as mirror:
+        assert mirror.wait_live(WAIT_S)
+        daemon.signal(signal.SIGSTOP)
+        wait_until(lambda: not mirror.state.is_live, "it notices the silence")
+        daemon.signal(signal.SIGCONT)
+        wait_until(lambda: mirror.state.is_live, "it hears of it again")
+        assert mirror.state.num_snapshots == 1
+
+
 def test_one_namespace_alone_can_be_mirrored(start_daemon: StartDaemon, make_engine: MakeEngine) -> None:
     daemon = start_daemon()
     wanted, other = make_engine(daemon).attach(), make_engine(daemon).attach()
@@ -259,7 +274,7 @@ def test_the_command_says_that_nobody_is_there(
 ) -> None:
     monkeypatch.setattr(mirror_module, "ONCE_S", 0.5)
     assert main(["--address", f"unix://{tmp_path}/s", "--once"]) == 2
-    assert "no chunks  event 0  not live: unavailable" in capsys.readouterr().err
+    assert "primary 0  event 0  not live: unavailable" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_wrong_with_an_address(capsys: pytest.CaptureFixture[str]) -> None:
