@@ -67,10 +67,11 @@ def test_clear_empties_pool_and_tiers_but_for_what_is_held(
         assert own.load(keys, "once more") == 0
         own.store(keys[:BATCH])  # it works as before
         assert own.load(keys, "at last") == BATCH
+    # Counted once a second: on a busy machine the first of the two clearings of the pool is seen alone.
     wait_until(
-        lambda: metric(daemon, "kvtier_evictions_total", "disk", 'reason="clear"') > 0, "it is counted"
+        lambda: metric(daemon, "kvtier_evictions_total", "primary", 'reason="clear"') == len(keys),
+        "it is counted",
     )
-    assert metric(daemon, "kvtier_evictions_total", "primary", 'reason="clear"') == len(keys)
     assert metric(daemon, "kvtier_evictions_total", "disk", 'reason="clear"') == len(keys)
 
 
