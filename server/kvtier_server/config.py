@@ -113,7 +113,7 @@ class LimitsConfig(_Section):
     sessions: Annotated[Count, LIVE] = 1024
     """Open sessions: 64 engines with a scheduler and 15 ranks each."""
     watchers: Count = 64
-    """Open streams of events."""
+    """Streams of EventsService at once: watchers, and snapshots that are being sent."""
     unary_calls: Annotated[Count, LIVE] = 256
     """Calls at once. An own counter: gRPC's maximum_concurrent_rpcs counts open streams too."""
     requests_per_instance: Annotated[Count, AT_ATTACH] = 65_536
@@ -134,6 +134,8 @@ class LimitsConfig(_Section):
     """Credits that one instance may hold even where its share of a small pool is less."""
     events: Count = 65_536
     """Events kept for watchers that come back."""
+    event_keys: Count = 1 << 20
+    """Keys in all kept events together, some 100 MB: as many as come and go in a snapshot of a million."""
     transfer_memories: Count = 8
     """Registrations of device memory of one session; an engine has one, or one more while it replaces it."""
     transfer_tensors: Annotated[Count, Field(le=MAX_TENSORS)] = MAX_TENSORS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvtier_server.config import Config
 from kvtier_server.core.limits import Limits
+from kvtier_server.event_wire import max_keys_of_a_message
 
 
 def core_limits(config: Config) -> Limits:
@@ -19,6 +20,8 @@ def core_limits(config: Config) -> Limits:
         max_leases=limits.leases_per_instance,
         max_remembered=limits.remembered_completions,
         max_events=limits.events,
+        max_event_keys=limits.event_keys,
+        max_keys_per_event=max_keys_of_a_message(limits.max_message),
         lookup_lease_ns=config.leases.lookup,
         copy_lease_ns=config.leases.copy_,
         tombstone_ns=limits.tombstone,

@@ -34,6 +34,7 @@ from kvtier_server.core.adoption import Adopted
 from kvtier_server.core.instances import Session
 from kvtier_server.core.tiering import Core
 from kvtier_server.core_limits import core_limits
+from kvtier_server.events import EventStreams
 from kvtier_server.grpc_server import Handlers, Servers, raise_file_limit
 from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
@@ -165,13 +166,23 @@ class Daemon:
             self._registry.write,
             self._transfers.drained,
         )
+        self._events = EventStreams(
+            self.core, self._scope, self._metrics, config.limits.watchers, config.limits.max_message
+        )
         self._threads = ThreadPoolExecutor(
             max(1, min(4, (os.cpu_count() or 2) - 1)), thread_name_prefix="kvtier-work"
         )
         self._adopted = self._take_over()
         self._backing = Backing(self._pool, config.pool.backing_piece, self._on_backed)
         self._observer = Observer(
-            self.boot_id, config, self._pool, self.core, self._backing, self._transfers, self._metrics
+            self.boot_id,
+            config,
+            self._pool,
+            self.core,
+            self._backing,
+            self._transfers,
+            self._events,
+            self._metrics,
         )
         self._upkeep = Upkeep(
             self.core,
@@ -279,7 +290,7 @@ class Daemon:
                 self._transfers.paths,
             ),
             transfer.SERVICE: self._transfers.handlers(),
-            events.SERVICE: events.handlers(self._scope),
+            events.SERVICE: self._events.handlers(),
         }
 
     async def serve(self, limiter: logs.RepeatLimit) -> None:
@@ -368,6 +379,7 @@ class Daemon:
         self._observer.phase = PHASE_DRAINING
         self._notifier.stopping(self._status())
         self.core.books.draining = True
+        self._events.end_all()
         await servers.health.enter_graceful_shutdown()
         deadline_ms = self._stopping.copies_ms
         self._sessions.tell_all(pb.AttachResponse(draining=pb.Draining(deadline_ms=deadline_ms)))

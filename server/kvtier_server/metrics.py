@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from kvtier_server.stats import (
     DROP_REASONS,
+    EVENT_KINDS,
     EVICTION_REASONS,
     LEASE_KINDS,
     LOOKUP_RESULTS,
@@ -212,6 +213,7 @@ class _StateCollector(Collector):
         yield from _lower_tiers(snapshot)
         yield from _copies(snapshot)
         yield from _sessions(snapshot)
+        yield from _events(snapshot)
 
 
 def _process(snapshot: StatsSnapshot) -> Iterator[Metric]:
@@ -351,6 +353,22 @@ def _sessions(snapshot: StatsSnapshot) -> Iterator[Metric]:
     oldest = max((lease.oldest_age_s for lease in snapshot.leases), default=0.0)
     yield _gauge("lease_oldest_age_seconds", "Age of the oldest lease.", (), {(): oldest})
     yield _gauge("credits", "Slots reserved without a key.", (), {(): snapshot.credits})
+
+
+def _events(snapshot: StatsSnapshot) -> Iterator[Metric]:
+    yield _gauge("watchers", "Open streams of events, snapshots included.", (), {(): snapshot.watchers})
+    yield _counter(
+        "event_keys",
+        "Chunks that came into a tier or left it, as events tell.",
+        ("kind",),
+        _by_name(snapshot.event_keys, EVENT_KINDS),
+    )
+    yield _counter(
+        "event_overflows",
+        "Watchers that were told that they have missed events.",
+        (),
+        {(): snapshot.event_overflows},
+    )
 
 
 def largest_tenants(used_bytes: Mapping[str, int]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from kvtier_ops.pool import Pool
 from kvtier_server import __version__
 from kvtier_server.config import Config
 from kvtier_server.core.tiering import Core
+from kvtier_server.events import EventStreams
 from kvtier_server.metrics import Metrics
 from kvtier_server.pool_slots import Backing
 from kvtier_server.service import boottime_ns
@@ -47,6 +48,7 @@ class Observer:
         core: Core,
         backing: Backing,
         transfers: TransferService,
+        events: EventStreams,
         metrics: Metrics,
     ) -> None:
         self._boot_id = boot_id
@@ -55,6 +57,7 @@ class Observer:
         self._core = core
         self._backing = backing
         self._transfers = transfers
+        self._events = events
         self._metrics = metrics
         self._start_ns = self._last_tick_ns = boottime_ns()
         self._start_time_s = time.time()
@@ -122,4 +125,7 @@ class Observer:
             credits=sum(r.key is None for r in books.reservations),
             tenant_used_bytes=tenant_bytes(books),
             transfer_bytes=self._metrics.transfer_bytes(),
+            watchers=self._events.num_open,
+            event_keys=dict(books.events.num_recorded),
+            event_overflows=self._events.num_overflows,
         )

@@ -37,6 +37,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "PROTOCOL_VERSION": grpc.StatusCode.FAILED_PRECONDITION,
     "SESSION_UNKNOWN": grpc.StatusCode.NOT_FOUND,
     "LEASE_UNKNOWN": grpc.StatusCode.NOT_FOUND,
+    "EVENTS_GONE": grpc.StatusCode.OUT_OF_RANGE,
     "RANK_TAKEN": grpc.StatusCode.ALREADY_EXISTS,
     "POOL_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "QUOTA": grpc.StatusCode.RESOURCE_EXHAUSTED,

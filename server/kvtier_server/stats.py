@@ -20,6 +20,7 @@ PRIMARY_TIER = "primary"
 PROMOTION_RESULTS = ("done", "missing", "corrupt", "failed", "no_slot", "refused", "probe_late", "late")
 """`no_slot`: the share of the pool for promotions was taken; `refused`: the tier had too much to do;
 `probe_late`: a request went on before it was known whether the chunk is there; `late`: before it was."""
+EVENT_KINDS = ("stored", "removed")
 DROP_REASONS = ("queue_full", "evicted", "refused", "unknown_shape", "cleared")
 """Why a chunk did not go down: too many waited, it left the pool first, the tier had too much to do."""
 
@@ -152,6 +153,11 @@ class StatsSnapshot:
     tenant_used_bytes: Mapping[str, int] = field(default_factory=dict)
     transfer_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Bytes copied between engines and the pool, by direction, then by path."""
+    watchers: int = 0
+    """Open streams of EventsService."""
+    event_keys: Mapping[str, int] = field(default_factory=dict)
+    """Keys in events, by kind."""
+    event_overflows: int = 0
 
     def evictions_by_reason(self) -> dict[str, int]:
         """Sum the evictions of all tiers, as GetStatusResponse wants them."""

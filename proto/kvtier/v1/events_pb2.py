@@ -24,25 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvtier/v1/events.proto\x12\tkvtier.v1\"\xa5\x01\n\x0fOffloadingEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.kvtier.v1.EventKind\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x06\x12\x0c\n\x04tier\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x0c\n\x04keys\x18\x08 \x03(\x0c\"I\n\x0cWatchRequest\x12\x15\n\rfrom_sequence\x18\x01 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\"^\n\rWatchResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12*\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1a.kvtier.v1.OffloadingEvent\x12\x10\n\x08overflow\x18\x03 \x01(\x08\"$\n\x0fSnapshotRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\"f\n\x10SnapshotResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12*\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1a.kvtier.v1.OffloadingEvent\x12\x15\n\rnext_sequence\x18\x03 \x01(\x04*n\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45VENT_KIND_STORED\x10\x01\x12\x16\n\x12\x45VENT_KIND_REMOVED\x10\x02\x12\x16\n\x12\x45VENT_KIND_CLEARED\x10\x03\x32\x94\x01\n\rEventsService\x12<\n\x05Watch\x12\x17.kvtier.v1.WatchRequest\x1a\x18.kvtier.v1.WatchResponse0\x01\x12\x45\n\x08Snapshot\x12\x1a.kvtier.v1.SnapshotRequest\x1a\x1b.kvtier.v1.SnapshotResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvtier/v1/events.proto\x12\tkvtier.v1\"\xa5\x01\n\x0fOffloadingEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.kvtier.v1.EventKind\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x06\x12\x0c\n\x04tier\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x0c\n\x04keys\x18\x08 \x03(\x0c\"I\n\x0cWatchRequest\x12\x15\n\rfrom_sequence\x18\x01 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\"u\n\rWatchResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12*\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1a.kvtier.v1.OffloadingEvent\x12\x10\n\x08overflow\x18\x03 \x01(\x08\x12\x15\n\rnext_sequence\x18\x04 \x01(\x04\"$\n\x0fSnapshotRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\"\x96\x01\n\x10SnapshotResponse\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12*\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1a.kvtier.v1.OffloadingEvent\x12\x15\n\rnext_sequence\x18\x03 \x01(\x04\x12\x16\n\x0e\x65xact_sequence\x18\x04 \x01(\x04\x12\x16\n\x0eunlisted_tiers\x18\x05 \x03(\t*n\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45VENT_KIND_STORED\x10\x01\x12\x16\n\x12\x45VENT_KIND_REMOVED\x10\x02\x12\x16\n\x12\x45VENT_KIND_CLEARED\x10\x03\x32\x94\x01\n\rEventsService\x12<\n\x05Watch\x12\x17.kvtier.v1.WatchRequest\x1a\x18.kvtier.v1.WatchResponse0\x01\x12\x45\n\x08Snapshot\x12\x1a.kvtier.v1.SnapshotRequest\x1a\x1b.kvtier.v1.SnapshotResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvtier.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVENTKIND']._serialized_start=518
-  _globals['_EVENTKIND']._serialized_end=628
+  _globals['_EVENTKIND']._serialized_start=590
+  _globals['_EVENTKIND']._serialized_end=700
   _globals['_OFFLOADINGEVENT']._serialized_start=38
   _globals['_OFFLOADINGEVENT']._serialized_end=203
   _globals['_WATCHREQUEST']._serialized_start=205
   _globals['_WATCHREQUEST']._serialized_end=278
   _globals['_WATCHRESPONSE']._serialized_start=280
-  _globals['_WATCHRESPONSE']._serialized_end=374
-  _globals['_SNAPSHOTREQUEST']._serialized_start=376
-  _globals['_SNAPSHOTREQUEST']._serialized_end=412
-  _globals['_SNAPSHOTRESPONSE']._serialized_start=414
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=516
-  _globals['_EVENTSSERVICE']._serialized_start=631
-  _globals['_EVENTSSERVICE']._serialized_end=779
+  _globals['_WATCHRESPONSE']._serialized_end=397
+  _globals['_SNAPSHOTREQUEST']._serialized_start=399
+  _globals['_SNAPSHOTREQUEST']._serialized_end=435
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=438
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=588
+  _globals['_EVENTSSERVICE']._serialized_start=703
+  _globals['_EVENTSSERVICE']._serialized_end=851
 # @@protoc_insertion_point(module_scope)

@@ -32,7 +32,9 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     EVENT_KIND_REMOVED: _EventKind.ValueType  # 2
     """Gone from a tier."""
     EVENT_KIND_CLEARED: _EventKind.ValueType  # 3
-    """All of a namespace's keys are gone from a tier."""
+    """All of a namespace's keys are gone from a tier, whatever tenant and epoch they are of. This daemon tells each
+    key instead.
+    """
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """What happened to chunks."""
@@ -44,7 +46,9 @@ EVENT_KIND_STORED: EventKind.ValueType  # 1
 EVENT_KIND_REMOVED: EventKind.ValueType  # 2
 """Gone from a tier."""
 EVENT_KIND_CLEARED: EventKind.ValueType  # 3
-"""All of a namespace's keys are gone from a tier."""
+"""All of a namespace's keys are gone from a tier, whatever tenant and epoch they are of. This daemon tells each
+key instead.
+"""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
@@ -74,10 +78,13 @@ class OffloadingEvent(_message.Message):
     tier: _builtins.str
     """Tier; "primary" is the pool."""
     reason: _builtins.str
-    """Why: "store", "evict", "slab_move", "reset", "clear", "corrupt", "promotion"."""
+    """Why, for people; more may come. STORED: "store", "promotion", "cascade", "found" (by a tier below, in what
+    others or an earlier daemon stored), "snapshot". REMOVED: "evict", "slab_move", "clear", "corrupt", "missing",
+    "forgotten" (it may be there, but the tier knows no more of it).
+    """
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Keys."""
+        """Keys, at most 1,024; in order of what happened."""
 
     def __init__(
         self,
@@ -113,7 +120,7 @@ class WatchRequest(_message.Message):
     boot_id: _builtins.str
     """Boot the number belongs to; another one is OUT_OF_RANGE. Empty with from_sequence 0."""
     namespace: _builtins.str
-    """Only this namespace; empty = all."""
+    """Only this namespace, all 32 digits; empty = all."""
     def __init__(
         self,
         *,
@@ -138,13 +145,18 @@ class WatchResponse(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     OVERFLOW_FIELD_NUMBER: _builtins.int
+    NEXT_SEQUENCE_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.str
     """Boot of the daemon."""
     overflow: _builtins.bool
-    """Events were dropped before these: take a new snapshot."""
+    """Events were dropped before these: take a new snapshot. next_sequence says where the stream goes on."""
+    next_sequence: _builtins.int
+    """All before it was told: where a Watch continues that follows this stream."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___OffloadingEvent]:
-        """In order of their sequence."""
+        """In order of their sequence; with a namespace asked for, numbers are missing. Empty = others' events passed, or
+        none.
+        """
 
     def __init__(
         self,
@@ -152,10 +164,11 @@ class WatchResponse(_message.Message):
         boot_id: _builtins.str = ...,
         events: _abc.Iterable[Global___OffloadingEvent] | None = ...,
         overflow: _builtins.bool = ...,
+        next_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "events", b"events", "overflow", b"overflow"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "events", b"events", "next_sequence", b"next_sequence", "overflow", b"overflow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -169,7 +182,7 @@ class SnapshotRequest(_message.Message):
 
     NAMESPACE_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
-    """Only this namespace; empty = all."""
+    """Only this namespace, all 32 digits; empty = all."""
     def __init__(
         self,
         *,
@@ -192,13 +205,25 @@ class SnapshotResponse(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     NEXT_SEQUENCE_FIELD_NUMBER: _builtins.int
+    EXACT_SEQUENCE_FIELD_NUMBER: _builtins.int
+    UNLISTED_TIERS_FIELD_NUMBER: _builtins.int
     boot_id: _builtins.str
     """Boot of the daemon."""
     next_sequence: _builtins.int
-    """In the last message: the first sequence to watch from."""
+    """In the last message, 0 in the others: the first sequence to watch from. It was taken before the first chunk
+    was read.
+    """
+    exact_sequence: _builtins.int
+    """In the last message: with all events before it applied the mirror is exact."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___OffloadingEvent]:
         """STORED events of resident chunks; their sequence is 0."""
+
+    @_builtins.property
+    def unlisted_tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In the last message: tiers below the pool that cannot say what they hold. Neither chunks nor events of them are
+        sent.
+        """
 
     def __init__(
         self,
@@ -206,10 +231,12 @@ class SnapshotResponse(_message.Message):
         boot_id: _builtins.str = ...,
         events: _abc.Iterable[Global___OffloadingEvent] | None = ...,
         next_sequence: _builtins.int = ...,
+        exact_sequence: _builtins.int = ...,
+        unlisted_tiers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "events", b"events", "next_sequence", b"next_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "events", b"events", "exact_sequence", b"exact_sequence", "next_sequence", b"next_sequence", "unlisted_tiers", b"unlisted_tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

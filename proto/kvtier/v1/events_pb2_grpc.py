@@ -26,7 +26,13 @@ if _version_not_supported:
 
 
 class EventsServiceStub(object):
-    """The event stream. UNIMPLEMENTED in a daemon that does not have it yet.
+    """The event stream. Both calls count against limits.watchers, and end with UNAVAILABLE/DRAINING when the daemon
+    stops.
+
+    An exact mirror of the index: take a Snapshot, then Watch from its next_sequence, and apply each event to each
+    of its keys as a set: STORED puts the key into the tier, REMOVED takes it out, whatever was there before. From
+    the sequence number exact_sequence on the mirror is what the daemon's index was when it recorded the event
+    applied last. On `overflow`, OUT_OF_RANGE, and another boot_id: take a new Snapshot.
     """
 
     def __init__(self, channel):
@@ -48,19 +54,31 @@ class EventsServiceStub(object):
 
 
 class EventsServiceServicer(object):
-    """The event stream. UNIMPLEMENTED in a daemon that does not have it yet.
+    """The event stream. Both calls count against limits.watchers, and end with UNAVAILABLE/DRAINING when the daemon
+    stops.
+
+    An exact mirror of the index: take a Snapshot, then Watch from its next_sequence, and apply each event to each
+    of its keys as a set: STORED puts the key into the tier, REMOVED takes it out, whatever was there before. From
+    the sequence number exact_sequence on the mirror is what the daemon's index was when it recorded the event
+    applied last. On `overflow`, OUT_OF_RANGE, and another boot_id: take a new Snapshot.
     """
 
     def Watch(self, request, context):
-        """Sends events from a sequence number on, then as they happen. A gap is told by `overflow`, never silent.
-        Errors: OUT_OF_RANGE when from_sequence is no longer kept; RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
+        """Sends events from a sequence number on, then as they happen: gathered for some 50 ms, in their order. The
+        first response comes at once, and with nothing to tell one comes about every second. A watcher that reads
+        slower than events are forgotten is told by `overflow`, and goes on with what is new.
+        Errors: OUT_OF_RANGE/EVENTS_GONE when from_sequence is no longer kept, or of another boot;
+        INVALID_ARGUMENT/BAD_REQUEST when it was never reached; RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Snapshot(self, request, context):
-        """Sends every chunk of the index, then the sequence number from which Watch continues.
+        """Sends every chunk of the index, then the sequence number from which Watch continues. Chunks that come and go
+        meanwhile may be in it or not: the events from next_sequence on say which.
+        Errors: OUT_OF_RANGE/EVENTS_GONE when more happened meanwhile than is kept (ask again, read faster, or raise
+        limits.events and limits.event_keys); RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,7 +106,13 @@ def add_EventsServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EventsService(object):
-    """The event stream. UNIMPLEMENTED in a daemon that does not have it yet.
+    """The event stream. Both calls count against limits.watchers, and end with UNAVAILABLE/DRAINING when the daemon
+    stops.
+
+    An exact mirror of the index: take a Snapshot, then Watch from its next_sequence, and apply each event to each
+    of its keys as a set: STORED puts the key into the tier, REMOVED takes it out, whatever was there before. From
+    the sequence number exact_sequence on the mirror is what the daemon's index was when it recorded the event
+    applied last. On `overflow`, OUT_OF_RANGE, and another boot_id: take a new Snapshot.
     """
 
     @staticmethod

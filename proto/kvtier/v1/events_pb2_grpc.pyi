@@ -27,33 +27,68 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EventsServiceStub:
-    """The event stream. UNIMPLEMENTED in a daemon that does not have it yet."""
+    """The event stream. Both calls count against limits.watchers, and end with UNAVAILABLE/DRAINING when the daemon
+    stops.
+
+    An exact mirror of the index: take a Snapshot, then Watch from its next_sequence, and apply each event to each
+    of its keys as a set: STORED puts the key into the tier, REMOVED takes it out, whatever was there before. From
+    the sequence number exact_sequence on the mirror is what the daemon's index was when it recorded the event
+    applied last. On `overflow`, OUT_OF_RANGE, and another boot_id: take a new Snapshot.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EventsServiceAsyncStub: ...
     Watch: _grpc.UnaryStreamMultiCallable[_events_pb2.WatchRequest, _events_pb2.WatchResponse]
-    """Sends events from a sequence number on, then as they happen. A gap is told by `overflow`, never silent.
-    Errors: OUT_OF_RANGE when from_sequence is no longer kept; RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
+    """Sends events from a sequence number on, then as they happen: gathered for some 50 ms, in their order. The
+    first response comes at once, and with nothing to tell one comes about every second. A watcher that reads
+    slower than events are forgotten is told by `overflow`, and goes on with what is new.
+    Errors: OUT_OF_RANGE/EVENTS_GONE when from_sequence is no longer kept, or of another boot;
+    INVALID_ARGUMENT/BAD_REQUEST when it was never reached; RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
     """
     Snapshot: _grpc.UnaryStreamMultiCallable[_events_pb2.SnapshotRequest, _events_pb2.SnapshotResponse]
-    """Sends every chunk of the index, then the sequence number from which Watch continues."""
+    """Sends every chunk of the index, then the sequence number from which Watch continues. Chunks that come and go
+    meanwhile may be in it or not: the events from next_sequence on say which.
+    Errors: OUT_OF_RANGE/EVENTS_GONE when more happened meanwhile than is kept (ask again, read faster, or raise
+    limits.events and limits.event_keys); RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
+    """
 
 @_typing.type_check_only
 class EventsServiceAsyncStub(EventsServiceStub):
-    """The event stream. UNIMPLEMENTED in a daemon that does not have it yet."""
+    """The event stream. Both calls count against limits.watchers, and end with UNAVAILABLE/DRAINING when the daemon
+    stops.
+
+    An exact mirror of the index: take a Snapshot, then Watch from its next_sequence, and apply each event to each
+    of its keys as a set: STORED puts the key into the tier, REMOVED takes it out, whatever was there before. From
+    the sequence number exact_sequence on the mirror is what the daemon's index was when it recorded the event
+    applied last. On `overflow`, OUT_OF_RANGE, and another boot_id: take a new Snapshot.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Watch: _aio.UnaryStreamMultiCallable[_events_pb2.WatchRequest, _events_pb2.WatchResponse]  # type: ignore[assignment]
-    """Sends events from a sequence number on, then as they happen. A gap is told by `overflow`, never silent.
-    Errors: OUT_OF_RANGE when from_sequence is no longer kept; RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
+    """Sends events from a sequence number on, then as they happen: gathered for some 50 ms, in their order. The
+    first response comes at once, and with nothing to tell one comes about every second. A watcher that reads
+    slower than events are forgotten is told by `overflow`, and goes on with what is new.
+    Errors: OUT_OF_RANGE/EVENTS_GONE when from_sequence is no longer kept, or of another boot;
+    INVALID_ARGUMENT/BAD_REQUEST when it was never reached; RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
     """
     Snapshot: _aio.UnaryStreamMultiCallable[_events_pb2.SnapshotRequest, _events_pb2.SnapshotResponse]  # type: ignore[assignment]
-    """Sends every chunk of the index, then the sequence number from which Watch continues."""
+    """Sends every chunk of the index, then the sequence number from which Watch continues. Chunks that come and go
+    meanwhile may be in it or not: the events from next_sequence on say which.
+    Errors: OUT_OF_RANGE/EVENTS_GONE when more happened meanwhile than is kept (ask again, read faster, or raise
+    limits.events and limits.event_keys); RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
+    """
 
 class EventsServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The event stream. UNIMPLEMENTED in a daemon that does not have it yet."""
+    """The event stream. Both calls count against limits.watchers, and end with UNAVAILABLE/DRAINING when the daemon
+    stops.
+
+    An exact mirror of the index: take a Snapshot, then Watch from its next_sequence, and apply each event to each
+    of its keys as a set: STORED puts the key into the tier, REMOVED takes it out, whatever was there before. From
+    the sequence number exact_sequence on the mirror is what the daemon's index was when it recorded the event
+    applied last. On `overflow`, OUT_OF_RANGE, and another boot_id: take a new Snapshot.
+    """
 
     @_abc_1.abstractmethod
     def Watch(
@@ -61,8 +96,11 @@ class EventsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _events_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_events_pb2.WatchResponse], _abc.AsyncIterator[_events_pb2.WatchResponse]]:
-        """Sends events from a sequence number on, then as they happen. A gap is told by `overflow`, never silent.
-        Errors: OUT_OF_RANGE when from_sequence is no longer kept; RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
+        """Sends events from a sequence number on, then as they happen: gathered for some 50 ms, in their order. The
+        first response comes at once, and with nothing to tell one comes about every second. A watcher that reads
+        slower than events are forgotten is told by `overflow`, and goes on with what is new.
+        Errors: OUT_OF_RANGE/EVENTS_GONE when from_sequence is no longer kept, or of another boot;
+        INVALID_ARGUMENT/BAD_REQUEST when it was never reached; RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
         """
 
     @_abc_1.abstractmethod
@@ -71,6 +109,10 @@ class EventsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _events_pb2.SnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_events_pb2.SnapshotResponse], _abc.AsyncIterator[_events_pb2.SnapshotResponse]]:
-        """Sends every chunk of the index, then the sequence number from which Watch continues."""
+        """Sends every chunk of the index, then the sequence number from which Watch continues. Chunks that come and go
+        meanwhile may be in it or not: the events from next_sequence on say which.
+        Errors: OUT_OF_RANGE/EVENTS_GONE when more happened meanwhile than is kept (ask again, read faster, or raise
+        limits.events and limits.event_keys); RESOURCE_EXHAUSTED/LIMIT_WATCHERS.
+        """
 
 def add_EventsServiceServicer_to_server(servicer: EventsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

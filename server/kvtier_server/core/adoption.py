@@ -75,4 +75,6 @@ def adopt(
     for space in known.values():
         if not space.chunks:
             books.primary.spaces.forget(space)
+    if published:
+        books.events.forget_all()  # a watcher that begins with the first event does not have them
     return Adopted(published, len(free), len(unsettled))

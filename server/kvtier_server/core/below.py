@@ -14,14 +14,25 @@ from itertools import count
 
 from kvtier_server.core.books import Books
 from kvtier_server.core.cascades import Cascades
+from kvtier_server.core.events import REMOVED, STORED
 from kvtier_server.core.lower_tiers import LowerTier, ShapeOf, TierRules
 from kvtier_server.core.promotions import Promotions
 from kvtier_server.core.requests import Request
 from kvtier_server.primary.index import Chunk, KeySpace
-from kvtier_server.secondary.base import ClearJob, ClearResult, EvictJob, Removal, SecondaryTier
+from kvtier_server.secondary.base import (
+    Change,
+    ClearJob,
+    ClearResult,
+    EvictJob,
+    Removal,
+    SecondaryTier,
+)
 
 SLICE_CHUNKS = 16
 """Chunks of cascades that are looked at in one go, so that a flood of stores never holds the core."""
+
+SLICE_CHANGES = 1_024
+"""Changes of a tier's index that are recorded in one go."""
 
 SLICE_USES = 4_096
 """Uses that the tiers are told of in one go."""
@@ -65,6 +76,8 @@ class Below:
         """Under way because an operator wants room in a tier."""
         self._uses: deque[tuple[KeySpace, Request, Sequence[bytes], Sequence[int]]] = deque()
         self._num_uses = 0
+        self._has_changes = False
+        """Whether tiers had more changes than were taken in one go."""
 
     def published(self, chunk: Chunk) -> None:
         """Note that a chunk was stored."""
@@ -73,9 +86,12 @@ class Below:
     def pump(self) -> bool:
         """Hand the tiers what they may take now, a slice of it; True if more could go at once."""
         self._tell_uses(SLICE_USES)
+        if self._has_changes:
+            self.take_changes()
         self._cascades.offer_cold()
         num_looked_at = self._cascades.submit(SLICE_CHUNKS)
-        return bool(self._uses) or (num_looked_at == SLICE_CHUNKS and self._cascades.is_behind)
+        is_behind = num_looked_at == SLICE_CHUNKS and self._cascades.is_behind
+        return bool(self._uses) or self._has_changes or is_behind
 
     def collect(self, now_ns: int) -> None:
         """Take the ends of jobs, and what the tiers have let go of."""
@@ -90,7 +106,31 @@ class Below:
             for result in below.tier.get_cleared():
                 on_ended = self._evictions.pop(result.job_id, None)
                 (on_ended or self._clears.pop(result.job_id).on_ended)(result)
+        self.take_changes()
         self.promotions.go_on()
+
+    def take_changes(self) -> bool:
+        """Record what has come into the tiers' indexes and left them, a slice of it; True if more is there.
+
+        Not the ends of jobs: those of two threads come in another order than what they did to the index.
+        """
+        self._has_changes = False
+        for below in self.tiers:
+            if not below.tier.can_list:
+                continue
+            changes = below.tier.get_changes(SLICE_CHANGES)
+            if changes is None:
+                self._books.events.forget_all()
+            else:
+                self._record(below.rules.name, changes)
+            self._has_changes |= changes is None or len(changes) >= SLICE_CHANGES
+        return self._has_changes
+
+    def _record(self, tier: str, changes: Sequence[Change]) -> None:
+        record = self._books.events.record
+        for change in changes:
+            kind = STORED if change.is_held else REMOVED
+            record(kind, change.space, change.reason, (change.key,), tier)
 
     def _removed(self, below: LowerTier, removal: Removal) -> None:
         space = self._books.primary.spaces.get(removal.space)
@@ -100,7 +140,6 @@ class Below:
                     chunk.below &= ~below.bit
                     chunk.offered &= ~below.bit
         below.counts[f"removed:{removal.reason}"] += len(removal.keys)
-        self._books.events.record("removed", removal.space, removal.reason, removal.keys, below.rules.name)
 
     def used(
         self, space: KeySpace, request: Request, keys: Sequence[bytes], first: int = 0, end: int | None = None
@@ -187,7 +226,7 @@ class Below:
     @property
     def is_behind(self) -> bool:
         """Whether `pump` may have something to hand out."""
-        return bool(self._uses) or self._cascades.is_behind
+        return bool(self._uses) or self._has_changes or self._cascades.is_behind
 
     @property
     def has_work(self) -> bool:

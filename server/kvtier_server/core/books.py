@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from kvtier_server.admission import ReuseFilter
-from kvtier_server.core.events import EventLog
+from kvtier_server.core.events import REMOVED, EventLog
 from kvtier_server.core.instances import Instance, Instances, LockIsFree, Role, WorkersMissing
 from kvtier_server.core.leases import Lease, LeaseBook, LeaseKind
 from kvtier_server.core.limits import Limits
@@ -87,7 +87,7 @@ class Books:
     ) -> None:
         self.limits = limits
         self.counts: Counter[str] = Counter()
-        self.events = EventLog(limits.max_events, limits.max_event_keys)
+        self.events = EventLog(limits.max_events, limits.max_event_keys, limits.max_keys_per_event)
         self.primary = PrimaryTier(pool_bytes, table, make_policy, self._on_removed)
         self.instances = Instances(limits, lock_is_free)
         self.leases = LeaseBook(limits.tombstone_ns)
@@ -336,4 +336,4 @@ class Books:
 
     def _on_removed(self, space: KeySpace, keys: Sequence[bytes], reason: str) -> None:
         self.counts[f"removed:{reason}"] += len(keys)
-        self.events.record("removed", space.name, reason, keys)
+        self.events.record(REMOVED, space.name, reason, keys)

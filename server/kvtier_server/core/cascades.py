@@ -225,21 +225,17 @@ class Cascades:
     def _stored(self, cascade: _Cascade, job: JobResult) -> None:
         below = cascade.below
         below.running_bytes -= cascade.num_bytes
-        stored: dict[KeySpace, list[bytes]] = {}
         for chunk, outcome in zip(cascade.chunks, job.outcomes, strict=True):
             below.counts[f"cascade:{outcome.name.lower()}"] += 1
             if outcome is Outcome.DONE:
                 below.counts["cascade_bytes"] += chunk.size_class.slot_bytes
                 if below.holds(chunk.space, chunk.key):  # it may have made room for another by now
                     chunk.below |= below.bit
-                stored.setdefault(chunk.space, []).append(chunk.key)
             elif outcome is Outcome.FAILED:
                 self._may_offer_again(below, [chunk])
             elif outcome is Outcome.CORRUPT and not chunk.dropped:
                 self._books.counts["checksum:corrupt"] += 1
                 self._books.primary.condemn(chunk, owner=DAEMON)
-        for space, keys in stored.items():
-            self._books.events.record("stored", space.name, "cascade", keys, below.rules.name)
         self._books.primary.unpin(cascade.chunks)
 
     # What there is

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvtier_server.core.below import Below
 from kvtier_server.core.books import Books, HashRequest
+from kvtier_server.core.events import STORED
 from kvtier_server.core.instances import Instance, Role, Session
 from kvtier_server.core.leases import Lease, LeaseKind
 from kvtier_server.core.refused import BadRequest
@@ -39,7 +40,7 @@ class Completions:
         self._books = books
         self._below = below
         self._stored: dict[KeySpace, list[bytes]] = {}
-        """What the report at hand has published, until it is recorded as one event."""
+        """What the report at hand has published, until it is recorded; nothing is removed meanwhile."""
         self._hashing: set[tuple[int, int, int]] = set()
         """(slot, generation, part) of the hashes that were asked for and are not there yet."""
 
@@ -146,7 +147,7 @@ class Completions:
                 found = self._take_part(found, part, key, checksum, index in failed)
             statuses.append(found)
         for space, stored in self._stored.items():
-            self._books.events.record("stored", space.name, "store", stored)
+            self._books.events.record(STORED, space.name, "store", stored)
         self._stored.clear()
         return statuses
 

@@ -27,6 +27,8 @@ class Limits:
     """Events kept for replay."""
     max_event_keys: int = 1_048_576
     """Keys in all kept events together, about 100 MB."""
+    max_keys_per_event: int = 1_024
+    """So that each fits into a message."""
     lookup_lease_ns: int = 30 * SECOND_NS
     copy_lease_ns: int = 300 * SECOND_NS
     tombstone_ns: int = 60 * SECOND_NS

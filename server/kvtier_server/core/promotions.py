@@ -18,6 +18,7 @@ from itertools import takewhile
 from kvtier_ops.layout import slot_offset
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.core.books import Books
+from kvtier_server.core.events import STORED
 from kvtier_server.core.lower_tiers import (
     DAEMON,
     MAX_JOB_BYTES,
@@ -335,7 +336,6 @@ class Promotions:
             if self._arrived(promotion, job.checksums[index]):
                 arrived.setdefault((promotion.space, promotion.request), []).append(promotion.key)
         for (space, request), keys in arrived.items():
-            self._books.events.record("stored", space.name, "promotion", keys)
             self._on_used(space, request, keys)
         for some in _batches(self._with_slots(found, None)):
             self._submit_batch(batch.below, some, JobKind.LOAD)
@@ -362,6 +362,7 @@ class Promotions:
             stamp,
             None,
         )
+        self._books.events.record(STORED, space.name, "promotion", (key,))
         self._books.resolve(space, key, chunk)
         self._on_published(chunk, promotion.below)
         return True

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 from kvtier_ops.layout import part_offset
 from kvtier_ops.namespace import SpaceName
@@ -150,6 +151,18 @@ class Removal:
     reason: str
 
 
+class Change(NamedTuple):
+    """One chunk that has come into a tier's index, or left it (`is_held` False).
+
+    `reason`: cascade, found; one of a Removal; or forgotten: it may be there, but it is not known any more.
+    """
+
+    is_held: bool
+    space: SpaceName
+    key: bytes
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class ClearJob:
     """What an operator wants gone. Ids are the core's, of one series with those of TierJob.
@@ -223,6 +236,10 @@ class SecondaryTier(ABC):
     can_evict: bool = False
     """Whether `submit_evict` is there, likewise."""
 
+    can_list: bool = False
+    """Whether `get_changes` and `list_chunks` are there: without them watchers are told that they cannot know
+    what this tier holds."""
+
     def __init__(
         self,
         spec: OffloadingSpec,
@@ -266,6 +283,25 @@ class SecondaryTier(ABC):
     def get_removed(self) -> Sequence[Removal]:
         """Return what has gone since the last call, in any order."""
         return ()
+
+    # Not abstract on purpose: a medium may not know what it holds. `secondary/holdings.py` has both.
+    def get_changes(self, max_changes: int) -> Sequence[Change] | None:
+        """Take the oldest changes of what `lookup` knows; None if some were dropped since the last call.
+
+        Those of one chunk are in the order in which they happened, and none is missing, also none that came
+        from elsewhere than a job: a chunk that was found, or whose place was needed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no get_changes; see can_list")
+
+    def list_chunks(
+        self, place: int, num_places: int
+    ) -> tuple[Sequence[tuple[SpaceName, bytes]], int | None]:
+        """Return the chunks at the next `num_places` of a walk from 0, and the place to go on from, or None.
+
+        The walk meets every chunk that is held from its beginning to its end. Of one that comes or goes
+        meanwhile it may see either; `get_changes` tells, and not before the walk would see it so.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no list_chunks; see can_list")
 
     # Not abstract on purpose: a tier without an order of eviction has nothing to note.
     def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:  # noqa: B027

@@ -347,6 +347,27 @@ class TierConformance(TierBench):
             assert bench.evict(EvictJob(9, 1)) == ClearResult(9, 0, 0)
             bench.store(1)
 
+    def test_its_changes_and_its_list_are_what_it_knows(self) -> None:
+        with self.bench() as bench:
+            if not bench.tier.can_list:
+                return
+            mirror: set[tuple[SpaceName, bytes]] = set()
+            jobs: list[int] = []
+            for slot in range(NUM_SLOTS):  # some tiers have room for 8
+                bench.fill(slot)
+                jobs.append(bench.submit(JobKind.STORE, [bench.hashed(bench.chunk(slot, slot))]))
+                apply_changes(bench.tier, mirror, max_changes=3)
+            bench.results(*jobs)
+            assert_known(bench.tier, mirror)
+            bench.run(
+                JobKind.LOAD, *[bench.chunk(number, slot) for slot, number in enumerate((1, 14, 15, 77))]
+            )
+            assert_known(bench.tier, mirror)
+            if bench.tier.can_clear:
+                bench.clear(ClearJob(7))
+                assert_known(bench.tier, mirror)
+                assert not mirror
+
     def test_it_says_what_it_holds(self) -> None:
         with self.bench() as bench:
             assert bench.tier.stats().num_chunks == 0
@@ -402,6 +423,32 @@ def parts_of(data: bytes) -> list[bytes]:
 def checksums_of(data: bytes) -> tuple[int, ...]:
     """The checksums of the parts."""
     return tuple([part_checksum(memoryview(part)) for part in parts_of(data)])
+
+
+def apply_changes(tier: SecondaryTier, mirror: set[tuple[SpaceName, bytes]], max_changes: int) -> int:
+    """Take some changes into a mirror, in their order; returns how many."""
+    changes = tier.get_changes(max_changes)
+    assert changes is not None, "some were lost"
+    assert len(changes) <= max_changes
+    for change in changes:
+        (mirror.add if change.is_held else mirror.discard)((change.space, change.key))
+    return len(changes)
+
+
+def assert_known(tier: SecondaryTier, mirror: set[tuple[SpaceName, bytes]]) -> None:
+    """Take all changes; then mirror, list and lookup agree."""
+    while apply_changes(tier, mirror, max_changes=5):
+        pass
+    listed: list[tuple[SpaceName, bytes]] = []
+    place: int | None = 0
+    while place is not None:
+        some, place = tier.list_chunks(place, 3)
+        listed += some
+    assert len(set(listed)) == len(listed), "a chunk is listed twice"
+    assert set(listed) == mirror
+    keys = [key_of(number) for number in range(100)]
+    known = zip(keys, tier.lookup(SPACE, keys), strict=True)
+    assert {(SPACE, key) for key, presence in known if presence is Presence.YES} == mirror
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

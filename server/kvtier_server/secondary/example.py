@@ -19,6 +19,7 @@ from threading import Lock
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.config_values import Bytes
 from kvtier_server.secondary.base import (
+    Change,
     ClearJob,
     ClearResult,
     EvictJob,
@@ -33,13 +34,12 @@ from kvtier_server.secondary.base import (
     TierStats,
 )
 from kvtier_server.secondary.chunk_file import checksums_to_store, part_checksums
+from kvtier_server.secondary.holdings import Holdings, Name
 from kvtier_server.secondary.parameters import TierParameters
 from kvtier_server.secondary.workers import ChunkResult, TierWorkers, WorkedTier
 
 DEADLINE_S = 10.0
 MAX_QUEUED_BYTES = 1 << 30
-
-Name = tuple[SpaceName, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ class _Stored:
     data: bytes
     geometry: bytes
     checksums: tuple[int, ...]
+    place: int
+    """Among the holdings."""
 
 
 class ExampleParameters(TierParameters):
@@ -63,6 +65,7 @@ class ExampleTier(WorkedTier):
     locality = Locality.LOCAL
     can_clear = True
     can_evict = True
+    can_list = True
     Parameters = ExampleParameters
 
     def __init__(
@@ -78,6 +81,7 @@ class ExampleTier(WorkedTier):
         # The index is the core's to read at any time; the workers change it under the lock, in one step.
         self._lock = Lock()
         self._stored: OrderedDict[Name, _Stored] = OrderedDict()
+        self._holdings = Holdings()
         self._used_bytes = 0
         self._removed: list[Removal] = []
         self._cleared: list[ClearResult] = []
@@ -101,6 +105,12 @@ class ExampleTier(WorkedTier):
         with self._lock:
             removed, self._removed = self._removed, []
         return removed
+
+    def get_changes(self, max_changes: int) -> Sequence[Change] | None:
+        return self._holdings.get_changes(max_changes)
+
+    def list_chunks(self, place: int, num_places: int) -> tuple[Sequence[Name], int | None]:
+        return self._holdings.chunks_from(place, num_places)
 
     def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         with self._lock:  # in the order in which it hears of them: a tier that lasts would keep the stamps
@@ -165,7 +175,7 @@ class ExampleTier(WorkedTier):
                 self._remove(name, "replaced", tell=False)
             while self._used_bytes + len(data) > self._capacity:
                 self._remove(next(iter(self._stored)), "evict")
-            self._stored[name] = _Stored(data, chunk.geometry, found)
+            self._stored[name] = _Stored(data, chunk.geometry, found, self._holdings.add(name, "cascade"))
             self._used_bytes += len(data)
         return ChunkResult(Outcome.DONE)
 
@@ -186,6 +196,8 @@ class ExampleTier(WorkedTier):
     def _remove(self, name: Name, reason: str, *, tell: bool = True) -> None:
         """Let go of one chunk, with the lock held."""
         space, key = name
-        self._used_bytes -= len(self._stored.pop(name).data)
+        gone = self._stored.pop(name)
+        self._holdings.remove(gone.place, reason)
+        self._used_bytes -= len(gone.data)
         if tell:
             self._removed.append(Removal(space, (key,), reason))

@@ -22,6 +22,7 @@ from threading import Lock
 from time import monotonic, sleep
 
 from kvtier_ops.namespace import SpaceName
+from kvtier_server.secondary.holdings import Holdings, Name
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,6 @@ SWEPT_AT_ONCE = 512
 MAX_OTHERS = 1 << 20
 """Chunks of others that are known: some 200 MiB."""
 
-Name = tuple[SpaceName, bytes]
-
 
 class _Rest:
     """Makes long work rest now and then."""
@@ -67,15 +66,17 @@ class Entry:
     """One chunk: `is_own` if this daemon wrote it: it counts against the budget and may be evicted.
 
     `stamp`: of its last use. `number`: of its place in the order, unique; 0 while it is a victim.
+    `place`: among the holdings.
     """
 
-    __slots__ = ("is_own", "num_bytes", "number", "stamp")
+    __slots__ = ("is_own", "num_bytes", "number", "place", "stamp")
 
-    def __init__(self, num_bytes: int, is_own: bool, stamp: int, number: int) -> None:
+    def __init__(self, num_bytes: int, is_own: bool, stamp: int, number: int, place: int) -> None:
         self.num_bytes = num_bytes
         self.is_own = is_own
         self.stamp = stamp
         self.number = number
+        self.place = place
 
 
 class Index:
@@ -101,6 +102,8 @@ class Index:
         self._changed: dict[Name, Entry | None] = {}
         self.own_bytes = 0
         self.num_others = 0
+        self.holdings = Holdings()
+        """Follows it, for watchers."""
 
     def __len__(self) -> int:
         return self._num_chunks
@@ -119,29 +122,31 @@ class Index:
     def add(self, name: Name, num_bytes: int, *, is_own: bool, stamp: int) -> None:
         """Note a chunk that was written, and when it was used last."""
         with self._lock:
-            self._forget(name)
-            self._changed[name] = self._enter(name, num_bytes, is_own, stamp)
+            self._changed[name] = self._put(name, num_bytes, is_own, stamp, "cascade")
 
     def add_if_new(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
         """Note a chunk that was found, as one used longest ago."""
         with self._lock:
             if self._get(name) is None:
-                self._changed[name] = self._enter(name, num_bytes, is_own, FOUND_STAMP)
+                self._changed[name] = self._put(name, num_bytes, is_own, FOUND_STAMP, "found")
 
-    def remove(self, name: Name) -> bool:
+    def remove(self, name: Name, reason: str = "evict") -> bool:
         """Forget a chunk; False if it was not known."""
         with self._lock:
-            return self._forget(name)
+            return self._forget(name, reason)
 
     def _get(self, name: Name) -> Entry | None:
         space, key = name
         entries = self._spaces.get(space)
         return entries.get(key) if entries else None
 
-    def _enter(self, name: Name, num_bytes: int, is_own: bool, stamp: int) -> Entry:
+    def _put(self, name: Name, num_bytes: int, is_own: bool, stamp: int, reason: str) -> Entry:
+        """Enter a chunk; one that is known keeps its place among the holdings."""
+        before = self._take_out(name)
+        place = self.holdings.add(name, reason) if before is None else before.place
         space, key = name
         self._num_places += 1
-        entry = Entry(num_bytes, is_own, stamp, self._num_places)
+        entry = Entry(num_bytes, is_own, stamp, self._num_places, place)
         self._spaces.setdefault(space, {})[key] = entry
         self._num_chunks += 1
         if is_own:
@@ -156,12 +161,20 @@ class Index:
             for key, entry in entries.items():
                 yield (space, key), entry
 
-    def _forget(self, name: Name) -> bool:
+    def _forget(self, name: Name, reason: str) -> bool:
+        entry = self._take_out(name)
+        if entry is None:
+            return False
+        self.holdings.remove(entry.place, reason)
+        self._changed[name] = None
+        return True
+
+    def _take_out(self, name: Name) -> Entry | None:
         space, key = name
         entries = self._spaces.get(space)
         entry = entries.pop(key, None) if entries else None
         if entry is None:
-            return False
+            return None
         if not entries:
             del self._spaces[space]
         self._num_chunks -= 1
@@ -169,8 +182,7 @@ class Index:
             self.own_bytes -= entry.num_bytes
         else:
             self.num_others -= 1
-        self._changed[name] = None
-        return True
+        return entry
 
     def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         """Note uses."""
@@ -271,7 +283,7 @@ class Index:
                 return
             others = (name for name, entry in self._entries() if not entry.is_own)
             for name in list(islice(others, too_many)):
-                self._forget(name)
+                self._forget(name, "forgotten")
 
     def names(self) -> list[Name]:
         """Name all chunks, the ones used longest ago first."""
@@ -308,10 +320,9 @@ class Index:
             if known is not None and known.stamp >= 0:
                 return  # stored or used meanwhile
             # Written down is surer than what a probe has found.
-            self._forget(name)
             self._num_restored += 1
-            entry = self._enter(name, num_bytes, is_own, RESTORED_STAMP + self._num_restored)
-            if name in self._changed:
+            entry = self._put(name, num_bytes, is_own, RESTORED_STAMP + self._num_restored, "found")
+            if known is not None or name in self._changed:
                 self._changed[name] = entry
 
 

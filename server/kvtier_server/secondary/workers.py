@@ -19,6 +19,7 @@ from threading import Condition, Lock, Thread, current_thread
 
 from kvtier_server.secondary.backpressure import Backpressure
 from kvtier_server.secondary.base import (
+    Change,
     ClearJob,
     ClearResult,
     EvictJob,
@@ -31,6 +32,7 @@ from kvtier_server.secondary.base import (
     TierChunk,
     TierJob,
 )
+from kvtier_server.secondary.holdings import Holdings, Name
 from kvtier_server.secondary.parameters import TierParameters
 
 logger = logging.getLogger(__name__)
@@ -89,10 +91,12 @@ class WorkedTier(SecondaryTier):
 class KeptTier(WorkedTier):
     """A tier with a thread of its own beside its workers, its keeper, which removes what is cleared.
 
-    `_changed` wakes the keeper; `_lock` is for what the core takes.
+    `_changed` wakes the keeper; `_lock` is for what the core takes; `_holdings` follow its index, in a
+    class that says `can_list`.
     """
 
     can_clear = True
+    _holdings: Holdings
 
     def __init__(
         self,
@@ -116,6 +120,12 @@ class KeptTier(WorkedTier):
         with self._lock:
             removed, self._removed = self._removed, []
         return removed
+
+    def get_changes(self, max_changes: int) -> Sequence[Change] | None:
+        return self._holdings.get_changes(max_changes)
+
+    def list_chunks(self, place: int, num_places: int) -> tuple[Sequence[Name], int | None]:
+        return self._holdings.chunks_from(place, num_places)
 
     def submit_clear(self, job: ClearJob) -> bool:
         return self._submit_clearing(job)

@@ -22,6 +22,7 @@ from kvtier_server.core.stores import ItemStatus
 from .engine import HIT, HIT_UNLEASED, MISS, Engine, facts, to_keys
 from .rig import Rig
 from .slots_in_memory import State
+from .watcher import Watcher
 from .world import StoreJob, User, World
 
 REQUESTS = st.sampled_from(["r1", "r2", "r3"])
@@ -79,6 +80,7 @@ class CoreMachine(World, RuleBasedStateMachine):
             Engine(self.rig, "wide", facts("b", (1,), num_parts=2), tenant="t", world_size=2),
             Engine(self.rig, "hybrid", facts("c", (3, 1), windows=(0, 32)), tenant="t"),
         ]
+        self.watcher = Watcher(self.rig)
         self.users = [User(engine) for engine in engines]
         for user in self.users:
             user.engine.attach()
@@ -412,13 +414,35 @@ class CoreMachine(World, RuleBasedStateMachine):
             case "lose":
                 tier.lose(list(tier.stored)[which % len(tier.stored)])
             case _:
-                tier.hidden.add(list(tier.stored)[which % len(tier.stored)])
+                tier.hide(list(tier.stored)[which % len(tier.stored)])
+
+    @rule(tenant=st.sampled_from(["", "t", None]), tiers_end=st.booleans())
+    def clear(self, tenant: str | None, tiers_end: bool) -> None:
+        """An operator clears the pool, and the tiers when they get to it."""
+        core = self.rig.core
+        if not any(below.being_cleared for below in core.below.tiers):
+            for _ in core.clearings.begin("", tenant, "", lambda: None).pool:
+                pass
+        for tier in self.rig.tiers if tiers_end else ():
+            while tier.clearing:
+                tier.finish_clear()
+
+    # Watchers.
+
+    @rule(num_steps=st.integers(1, 6), slice_items=st.sampled_from([1, 3, 50]))
+    def take_a_snapshot(self, num_steps: int, slice_items: int) -> None:
+        """Go on with a snapshot, or begin one; with the events since its beginning it is the index."""
+        self.watcher.go_on(num_steps, slice_items)
 
     # What always holds.
 
     @invariant()
     def nothing_is_wrong(self) -> None:
         self.rig.check()
+
+    @invariant()
+    def a_mirror_of_the_events_is_the_index(self) -> None:
+        self.watcher.check()
 
     @invariant()
     def no_slot_is_given_to_others_while_it_may_be_written(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from kvtier_ops.layout import SLOT_UNIT_BYTES
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.secondary.base import (
+    Change,
     ClearJob,
     ClearResult,
     EvictJob,
@@ -27,6 +28,7 @@ from kvtier_server.secondary.base import (
     TierJob,
     TierStats,
 )
+from kvtier_server.secondary.holdings import Holdings
 from kvtier_server.secondary.parameters import TierParameters
 
 from .slots_in_memory import CELL_BYTES, SlotsInMemory, checksum
@@ -56,6 +58,8 @@ class SteppedTier(SecondaryTier):
         self.stored: dict[Name, tuple[bytes, tuple[int, ...], bytes]] = {}
         self.hidden: set[Name] = set()
         """Stored by somebody else: only a probe finds it."""
+        self.holdings = Holdings()
+        self._places: dict[Name, int] = {}
         self.running: deque[Running] = deque()
         self.clearing: deque[ClearJob | EvictJob] = deque()
         self.refuses = False
@@ -83,6 +87,31 @@ class SteppedTier(SecondaryTier):
     def get_removed(self) -> Sequence[Removal]:
         removed, self._removed = self._removed, []
         return removed
+
+    can_list = True
+
+    def get_changes(self, max_changes: int) -> Sequence[Change] | None:
+        return self.holdings.get_changes(max_changes)
+
+    def list_chunks(self, place: int, num_places: int) -> tuple[Sequence[Name], int | None]:
+        return self.holdings.chunks_from(place, num_places)
+
+    def known(self) -> set[Name]:
+        """What `lookup` says YES to."""
+        return self.stored.keys() - self.hidden
+
+    def _note(self, reason: str) -> None:
+        """Bring the holdings in step with what is known."""
+        known = self.known()
+        for name in self._places.keys() - known:
+            self.holdings.remove(self._places.pop(name), reason)
+        for name in known - self._places.keys():
+            self._places[name] = self.holdings.add(name, reason)
+
+    def hide(self, name: Name) -> None:
+        """Know no more that a chunk is there."""
+        self.hidden.add(name)
+        self._note("forgotten")
 
     def touch(self, space: SpaceName, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
         self.touched.append((space, keys, stamps))
@@ -121,6 +150,7 @@ class SteppedTier(SecondaryTier):
         del self.stored[name]
         self.hidden.discard(name)
         self._removed.append(Removal(name[0], (name[1],), reason))
+        self._note(reason)
 
     def has_work(self) -> bool:
         return bool(self.running or self._finished)
@@ -135,8 +165,10 @@ class SteppedTier(SecondaryTier):
     def restart(self) -> None:
         """The daemon was killed: what was under way has not happened."""
         self.running.clear()
+        self.clearing.clear()
         self._finished.clear()
         self._removed.clear()
+        self._cleared.clear()
 
     def step(self, which: int = 0, how: str = "ok") -> None:
         """Do the next half of a chunk of one job. `how`: ok, failed, corrupt or missing, from now on."""
@@ -150,6 +182,7 @@ class SteppedTier(SecondaryTier):
         if running.job.kind is JobKind.PROBE:
             is_there = (chunk.space, chunk.key) in self.stored
             self.hidden.discard((chunk.space, chunk.key))
+            self._note("found")
             self._end_chunk(running, Outcome.DONE if is_there else Outcome.MISSING)
         elif running.job.kind is JobKind.STORE:
             self._step_store(running, chunk)
@@ -171,6 +204,7 @@ class SteppedTier(SecondaryTier):
             self._end_chunk(running, Outcome.CORRUPT)
             return
         self.stored[chunk.space, chunk.key] = (running.buffer, chunk.checksums, chunk.geometry)
+        self._note("cascade")
         self._end_chunk(running, Outcome.DONE)
 
     def _half(self, running: Running, chunk: TierChunk) -> bytes:

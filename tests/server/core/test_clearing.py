@@ -58,7 +58,7 @@ def test_everything_goes_from_the_pool_and_every_tier_and_events_say_so(rig: Rig
     assert counts(clearing) == {"primary": (5, 0), "tier0": (5, 0), "tier1": (5, 0)}
     assert clearing.tiers[0].removed_bytes == 5 * 4096
     told = removals(rig)
-    assert sorted(set(told)) == [("primary", "clear", 5), ("tier0", "clear", 1), ("tier1", "clear", 1)]
+    assert sorted(set(told)) == [("primary", "clear", 5), ("tier0", "clear", 5), ("tier1", "clear", 5)]
     assert engine.hits(range(5)) == []
     assert rig.core.books.counts["removed:clear"] == 5
     assert rig.core.below.tiers[0].counts["removed:clear"] == 5

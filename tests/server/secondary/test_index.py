@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.secondary import index as index_module
-from kvtier_server.secondary.index import Index, Name
+from kvtier_server.secondary.holdings import Name
+from kvtier_server.secondary.index import Index
 
 SPACE = SpaceName("n" * 64, "", 1)
 OTHER = SpaceName("m" * 64, "", 1)
@@ -37,6 +38,42 @@ def test_the_chunk_used_longest_ago_goes_first_wherever_it_was_stored() -> None:
     index.add(name(9, OTHER), 1, is_own=True, stamp=2)
     index.touch(SPACE, [name(0)[1], name(1)[1]], [12, 11])
     assert evict(index, 5) == [name(2), name(9, OTHER), name(3), name(1), name(0)]
+
+
+def known(index: Index) -> set[Name]:
+    """What the index says that it has, by name."""
+    spaces = {space for space, _ in index.names()}
+    names = [(space, number.to_bytes(8, "big")) for space in spaces for number in range(100)]
+    return {each for each in names if index.knows(each[0], [each[1]])[0]}
+
+
+def listed(index: Index) -> set[Name]:
+    names, end = index.holdings.chunks_from(0, 1_000)
+    assert end is None
+    assert len(set(names)) == len(names)
+    return set(names)
+
+
+def test_what_is_found_written_down_replaced_and_forgotten_is_told_once_and_listed() -> None:
+    index = Index()
+    index.add_if_new(name(1), 1, is_own=False)
+    index.add_if_new(name(1), 1, is_own=False)
+    index.restore(name(1), 1, is_own=True)
+    index.restore(name(2), 1, is_own=False)
+    index.add(name(2), 1, is_own=False, stamp=3)
+    index.add_if_new(name(3, OTHER), 1, is_own=False)
+    index.limit_others(1)
+    index.remove(name(1), "corrupt")
+    changes = index.holdings.get_changes(100)
+    assert changes is not None
+    assert [(change.is_held, change.key[-1], change.reason) for change in changes] == [
+        (True, 1, "found"),
+        (True, 2, "found"),
+        (True, 3, "found"),
+        (False, 2, "forgotten"),
+        (False, 1, "corrupt"),
+    ]
+    assert listed(index) == known(index) == {name(3, OTHER)}
 
 
 def test_a_victim_is_named_once_also_when_places_are_swept_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,4 +149,5 @@ def test_the_order_is_that_of_a_list_sorted_by_last_use(steps: list[tuple[str, i
             else:
                 index.keep(victims)
     assert len(index) == index.own_bytes == len(model)
+    assert listed(index) == known(index)
     assert index.names() == [name(each) for each in sorted(model, key=lambda other: model[other])]

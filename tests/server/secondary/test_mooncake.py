@@ -263,10 +263,20 @@ def test_what_was_heard_of_longest_ago_is_forgotten_first_and_counted_out() -> N
         known.add(SPACE, key_of(number), Entry(f"o{number}", 100 + number))
     assert known.knows(SPACE, [key_of(number) for number in (1, 2, 3)]) == [True, False, True]
     assert (len(known), known.num_bytes) == (2, 204)
-    assert known.remove(SPACE, key_of(1))
-    assert not known.remove(SPACE, key_of(1))
+    assert known.remove(SPACE, key_of(1), "missing")
+    assert not known.remove(SPACE, key_of(1), "missing")
     assert [entry.object_name for _, _, entry in known.entries(SPACE.__eq__)] == ["o3"]
     assert known.entries(SpaceName("", "", 0).__eq__) == []
+    assert known.holdings.chunks_from(0, 10) == ([(SPACE, key_of(3))], None)
+    changes = known.holdings.get_changes(10)
+    assert changes is not None
+    assert [(change.is_held, change.key, change.reason) for change in changes] == [
+        (True, key_of(1), "found"),
+        (True, key_of(2), "found"),
+        (True, key_of(3), "found"),
+        (False, key_of(2), "forgotten"),
+        (False, key_of(1), "missing"),
+    ]
 
 
 def test_what_this_daemon_stored_stays_its_own_when_it_is_heard_of_again() -> None:

@@ -61,7 +61,8 @@ from kvtier_server.secondary.filesystem.chunk_files import ChunkFiles, ChunkIo, 
 from kvtier_server.secondary.filesystem.disk import Disk
 from kvtier_server.secondary.filesystem.io_process import ChunkProcess, ProcessLost
 from kvtier_server.secondary.filesystem.places import TEMPORARY, Places
-from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile, Name
+from kvtier_server.secondary.holdings import Name
+from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile
 from kvtier_server.secondary.parameters import TierParameters
 from kvtier_server.secondary.state_directory import lock_state, state_file
 from kvtier_server.secondary.workers import ChunkResult, KeptTier, TierWorkers
@@ -143,6 +144,7 @@ class FilesystemTier(KeptTier):
     locality = Locality.LOCAL
     can_evict = True
     Parameters = FilesystemParameters
+    can_list = True
 
     def __init__(
         self,
@@ -173,6 +175,7 @@ class FilesystemTier(KeptTier):
         if not parameters.shared:
             self._check_owner()
         self._index = Index()
+        self._holdings = self._index.holdings
         index_file = state_file(parameters.state_directory, "filesystem", os.path.realpath(parameters.root))
         try:
             self._state_lock = lock_state(
@@ -374,7 +377,7 @@ class FilesystemTier(KeptTier):
 
     def _remove(self, name: Name, reason: str, *, unlink: bool = True) -> None:
         """Forget a chunk and remove its file. Raises OSError if that cannot be; it is forgotten anyway."""
-        if not self._index.remove(name):
+        if not self._index.remove(name, reason):
             return
         space, key = name
         try:

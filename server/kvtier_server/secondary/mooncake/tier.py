@@ -74,6 +74,7 @@ class MooncakeTier(KeptTier):
     locality = Locality.REMOTE
     Parameters = MooncakeParameters
     is_shared = True
+    can_list = True
 
     def __init__(
         self,
@@ -95,6 +96,7 @@ class MooncakeTier(KeptTier):
         self._local = local()
         self._counts = {"no_space": 0}
         self._known = Known()
+        self._holdings = self._known.holdings
         self._problem = STARTING
         self._store_closed = Event()
         self._workers = TierWorkers(
@@ -280,7 +282,7 @@ class MooncakeTier(KeptTier):
         self._known.add(chunk.space, chunk.key, Entry(name, HEADER_BYTES + chunk.num_bytes, is_own))
 
     def _forget(self, space: SpaceName, key: bytes, reason: str) -> None:
-        if self._known.remove(space, key):
+        if self._known.remove(space, key, reason):
             self._tell_removed([Removal(space, (key,), reason)])
 
     def _payload(self, chunk: TierChunk) -> memoryview:

@@ -52,7 +52,8 @@ from kvtier_server.secondary.chunk_file import (
     write_header,
 )
 from kvtier_server.secondary.chunk_names import FORMAT_DIRECTORY, file_name, space_directory
-from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile, Name
+from kvtier_server.secondary.holdings import Name
+from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile
 from kvtier_server.secondary.object_store.bucket import Bucket
 from kvtier_server.secondary.object_store.parameters import ObjectParameters
 from kvtier_server.secondary.state_directory import lock_state, state_file
@@ -92,6 +93,7 @@ class ObjectTier(KeptTier):
     can_evict = True
     Parameters = ObjectParameters
     is_shared = True
+    can_list = True
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class ObjectTier(KeptTier):
         )
         self._file = IndexFile(index_file)
         self._index = Index()
+        self._holdings = self._index.holdings
         self._writing_bytes = 0
         self._unreachable = f"{parameters.url} has not answered yet"
         """Why nothing is asked of the store now; "" = it is used."""
@@ -271,7 +274,7 @@ class ObjectTier(KeptTier):
 
     def _forget(self, names: Sequence[Name], reason: str) -> None:
         """Forget chunks, and tell of those that were known."""
-        gone = [Removal(name[0], (name[1],), reason) for name in names if self._index.remove(name)]
+        gone = [Removal(name[0], (name[1],), reason) for name in names if self._index.remove(name, reason)]
         self._tell_removed(gone)
 
     # The thread that watches the store
