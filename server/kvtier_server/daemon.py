@@ -32,6 +32,7 @@ from kvtier_server.core.instances import Session
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.tiering import Core
 from kvtier_server.core_limits import core_limits
+from kvtier_server.doctor.cuda_driver import cuda_version
 from kvtier_server.grpc_server import Handlers, build_server
 from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
@@ -58,11 +59,6 @@ LAST_CALLS_S = 1.0
 
 FLUSH_POLL_S = 0.01
 """Between two looks at what goes down while the daemon stops."""
-
-UNARY_METHODS = (
-    "Describe", "Attach", "Lookup", "PrepareLoad", "PrepareStore", "Complete", "RenewLeases", "Touch",
-    "FinishRequest", "Reset",
-)  # fmt: skip
 
 
 def run(config: Config) -> int:
@@ -106,14 +102,9 @@ class Daemon:
         )
         self._metrics = Metrics(
             version=__version__,
-            methods=[
-                *(f"OffloadService/{method}" for method in UNARY_METHODS),
-                "AdminService/GetStatus",
-                "AdminService/Clear",
-                "TransferService/RegisterMemory",
-            ],
             limits=config.limit_values(),
             tiers=[common.name for common, _ in config.tiers],
+            cuda=cuda_version(),
         )
         self._scope = CallScope(self.boot_id, config.limits.unary_calls, self._metrics, self._after_call)
         self._registry = Registry(self._pool, self.core)

@@ -85,7 +85,7 @@ class Observer:
                 backed_bytes=books.primary.slabs.backed_bytes,
                 policy=self._config.pool.policy,
             ),
-            tiers=(primary_stats(books, self._backing.shortage or "ok"), *lower),
+            tiers=(primary_stats(books, self._backing.shortage or "ok", self._backing.io_errors), *lower),
             sessions=session_stats(books, now_ns),
             leases=lease_stats(books, now_ns),
             lookup_keys=by_suffix(counts, "lookup"),
@@ -107,4 +107,5 @@ class Observer:
             loads_torn=counts["load:torn"],
             credits=sum(r.key is None for r in books.reservations),
             tenant_used_bytes=tenant_bytes(books),
+            quota_refused=dict(books.quota_refused),
         )

@@ -94,6 +94,7 @@ class CallScope:
 
         A handler of calls that can be long returns an awaitable, and lets others in between its slices.
         """
+        self._metrics.expect_rpc(method)
         parse = request_type.FromString
         observe = self._metrics.observe_rpc
         clock = time.perf_counter

@@ -22,7 +22,9 @@ LOOKUP = "OffloadService/Lookup"
 
 
 def make_metrics() -> Metrics:
-    return Metrics(version="1.2.3", methods=[LOOKUP], limits={"limits.engines": 64})
+    metrics = Metrics(version="1.2.3", limits={"limits.engines": 64})
+    metrics.expect_rpc(LOOKUP)
+    return metrics
 
 
 def scrape(metrics: Metrics) -> dict[Sample, float]:
