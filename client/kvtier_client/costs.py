@@ -31,6 +31,7 @@ class TokenCosts:
 class _Request:
     prompt_tokens: int
     asked_at: float | None = None
+    is_answered: bool = False
     computes_since: float | None = None
     have_tokens: int = 0
     """Of the prompt, whose KV is there."""
@@ -57,14 +58,23 @@ class Costs:
         self._requests[req_id] = _Request(prompt_tokens)
 
     def asks(self, req_id: str, now: float) -> None:
-        """The engine would begin, and asks what can be loaded; the first time counts."""
+        """The engine would begin, and asks what can be loaded; the first time counts.
+
+        An answer that it has not used, for want of room for the request, is asked for anew.
+        """
         request = self._requests[req_id]
-        if request.asked_at is None:
+        if request.asked_at is None or request.is_answered:
             request.asked_at = now
+            request.is_answered = False
+
+    def waits(self, req_id: str) -> None:
+        """It has to wait for chunks that are on their way: the answer was none yet."""
+        self._requests[req_id].is_answered = False
 
     def answered(self, req_id: str, num_computed_tokens: int, now: float) -> None:
         """It knows, and computes from here on unless it loads."""
         request = self._requests[req_id]
+        request.is_answered = True
         request.have_tokens = num_computed_tokens
         request.computes_since = now
 

@@ -179,7 +179,10 @@ class KeyedSchedulerShim(SchedulerBase):
         if key in view.pinned:
             return KeyStatus.HIT
         if view.status.get(key) is ChunkStatus.PENDING and self._clock() < view.state.pending_until:
-            return KeyStatus.MISS if key in view.state.failed else KeyStatus.PENDING
+            if key in view.state.failed:
+                return KeyStatus.MISS
+            self._costs.waits(req_id)
+            return KeyStatus.PENDING
         return KeyStatus.MISS
 
     def _attempt(self, view: _View, num_computed_tokens: int) -> None:

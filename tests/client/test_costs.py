@@ -53,6 +53,31 @@ def test_a_load_costs_from_the_first_question_to_its_end_and_the_rest_is_compute
     assert costs.take(5.0) == TokenCosts(32, 3.5, 32, 0.5)
 
 
+def test_a_request_that_found_no_room_waits_for_that_and_not_for_its_load() -> None:
+    costs = Costs(offers_ahead=False)
+    costs.begin("r", 100)
+    for asked in (1.0, 2.0, 3.0):
+        costs.asks("r", asked)
+        costs.answered("r", 0, asked)
+    costs.loading("r", 32)
+    costs.loaded("r", 3.5, ok=True)
+    assert costs.take(5.0) == TokenCosts(32, 0.5, 0, 0.0)
+
+
+def test_chunks_on_their_way_up_are_waited_for() -> None:
+    costs = Costs(offers_ahead=False)
+    costs.begin("r", 100)
+    for asked in (1.0, 2.0):
+        costs.asks("r", asked)
+        costs.answered("r", 0, asked)
+        costs.waits("r")
+    costs.asks("r", 3.0)
+    costs.answered("r", 0, 3.0)
+    costs.loading("r", 32)
+    costs.loaded("r", 3.5, ok=True)
+    assert costs.take(5.0) == TokenCosts(32, 2.5, 0, 0.0)
+
+
 def test_a_failed_load_brings_nothing_and_its_tokens_are_computed() -> None:
     costs = Costs(offers_ahead=False)
     costs.begin("r", 100)
