@@ -7,6 +7,7 @@ scrape never enters the core. No label holds a key, a request or a pid.
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import (
@@ -48,6 +49,9 @@ RPC_BUCKETS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1
 TRANSFER_BUCKETS_S = (1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 TRANSFER_BUCKETS_BYTES = tuple(float(4**power << 10) for power in range(3, 12))
 """64 KiB to 4 GiB in steps of four."""
+
+TURN_S = 5e-4
+"""After so much rendering of a scrape other threads get their turn."""
 
 DIRECTIONS = ("store", "load")
 PATHS = ("shm", "cuda_ipc")
@@ -180,7 +184,27 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return the text of a scrape."""
-        return generate_latest(self.registry)
+        return generate_latest(_InTurns(self.registry))
+
+
+class _InTurns:
+    """A registry that lets other threads in between families, every TURN_S.
+
+    Rendering all of it takes some milliseconds, in which the loop's thread, and with it every answer to an
+    engine, would wait for the interpreter's lock.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """The registry's families."""
+        turn_ends = time.perf_counter() + TURN_S
+        for family in self._registry.collect():
+            yield family
+            if time.perf_counter() > turn_ends:
+                time.sleep(0)
+                turn_ends = time.perf_counter() + TURN_S
 
 
 class _StateCollector(Collector):

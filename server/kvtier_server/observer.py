@@ -105,7 +105,7 @@ class Observer:
                 **{below.rules.name: below.counts["promotion:corrupt"] for below in tiers},
             },
             loads_torn=counts["load:torn"],
-            credits=sum(r.key is None for r in books.reservations),
+            credits=books.reservations.num_credits,
             tenant_used_bytes=tenant_bytes(books),
             quota_refused=dict(books.quota_refused),
         )

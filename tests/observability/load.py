@@ -13,7 +13,7 @@ from kvtier_client.demo.engine_process import ChatSpec, EngineEnded, EngineProce
 from kvtier_client.demo.text import load_text
 
 NUM_CHATS = 3
-CONVERSATIONS, TURNS = 8, 3
+CONVERSATIONS, TURNS = 8, 4
 
 
 class Load:
@@ -80,7 +80,7 @@ class Load:
         try:
             with engine:
                 engine.wait_started()
-                for _ in range(TURNS):
+                for _ in range(TURNS + number):  # so that they do not end together
                     for _ in engine.turn():
                         self.answers += 1
                     if self._stopping.is_set():

@@ -19,6 +19,8 @@ WIDTH, MARGIN, GAP = 1200, 16, 12
 HEAD_HEIGHT, STAT_HEIGHT, CHART_HEIGHT = 44, 66, 236
 COLUMNS = 3
 LINE_POINTS = 120
+LEGEND_CHARS = 27
+"""Two such entries fit beside each other."""
 
 # Told apart by people who see colours otherwise, too; dark enough on white, light enough on black.
 COLOURS = ("#3274d9", "#e0752d", "#2f9e44", "#b8478f", "#8a7f00", "#12a0a8", "#c4402f", "#7a68d8")
@@ -27,7 +29,8 @@ STYLE = """
   .page { fill: #ffffff; } .card { fill: #f6f7f9; stroke: #d8dce2; }
   .text { fill: #22272e; } .soft { fill: #5d6672; } .grid { stroke: #dfe3e8; } .axis { stroke: #b4bbc4; }
   text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-  .title { font-size: 13px; font-weight: 600; } .big { font-size: 24px; font-weight: 600; }
+  .title { font-size: 13px; font-weight: 600; } .big { font-size: 22px; font-weight: 600; }
+  .small { font-size: 11px; }
   .head { font-size: 18px; font-weight: 600; }
   @media (prefers-color-scheme: dark) {
     .page { fill: #0d1117; } .card { fill: #161b22; stroke: #30363d; }
@@ -100,7 +103,7 @@ def _stat(x: float, y: float, width: float, title: str, series: Sequence[tuple[s
     for index, (name, value) in enumerate(series):
         left = x + 12 + index * each
         yield from _text(left, y + 50, value, "text big")
-        yield from _text(left + 14 * len(value) + 6, y + 50, name, "soft")
+        yield from _text(left + 15 * len(value) + 5, y + 50, name, "soft small")
 
 
 class _Chart:
@@ -118,7 +121,11 @@ class _Chart:
         self._floors: list[list[tuple[float, float]] | None] = [None] * len(lines)
         if query.stacked:
             self._stack()
-        legend_rows = -(-len(lines) // 2)
+        entries = [
+            f"{name} {text_of(last, query.unit)}" for name, last in zip(self._names, self._last, strict=True)
+        ]
+        self._columns = 2 if max(map(len, entries), default=0) <= LEGEND_CHARS else 1
+        legend_rows = -(-len(lines) // self._columns)
         self._left, self._right = x + 58, x + width - 12
         self._top, self._bottom = y + 34, y + CHART_HEIGHT - 30 - 16 * legend_rows
         highest = max((value for points in self._areas for _, value in points), default=0.0)
@@ -163,13 +170,13 @@ class _Chart:
 
     def _legend(self) -> Iterable[str]:
         for index, name in enumerate(self._names):
-            left = self._x + 14 + index % 2 * (self._width - 24) / 2
-            down = self._bottom + 33 + 16 * (index // 2)
+            left = self._x + 14 + index % self._columns * (self._width - 24) / self._columns
+            down = self._bottom + 33 + 16 * (index // self._columns)
             colour = COLOURS[index % len(COLOURS)]
             value = text_of(self._last[index], self._query.unit)
             yield f'<rect x="{left:.1f}" y="{down - 8:.1f}" width="10" height="10" rx="2" fill="{colour}"/>'
             yield (
-                f'<text class="text" x="{left + 16:.1f}" y="{down + 1:.1f}">{escape(name)} '
+                f'<text class="text small" x="{left + 16:.1f}" y="{down + 1:.1f}">{escape(name)} '
                 f'<tspan class="soft">{escape(value)}</tspan></text>'
             )
 

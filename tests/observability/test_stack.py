@@ -13,6 +13,7 @@ from tests.daemon_process import REPOSITORY, child_environment, state_of, wait_u
 from tests.server.metric_contract import METRICS, series_names
 
 from . import dashboard
+from .conftest import MOVES
 from .prometheus import CONFIGURATION, promtool
 from .stack import RATE_WINDOW, Stack
 
@@ -40,22 +41,7 @@ def test_every_query_of_the_dashboard_is_answered(stack: Stack, query: dashboard
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    "expression",
-    [
-        'increase(kvtier_hit_tokens_total{tier="primary"}[5m])',
-        'increase(kvtier_hit_tokens_total{tier="disk"}[5m])',
-        'increase(kvtier_evictions_total{tier="primary", reason="evict"}[5m])',
-        'increase(kvtier_cascades_total{result="done"}[5m])',
-        'increase(kvtier_promotions_total{result="done"}[5m])',
-        'increase(kvtier_transfer_bytes_total{direction="load", path="shm"}[5m])',
-        "increase(kvtier_loaded_tokens_total[5m])",
-        "increase(kvtier_computed_tokens_total[5m])",
-        "increase(kvtier_compute_seconds_total[5m])",
-        "kvtier_process_open_fds",
-        "kvtier_tier_disk_size_bytes",
-    ],
-)
+@pytest.mark.parametrize("expression", MOVES)
 def test_the_load_moves_what_the_dashboard_shows(stack: Stack, expression: str) -> None:
     assert sum(series.value for series in stack.prometheus.query(expression)) > 0
 

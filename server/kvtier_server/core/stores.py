@@ -76,6 +76,8 @@ class Reservations:
 
     def __init__(self) -> None:
         self._by_slot: dict[int, Reservation] = {}
+        self.num_credits = 0
+        """Those without a key, counted as they come and go: metrics must not walk over all of them."""
 
     def __len__(self) -> int:
         return len(self._by_slot)
@@ -101,6 +103,7 @@ class Reservations:
         lease.instance.inflight_bytes += num_bytes
         if keys is None:
             lease.instance.credit_bytes += num_bytes
+            self.num_credits += len(slot_ids)
         for index, (slot_id, generation) in enumerate(zip(slot_ids, generations, strict=True)):
             reservation = Reservation(slot_id, generation, size_class, lease)
             self._by_slot[slot_id] = reservation
@@ -113,6 +116,7 @@ class Reservations:
         """Give a credit its key. A second, different key makes the store fail."""
         if reservation.key is None:
             reservation.instance.credit_bytes -= reservation.size_class.slot_bytes
+            self.num_credits -= 1
             self._name(reservation, key)
         elif reservation.key != key:
             reservation.failed = True
@@ -130,6 +134,7 @@ class Reservations:
         reservation.instance.inflight_bytes -= reservation.size_class.slot_bytes
         if reservation.key is None:
             reservation.instance.credit_bytes -= reservation.size_class.slot_bytes
+            self.num_credits -= 1
             return False
         writers = reservation.space.writers
         writers[reservation.key] -= 1
