@@ -341,6 +341,8 @@ class KeyedSchedulerShim(SchedulerBase):
     def _tokens_until(self, state: RequestState, keys: Sequence[bytes]) -> int:
         """Return how many tokens are there with the last of these keys of the first group."""
         last = next((key for key in reversed(keys) if self._group_of(key) == 0), None)
+        if last is None:
+            return 0
         known = state.groups[0].keys
         for index in range(len(known) - 1, -1, -1):  # what is offered lies near the end
             if known[index] == last:

@@ -19,7 +19,7 @@ WIDTH, MARGIN, GAP = 1200, 16, 12
 HEAD_HEIGHT, STAT_HEIGHT, CHART_HEIGHT = 44, 66, 236
 COLUMNS = 3
 LINE_POINTS = 120
-LEGEND_CHARS = 27
+LEGEND_CHARS = 25
 """Two such entries fit beside each other."""
 
 # Told apart by people who see colours otherwise, too; dark enough on white, light enough on black.
@@ -55,7 +55,7 @@ def draw(prometheus: Prometheus, start: float, end: float, rate_window: str) -> 
     charts = [panel for panel in panels if panel[1][0].kind == "timeseries"]
     rows = -(-len(charts) // COLUMNS)
     height = HEAD_HEIGHT + STAT_HEIGHT + rows * (CHART_HEIGHT + GAP) + GAP + MARGIN
-    about = "two reference engines, a pool of 16 MiB and a filesystem tier, on two cores"
+    about = "two reference engines, a pool of 24 MiB and a filesystem tier, on two cores"
     parts = [_opening(height), *_text(MARGIN, 29, "kvtier", "text head")]
     parts += _text(MARGIN + 66, 29, f"{about}; {int(end - start)} s", "soft")
     width = (WIDTH - 2 * MARGIN - (len(stats) - 1) * GAP) / len(stats)

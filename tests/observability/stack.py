@@ -28,7 +28,7 @@ from .dashboard import Query
 from .load import Load
 from .prometheus import NoPrometheus, Prometheus, Series
 
-POOL = "16MiB"
+POOL = "24MiB"
 """Less than the chats leave, so that chunks are evicted and come up again."""
 
 TIER = """
@@ -36,7 +36,7 @@ TIER = """
 type = "filesystem"
 name = "disk"
 root = "{directory}/chunks"
-capacity = "32MiB"
+capacity = "48MiB"
 writes_per_day = "1TiB"
 state_directory = "{directory}/state"
 """

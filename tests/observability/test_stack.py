@@ -104,3 +104,18 @@ def test_ctrl_c_ends_every_process_and_removes_the_pool() -> None:
     assert "everything has ended, the pool is removed" in rest
     wait_until(lambda: not any(state_of(pid) for pid in started), "nothing of it runs")
     assert not pool.exists()
+
+
+@pytest.mark.timeout(120)
+def test_a_stack_that_ends_too_early_says_which_queries_have_no_answer() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.observability.stack", "--seconds", "1"],
+        env=child_environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "no answer to TTFT saved" in ended.stderr
