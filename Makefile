@@ -18,7 +18,7 @@ STACK_PORT ?= 0
 .PHONY: help venv demo serve test test-faults test-object test-mooncake test-vllm test-gpu test-observability prometheus stack demo-vllm lint proto bench bench-vllm bench-gpu replay clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(READY) ## Make .venv with everything that the other targets need (PYTHON=python3.12 picks another)
 	@:
