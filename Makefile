@@ -9,12 +9,16 @@ VLLM_READY := .venv-vllm/.ready
 MOONCAKE_BIN := .venv-mooncake/bin
 MOONCAKE_READY := .venv-mooncake/.ready
 BENCH_DIR := build/bench
+PROMETHEUS_DIR := build/prometheus
+PROMETHEUS_READY := $(PROMETHEUS_DIR)/.ready
+STACK_SECONDS ?= 0
+STACK_PORT ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-faults test-object test-mooncake test-vllm test-gpu docker-check demo-vllm lint proto bench bench-vllm bench-gpu replay clean
+.PHONY: help venv demo serve test test-faults test-object test-mooncake test-vllm test-gpu test-observability docker-check prometheus stack demo-vllm lint proto bench bench-vllm bench-gpu replay clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(READY) ## Make .venv with everything that the other targets need (PYTHON=python3.12 picks another)
 	@:
@@ -37,7 +41,7 @@ serve: $(READY) ## Run the daemon in the foreground with its defaults
 	@$(BIN)/kvtier serve
 
 test: $(READY) ## Run the tests, without faults and slow ones (under 5 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not faults and not slow and not object and not mooncake and not gpu"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not faults and not slow and not object and not mooncake and not gpu and not observability"
 
 # One worker: a test that kills, fills or corrupts something has the machine for itself.
 test-faults: $(READY) ## Run the tests that kill, fill, corrupt or cut something real
@@ -77,6 +81,30 @@ $(MOONCAKE_READY): pyproject.toml constraints.txt
 
 test-mooncake: $(MOONCAKE_READY) ## Run the mooncake tier on a real mooncake_master, in .venv-mooncake
 	@$(MOONCAKE_BIN)/python -m pytest -q -m mooncake tests/mooncake
+
+# Debian's package, unpacked and not installed: no root, no service, nothing outside build/. An installed one is
+# used as it is.
+$(PROMETHEUS_READY):
+	@mkdir -p $(PROMETHEUS_DIR)
+	@if ! { command -v prometheus && command -v promtool; } >/dev/null; then \
+		echo "prometheus: unpacking Debian's package below $(PROMETHEUS_DIR) (20 MB)"; \
+		{ cd $(PROMETHEUS_DIR) && apt-get download -qq -o APT::Sandbox::User=$$(id -un) prometheus \
+			&& dpkg -x prometheus_*.deb . && rm prometheus_*.deb; } || { echo \
+			"there is no Prometheus, and none could be downloaded; type: apt-get install prometheus (Debian, Ubuntu;" \
+			"apt-get update may be needed before), or put prometheus and promtool of prometheus.io into PATH" >&2; \
+			exit 1; }; \
+	fi
+	@touch $@
+
+prometheus: $(PROMETHEUS_READY) ## Get Prometheus for the two targets below, where it is not installed
+	@:
+
+test-observability: $(READY) $(PROMETHEUS_READY) ## Run a real Prometheus on a daemon under load: metrics, alerts, dashboard (2 minutes)
+	@$(BIN)/python -m pytest -q -m observability tests/observability
+
+stack: $(READY) $(PROMETHEUS_READY) ## Run daemon, engines and Prometheus, show the dashboard's figures (STACK_SECONDS=60 ends by itself)
+	@PYTHONPATH=. $(BIN)/python -m tests.observability.stack --seconds $(STACK_SECONDS) --port $(STACK_PORT) \
+		$(if $(STACK_PICTURE),--picture $(STACK_PICTURE))
 
 # With the packages of PYTHON, not of an environment made here: a GPU node brings cupy, cuda-bindings and torch.
 # Elsewhere each test is skipped and says what is missing.

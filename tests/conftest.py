@@ -23,6 +23,7 @@ MARK_OF_FOLDER = {
     "gpu": pytest.mark.gpu,
     "mooncake": pytest.mark.mooncake,
     "object": pytest.mark.object,
+    "observability": pytest.mark.observability,
 }
 
 # No deadline: an example that is slow on a busy machine is no defect. In CI the examples are the same on

@@ -20,6 +20,7 @@ from kvtier_client.answers import LoadGrant, LookupAnswer, SessionInfo, SlotsFor
 from kvtier_client.attach import attach_request, check_geometry
 from kvtier_client.channel import parse_address
 from kvtier_client.context import ReqContext, wire_request_id
+from kvtier_client.costs import TokenCosts
 from kvtier_client.gate import Gate, lease_time
 from kvtier_client.grants import GrantCalls
 from kvtier_client.keeper import SessionKeeper
@@ -314,6 +315,10 @@ class OffloadClient:
         """Queue the end of a lease, granted or not; 0 is none."""
         if lease_id:
             self._sender.add(lambda link: link.release(lease_id))
+
+    def report_costs(self, costs: TokenCosts) -> None:
+        """Queue what tokens have cost, for the operator's metrics."""
+        self._sender.add(lambda link: link.buffer.report_costs(costs))
 
     def finish(self, req_id: str) -> None:
         """Queue the end of a request: its lookup leases end, running copies go on."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvtier.v1 import offload_pb2
+from kvtier_client.costs import TokenCosts
 from kvtier_client.reports import LoadReportItem, StoreReportItem
 
 
@@ -126,6 +127,14 @@ class CompletionBuffer:
     def release(self, lease_id: int) -> None:
         """Queue the end of a lease."""
         self._room(1, urgent=False).request.released_lease_ids.append(lease_id)
+
+    def report_costs(self, costs: TokenCosts) -> None:
+        """Queue what tokens have cost."""
+        told = self._room(1, urgent=False).request.costs
+        told.loaded_tokens += costs.loaded_tokens
+        told.load_seconds += costs.load_s
+        told.computed_tokens += costs.computed_tokens
+        told.compute_seconds += costs.compute_s
 
     def finish(self, request_id: str) -> None:
         """Queue the end of a request."""

@@ -179,7 +179,10 @@ class KeyedSchedulerShim(SchedulerBase):
         if key in view.pinned:
             return KeyStatus.HIT
         if view.status.get(key) is ChunkStatus.PENDING and self._clock() < view.state.pending_until:
-            return KeyStatus.MISS if key in view.state.failed else KeyStatus.PENDING
+            if key in view.state.failed:
+                return KeyStatus.MISS
+            self._costs.waits(req_id)
+            return KeyStatus.PENDING
         return KeyStatus.MISS
 
     def _attempt(self, view: _View, num_computed_tokens: int) -> None:
@@ -195,6 +198,7 @@ class KeyedSchedulerShim(SchedulerBase):
         began = self._clock()
         version = state.version
         wait_s = min(self._wait_left_s, view.wait_left_s)
+        self._costs.asks(state.ctx.req_id, began)
         attempt = self._pins.attempt(state, num_computed_tokens, wait_s)
         now = self._clock()
         self._wait_left_s = max(0.0, self._wait_left_s - (now - began))
@@ -206,6 +210,8 @@ class KeyedSchedulerShim(SchedulerBase):
         if attempt is Attempt.KNOWN and self._awaits_slots(view, now):
             attempt = Attempt.WAITING
         view.attempt = attempt
+        if attempt is not Attempt.WAITING:
+            self._costs.answered(state.ctx.req_id, num_computed_tokens, now)
         if attempt is Attempt.KNOWN:
             view.refresh()
 
@@ -272,11 +278,14 @@ class KeyedSchedulerShim(SchedulerBase):
             self._client.start_load(state.lease_id, load.lease_id, slots)
         self._pins.abandon(state)
         self._pins.release(state)
+        num_chunks = sum(self._group_of(key) == 0 for key in keys)
+        self._costs.loading(req_id, num_chunks * self._facts.chunk_tokens(0))
         self.stats.loads += 1
         return load
 
     def load_finished(self, req_id: str, keys: Collection[bytes], failed_keys: Collection[bytes]) -> None:
         """Note that every rank has ended a load. What failed misses for this request from now on."""
+        self._costs.loaded(req_id, self._clock(), ok=not failed_keys)
         if failed_keys:
             self.stats.failed_loads += 1
         view = self._views.get(req_id)
@@ -300,6 +309,7 @@ class KeyedSchedulerShim(SchedulerBase):
         # The request computes: whatever it did not load by now it will not load.
         self._pins.release(state)
         view.refresh()
+        self._costs.computed(req_id, self._tokens_until(state, keys))
         wanted: list[list[bytes]] = [[] for _ in state.groups]
         for key in keys:
             reason = SKIP_OF_STATUS[view.status.get(key, ChunkStatus.UNKNOWN)]
@@ -327,6 +337,17 @@ class KeyedSchedulerShim(SchedulerBase):
         self.stats.stores += 1
         self.stats.stored_chunks += len(store.keys)
         return store
+
+    def _tokens_until(self, state: RequestState, keys: Sequence[bytes]) -> int:
+        """Return how many tokens are there with the last of these keys of the first group."""
+        last = next((key for key in reversed(keys) if self._group_of(key) == 0), None)
+        if last is None:
+            return 0
+        known = state.groups[0].keys
+        for index in range(len(known) - 1, -1, -1):  # what is offered lies near the end
+            if known[index] == last:
+                return (index + 1) * self._facts.chunk_tokens(0)
+        return 0
 
     def give_up(self, num_chunks: int) -> None:
         """Count chunks that are not stored because their blocks are gone."""

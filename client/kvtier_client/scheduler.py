@@ -27,7 +27,8 @@ class SchedulerShim(SchedulerBase):
     """One engine's requests, seen from its scheduler.
 
     `null_block_id` stands in block tables for a block that is not in device memory; None = there is no such
-    id. Times are seconds of `clock`.
+    id. Times are seconds of `clock`. `offers_ahead` as in the base: an engine that calls `prepare_store`
+    after the forward says False, and its operator sees what computing really costs.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class SchedulerShim(SchedulerBase):
         *,
         null_block_id: int | None = 0,
         clock: Callable[[], float] = time.monotonic,
+        offers_ahead: bool = True,
     ) -> None:
-        super().__init__(client, clock=clock)
+        super().__init__(client, clock=clock, offers_ahead=offers_ahead)
         self._null_block_id = null_block_id
         self._loads: dict[JobId, tuple[str, LoadJob]] = {}
         self._stores: dict[JobId, StoreJob] = {}
@@ -55,9 +57,11 @@ class SchedulerShim(SchedulerBase):
         self._notice_fork()
         self._read_events()
         state = self._requests[req_id]
-        if not state.may_load:
-            return 0
-        return self._pins.tokens(state, num_computed_tokens)
+        self._costs.asks(req_id, self._clock())
+        tokens = self._pins.tokens(state, num_computed_tokens) if state.may_load else 0
+        if tokens is not None:
+            self._costs.answered(req_id, num_computed_tokens, self._clock())
+        return tokens
 
     # Loads
 
@@ -106,6 +110,7 @@ class SchedulerShim(SchedulerBase):
         self._pins.abandon(state)
         self._pins.release(state)
         self._loads[job.job_id] = (req_id, job)
+        self._costs.loading(req_id, num_tokens)
         self.stats.loads += 1
         self.stats.loaded_tokens += num_tokens
         return job
@@ -123,6 +128,7 @@ class SchedulerShim(SchedulerBase):
     def load_finished(self, job_id: JobId, ok: bool, failed_keys: Collection[bytes] = ()) -> None:
         """Note that every rank has ended this load. What failed misses for this request from now on."""
         req_id, job = self._loads.pop(job_id)
+        self._costs.loaded(req_id, self._clock(), ok=ok)
         if ok:
             return
         self.stats.failed_loads += 1
@@ -142,6 +148,7 @@ class SchedulerShim(SchedulerBase):
         """
         self._notice_fork()
         state = self._requests[req_id]
+        self._costs.computed(req_id, num_computed_tokens)
         if state.asked is not None and not self._pins.settle(state, 0):
             self._pins.abandon(state)
         # The request computes: whatever it did not load by now it will not load.

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from kvtier_client.answers import CreditGrant, LookupAnswer, SessionInfo, SlotsForMisses
 from kvtier_client.client import OffloadClient
 from kvtier_client.context import ReqContext
+from kvtier_client.costs import Costs
 from kvtier_client.credits import Credit, CreditBook
 from kvtier_client.listener import ClientListener
 from kvtier_client.pins import Pins
@@ -56,7 +57,9 @@ class SchedulerBase(ClientListener):
         *,
         clock: Callable[[], float] = time.monotonic,
         lease_hits: bool = False,
+        offers_ahead: bool = True,
     ) -> None:
+        """`offers_ahead`: `prepare_store` is called before the step computes, not after it."""
         self.stats = SchedulerStats()
         self._client = client
         self._facts = client.facts
@@ -65,6 +68,7 @@ class SchedulerBase(ClientListener):
         self._pins = Pins(client, client.options, clock, self._slots_wanted, self._note_answer, lease_hits)
         self._credits = CreditBook()
         self._recent = RecentStores()
+        self._costs = Costs(offers_ahead)
         self._events: deque[Callable[[], None]] = deque()
         self._pid = os.getpid()
         client.listener = self
@@ -89,6 +93,7 @@ class SchedulerBase(ClientListener):
         assert req_id not in self._requests, f"request {req_id} was added before and has not finished"
         state = RequestState.build(ReqContext(req_id, params), self._facts, keys, max_lookup_tokens)
         self._requests[req_id] = state
+        self._costs.begin(req_id, len(keys[0]) * self._facts.chunk_tokens(0))
         self._pins.ask(state, 0, self._clock())
 
     def extend_keys(self, req_id: str, group: int, keys: Sequence[bytes]) -> None:
@@ -102,6 +107,7 @@ class SchedulerBase(ClientListener):
         state = self._requests.pop(req_id, None)
         if state is None:
             return
+        self._costs.end(req_id, self._clock())
         self._pins.abandon(state)
         self._pins.release(state)
         for group in range(len(state.groups)):
@@ -175,6 +181,9 @@ class SchedulerBase(ClientListener):
         if self._credits.end_step(now):
             self._return(self._credits.surplus(now))
             self._ask_for_credits(now)
+        self._costs.end_step(now)
+        if (costs := self._costs.take(now)) is not None and self._client.attached:
+            self._client.report_costs(costs)
         self._client.flush_step()
 
     def flush(self) -> None:

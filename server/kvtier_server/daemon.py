@@ -26,7 +26,6 @@ from grpc_health.v1 import health_pb2
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.locks import owner_lock_is_free
 from kvtier_server import __version__, events, logs, service
-from kvtier_server.access import METHOD_ROLES
 from kvtier_server.admin import service as admin
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.config import Config
@@ -34,6 +33,7 @@ from kvtier_server.core.adoption import Adopted
 from kvtier_server.core.instances import Session
 from kvtier_server.core.tiering import Core
 from kvtier_server.core_limits import core_limits
+from kvtier_server.doctor.cuda_driver import cuda_version
 from kvtier_server.events import EventStreams
 from kvtier_server.grpc_server import Handlers, Servers, raise_file_limit
 from kvtier_server.http import HttpServer
@@ -68,16 +68,6 @@ STDIN = 0
 
 FLUSH_POLL_S = 0.01
 """Between two looks at what goes down while the daemon stops."""
-
-PACKAGE = "/kvtier.v1."
-STREAMS = {"TransferService/Transfer", "EventsService/Watch", "EventsService/Snapshot"}
-"""Calls that last as long as their caller likes: their duration says nothing."""
-
-TIMED_METHODS = tuple(
-    name.removeprefix(PACKAGE)
-    for name in METHOD_ROLES
-    if name.startswith(PACKAGE) and name.removeprefix(PACKAGE) not in STREAMS
-)
 
 
 def run(config: Config, reread: Callable[[], Config]) -> int:
@@ -128,9 +118,9 @@ class Daemon:
         )
         self._metrics = Metrics(
             version=__version__,
-            methods=TIMED_METHODS,
             limits=config.limit_values(),
             tiers=[common.name for common, _ in config.tiers],
+            cuda=cuda_version(),
         )
         self._tracing = self._make_tracing(config)
         self._scope = CallScope(

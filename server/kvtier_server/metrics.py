@@ -7,6 +7,7 @@ scrape never enters the core. No label holds a key, a request or a pid.
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import (
@@ -14,20 +15,24 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from kvtier_server.core.books import OTHER_TENANTS
+from kvtier_server.metric_families import by_name as _by_name
+from kvtier_server.metric_families import counter as _counter
+from kvtier_server.metric_families import gauge as _gauge
+from kvtier_server.metrics_below import tiers_below
 from kvtier_server.stats import (
-    DROP_REASONS,
     EVENT_KINDS,
     EVICTION_REASONS,
     LEASE_KINDS,
     LOOKUP_RESULTS,
     PRIMARY_TIER,
-    PROMOTION_RESULTS,
     SESSION_ENDS,
     SESSION_ROLES,
     STORE_REFUSALS,
@@ -40,7 +45,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_TENANTS = 32
 """Tenants with a series of their own; the smaller ones share `other`."""
-OTHER_TENANTS = "other"
+DEFAULT_TENANT = "default"
 
 RPC_BUCKETS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 TRANSFER_BUCKETS_S = (1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -49,6 +54,9 @@ TRANSFER_BUCKETS_BYTES = tuple(float(4**power << 10) for power in range(3, 12))
 
 RELOAD_RESULTS = ("applied", "unchanged", "needs_restart", "failed")
 """`needs_restart`: something has changed that cannot be applied, the rest was; `failed`: nothing was."""
+
+TURN_S = 5e-4
+"""After so much rendering of a scrape other threads get their turn."""
 
 DIRECTIONS = ("store", "load")
 SHM, CUDA_IPC, REMOTE_HOST = PATHS = ("shm", "cuda_ipc", "remote_host")
@@ -59,14 +67,13 @@ memory, which is the same path without a GPU."""
 class Metrics:
     """The daemon's registry. All methods may be called from any thread; none waits for another.
 
-    `methods` are the RPCs served, "OffloadService/Lookup", and `limits` goes to kvtier_limit{name} as it is.
+    `limits` goes to kvtier_limit{name} as it is.
     """
 
     def __init__(
         self,
         *,
         version: str,
-        methods: Iterable[str],
         limits: Mapping[str, float],
         tiers: Iterable[str] = (),
         cuda: str = "none",
@@ -84,10 +91,11 @@ class Metrics:
             buckets=RPC_BUCKETS_S,
             registry=self.registry,
         )
-        # Only OK: each further code would be 18 series per method that mostly stay 0.
-        self._rpc_children = {(method, "OK"): self._rpc.labels(method, "OK") for method in methods}
+        self._rpc_children: dict[tuple[str, str], Histogram] = {}
         self._make_transfer_metrics()
         self._make_reload_metrics()
+        self._make_cost_metrics()
+        ProcessCollector(namespace="kvtier", registry=self.registry)  # files, memory, CPU: read in /proc
         self._promotion = Histogram(
             "kvtier_promotion_duration_seconds",
             "Time from the lookup until a chunk of a lower tier is in the pool.",
@@ -156,6 +164,18 @@ class Metrics:
         if unix_time_s is not None:
             self._reload_time.set(unix_time_s)
 
+    def _make_cost_metrics(self) -> None:
+        """What engines say their tokens cost: the difference is what kvtier saves, or does not."""
+        costs = {
+            "loaded_tokens": "Tokens that engines have loaded, as they report.",
+            "load_seconds": "What requests waited for these, from asking to having them.",
+            "computed_tokens": "Prompt tokens that engines have computed, as they report.",
+            "compute_seconds": "What requests waited for these.",
+        }
+        self._costs = {
+            name: Counter(f"kvtier_{name}", text, registry=self.registry) for name, text in costs.items()
+        }
+
     @property
     def snapshot(self) -> StatsSnapshot:
         """The snapshot published last."""
@@ -164,6 +184,13 @@ class Metrics:
     def publish(self, snapshot: StatsSnapshot) -> None:
         """Replace what the next scrape shows. One assignment: cheap enough for every tick."""
         self._snapshot = snapshot
+
+    def expect_rpc(self, method: str) -> None:
+        """Have the series of an RPC, "OffloadService/Lookup", there at 0 before it is first called.
+
+        Only OK: each further code would be 18 series per method that mostly stay 0.
+        """
+        self._rpc_children[method, "OK"] = self._rpc.labels(method, "OK")
 
     def observe_rpc(self, method: str, code: str, seconds: float) -> None:
         """Count one answered RPC. `code` is the name of the gRPC status, "OK" or "NOT_FOUND"."""
@@ -187,13 +214,41 @@ class Metrics:
                 copied[sample.labels["direction"]][sample.labels["path"]] = int(sample.value)
         return copied
 
+    def observe_costs(
+        self, loaded_tokens: int, load_s: float, computed_tokens: int, compute_s: float
+    ) -> None:
+        """Count what an engine's requests have loaded and computed, and waited for it."""
+        values = (loaded_tokens, load_s, computed_tokens, compute_s)
+        for counted, value in zip(self._costs.values(), values, strict=True):
+            counted.inc(value)
+
     def observe_promotion(self, tier: str, seconds: float) -> None:
         """Count one chunk that came up."""
         self._promotion.labels(tier).observe(seconds)
 
     def render(self) -> bytes:
         """Return the text of a scrape."""
-        return generate_latest(self.registry)
+        return generate_latest(_InTurns(self.registry))
+
+
+class _InTurns:
+    """A registry that lets other threads in between families, every TURN_S.
+
+    Rendering all of it takes some milliseconds, in which the loop's thread, and with it every answer to an
+    engine, would wait for the interpreter's lock.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """The registry's families."""
+        turn_ends = time.perf_counter() + TURN_S
+        for family in self._registry.collect():
+            yield family
+            if time.perf_counter() > turn_ends:
+                time.sleep(0)
+                turn_ends = time.perf_counter() + TURN_S
 
 
 class _StateCollector(Collector):
@@ -210,8 +265,8 @@ class _StateCollector(Collector):
         yield from _process(snapshot)
         yield from _lookups(snapshot)
         yield from _tiers(snapshot)
-        yield from _lower_tiers(snapshot)
         yield from _copies(snapshot)
+        yield from tiers_below(snapshot)
         yield from _sessions(snapshot)
         yield from _events(snapshot)
 
@@ -271,49 +326,17 @@ def _tiers(snapshot: StatsSnapshot) -> Iterator[Metric]:
         "tenant_used_bytes",
         f"Bytes in use by tenant; those past the {MAX_TENANTS} largest are `{OTHER_TENANTS}`.",
         ("tenant",),
-        _by_name(largest_tenants(snapshot.tenant_used_bytes)),
-    )
-
-
-def _lower_tiers(snapshot: StatsSnapshot) -> Iterator[Metric]:
-    tiers = [tier for tier in snapshot.tiers if tier.name != PRIMARY_TIER]
-    yield _counter(
-        "cascade_bytes",
-        "Bytes that went down to a tier.",
-        ("tier",),
-        {(tier.name,): tier.cascade_bytes for tier in tiers},
+        _by_name(largest_tenants(snapshot.tenant_used_bytes), [DEFAULT_TENANT]),
     )
     yield _counter(
-        "promotion_bytes",
-        "Bytes that came up from a tier.",
-        ("tier",),
-        {(tier.name,): tier.promotion_bytes for tier in tiers},
+        "quota_refused",
+        "Keys that got no slot because of their tenant's quota.",
+        ("tenant",),
+        _by_name(
+            {tenant or DEFAULT_TENANT: count for tenant, count in snapshot.quota_refused.items()},
+            [DEFAULT_TENANT],
+        ),
     )
-    promoted: dict[tuple[str, ...], float] = {}
-    dropped: dict[tuple[str, ...], float] = {}
-    for tier in tiers:
-        results = {**dict.fromkeys(PROMOTION_RESULTS, 0), **tier.promotions}
-        promoted |= {(tier.name, result): count for result, count in results.items()}
-        reasons = {**dict.fromkeys(DROP_REASONS, 0), **tier.dropped}
-        dropped |= {(tier.name, reason): count for reason, count in reasons.items()}
-    yield _counter("promotions", "Chunks that were to come up.", ("tier", "result"), promoted)
-    yield _counter("backpressure_dropped", "Chunks that did not go down.", ("tier", "reason"), dropped)
-    refused: dict[tuple[str, ...], float] = {
-        (tier.name, reason): count for tier in tiers for reason, count in tier.refused.items()
-    }
-    yield _counter("tier_refused", "Chunks that a tier's limit kept out.", ("tier", "reason"), refused)
-    failed: dict[tuple[str, ...], float] = {
-        (tier.name,): tier.cascades.get("failed", 0) + tier.promotions.get("failed", 0) for tier in tiers
-    }
-    yield _counter("tier_io_failures", "Chunks whose I/O failed or came too late.", ("tier",), failed)
-    yield _gauge(
-        "tier_queued_bytes",
-        "Bytes of chunks that wait to go down, or do.",
-        ("tier",),
-        {(tier.name,): tier.queued_bytes for tier in tiers},
-    )
-    healthy: dict[tuple[str, ...], float] = {(tier.name,): tier.health == "ok" for tier in tiers}
-    yield _gauge("tier_healthy", "1 where a tier below the pool is in order.", ("tier",), healthy)
 
 
 def _copies(snapshot: StatsSnapshot) -> Iterator[Metric]:
@@ -350,8 +373,11 @@ def _sessions(snapshot: StatsSnapshot) -> Iterator[Metric]:
     )
     counts = {lease.kind: lease.count for lease in snapshot.leases}
     yield _gauge("leases", "Leases held.", ("kind",), _by_name(counts, LEASE_KINDS))
-    oldest = max((lease.oldest_age_s for lease in snapshot.leases), default=0.0)
-    yield _gauge("lease_oldest_age_seconds", "Age of the oldest lease.", (), {(): oldest})
+    # Credits are held for as long as an engine lives, and are no sign of anything stuck.
+    oldest = max((lease.oldest_age_s for lease in snapshot.leases if lease.kind != "credit"), default=0.0)
+    yield _gauge(
+        "lease_oldest_age_seconds", "Age of the oldest lease, those of credits left out.", (), {(): oldest}
+    )
     yield _gauge("credits", "Slots reserved without a key.", (), {(): snapshot.credits})
 
 
@@ -374,31 +400,10 @@ def _events(snapshot: StatsSnapshot) -> Iterator[Metric]:
 def largest_tenants(used_bytes: Mapping[str, int]) -> dict[str, int]:
     """Keep the largest MAX_TENANTS; sum the others, if there are any, under OTHER_TENANTS.
 
-    The default tenant is called `default`, because an empty label value is no label at all.
+    The default tenant is called DEFAULT_TENANT, because an empty label value is no label at all.
     """
     ranked = sorted(used_bytes.items(), key=lambda item: (-item[1], item[0]))
-    kept = {tenant or "default": used for tenant, used in ranked[:MAX_TENANTS]}
+    kept = {tenant or DEFAULT_TENANT: used for tenant, used in ranked[:MAX_TENANTS]}
     if len(ranked) > MAX_TENANTS:
         kept[OTHER_TENANTS] = kept.get(OTHER_TENANTS, 0) + sum(used for _, used in ranked[MAX_TENANTS:])
     return kept
-
-
-_Samples = Mapping[tuple[str, ...], float]
-
-
-def _by_name(counts: Mapping[str, float], known: Iterable[str] = ()) -> _Samples:
-    return {(name,): value for name, value in {**dict.fromkeys(known, 0), **counts}.items()}
-
-
-def _gauge(name: str, help_text: str, labels: tuple[str, ...], samples: _Samples) -> Metric:
-    family = GaugeMetricFamily(f"kvtier_{name}", help_text, labels=labels)
-    for values, value in samples.items():
-        family.add_metric(values, value)
-    return family
-
-
-def _counter(name: str, help_text: str, labels: tuple[str, ...], samples: _Samples) -> Metric:
-    family = CounterMetricFamily(f"kvtier_{name}", help_text, labels=labels)
-    for values, value in samples.items():
-        family.add_metric(values, value)
-    return family

@@ -6,12 +6,13 @@ Owns the order of backing: slabs are usable from the start of the pool on. Does 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
 from kvtier_ops.faults import fault_point
 from kvtier_ops.pool import Pool
+from kvtier_server.secondary.io_errors import errno_name
 
 log = structlog.get_logger("kvtier.pool")
 
@@ -54,6 +55,8 @@ class Backing:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvtier-backing", daemon=True)
         self.shortage = ""
+        self.io_errors: Mapping[str, int] = {}
+        """The error that ended it, by name."""
 
     def start(self) -> None:
         """Begin."""
@@ -74,6 +77,7 @@ class Backing:
             try:
                 self._pool.back(done, piece)
             except OSError as error:
+                self.io_errors = {errno_name(error): 1}
                 self.shortage = f"only {done} of {total} bytes of the pool have memory: {error.strerror}"
                 log.error(  # noqa: TRY400 a full file system needs no traceback
                     "pool_short", backed_bytes=done, wanted_bytes=total, why=error.strerror

@@ -109,6 +109,7 @@ class CallScope:
 
         A handler of calls that can be long returns an awaitable, and lets others in between its slices.
         """
+        self._metrics.expect_rpc(method)
         spanned = self._tracing.around(method, handler) if self._tracing is not None else None
         handler = spanned or handler
         parse = request_type.FromString

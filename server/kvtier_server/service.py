@@ -35,6 +35,9 @@ ITEMS_PER_KEY = 2
 REPORT_SLICE_ITEMS = 512
 """Slots of store reports taken in one go: publishing costs about 4 us each, so 2 ms."""
 
+MAX_COST_S, MAX_COST_TOKENS = 1e6, 1 << 32
+"""What one report of costs may say to be believed: far more than an engine's requests wait in a second."""
+
 MAX_COPY_S = 3600.0
 """Longest time of one report's copies that is believed: far above what filling the largest pool takes."""
 
@@ -226,6 +229,7 @@ class OffloadService:
             reply.released_leases.append(_wire(ItemStatus.OK if known else ItemStatus.UNKNOWN))
         for request_id in message.finished_request_ids:
             self._core.finish(session.instance, request_id)
+        self._observe_costs(message.costs)
         return reply
 
     def _take_store_report(self, session: Session, report: pb.StoreReport, first: int) -> list[ItemStatus]:
@@ -253,6 +257,14 @@ class OffloadService:
         # Figures from outside: one infinity would stay in the metrics' sums for good.
         if 0 < seconds <= MAX_COPY_S and num_bytes <= self._core.books.primary.slabs.pool_bytes:
             self._metrics.observe_transfer(direction, SHM, num_bytes, seconds)
+
+    def _observe_costs(self, costs: pb.Costs) -> None:
+        # Figures from outside, as above.
+        are_tokens = max(costs.loaded_tokens, costs.computed_tokens) <= MAX_COST_TOKENS
+        if are_tokens and all(0 <= s <= MAX_COST_S for s in (costs.load_seconds, costs.compute_seconds)):
+            self._metrics.observe_costs(
+                costs.loaded_tokens, costs.load_seconds, costs.computed_tokens, costs.compute_seconds
+            )
 
     def renew_leases(self, message: pb.RenewLeasesRequest) -> pb.RenewLeasesResponse:
         """Extend lookup leases."""

@@ -20,7 +20,7 @@ from kvtier_server.core.instances import Session
 from kvtier_server.core.tiering import Core
 from kvtier_server.facts import PROTOCOL_MINOR, applicant_of, facts_of
 from kvtier_server.metrics import Metrics
-from kvtier_server.rpc import CallScope, ServicerContext
+from kvtier_server.rpc import CODES, CallScope, ServicerContext
 
 log = structlog.get_logger("kvtier.sessions")
 
@@ -57,6 +57,7 @@ class Sessions:
 
     def handler(self) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Method handler of Attach."""
+        self._metrics.expect_rpc(METHOD)
         return grpc.unary_stream_rpc_method_handler(self._attach)
 
     async def _attach(self, raw: bytes, context: ServicerContext) -> None:
@@ -69,7 +70,7 @@ class Sessions:
             first = self._open(session_id, request)
         except Exception as error:  # noqa: BLE001 every error becomes a status
             refused = self._scope.as_refused(METHOD, error)
-            self._metrics.observe_rpc(METHOD, refused.reason, 0.0)
+            self._metrics.observe_rpc(METHOD, CODES[refused.reason].name, 0.0)
             log.info("attach_refused", reason=refused.reason, why=str(refused))
             await self._scope.abort(context, refused)
         queue: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()

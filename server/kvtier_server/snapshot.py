@@ -27,7 +27,7 @@ def by_suffix(counts: Mapping[str, int], prefix: str) -> dict[str, int]:
     }
 
 
-def primary_stats(books: Books, health: str) -> TierStats:
+def primary_stats(books: Books, health: str, io_errors: Mapping[str, int]) -> TierStats:
     """The pool as a tier."""
     classes = list(books.primary.slabs.classes.values())
 
@@ -49,6 +49,7 @@ def primary_stats(books: Books, health: str) -> TierStats:
         quarantined_slots=total("num_quarantined", unit_bytes=False),
         pinned_chunks=sum(c.policy.num_pinned for c in classes),
         health=health,
+        io_errors=io_errors,
     )
 
 
@@ -69,6 +70,8 @@ def lower_stats(below: LowerTier) -> TierStats:
         cascade_bytes=below.counts["cascade_bytes"],
         promotions=by_suffix(below.counts, "promotion"),
         promotion_bytes=below.counts["promotion_bytes"],
+        io_errors=dict(stats.io_errors),
+        disk=stats.disk,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvtier_server.secondary.base import TierDisk
+
 LOOKUP_RESULTS = ("hit", "hit_unleased", "pending", "miss")
 STORE_REFUSALS = ("resident", "pending", "filtered", "quota", "full", "inflight")
 EVICTION_REASONS = ("evict", "slab_move", "corrupt", "missing", "clear", "admin")
@@ -21,8 +23,13 @@ PROMOTION_RESULTS = ("done", "missing", "corrupt", "failed", "no_slot", "refused
 """`no_slot`: the share of the pool for promotions was taken; `refused`: the tier had too much to do;
 `probe_late`: a request went on before it was known whether the chunk is there; `late`: before it was."""
 EVENT_KINDS = ("stored", "removed")
+CASCADE_RESULTS = ("done", "corrupt", "failed", "refused")
+"""Of chunks that a tier was given to write; `refused`: it found no room, or them not worth it."""
 DROP_REASONS = ("queue_full", "evicted", "refused", "unknown_shape", "cleared")
 """Why a chunk did not go down: too many waited, it left the pool first, the tier had too much to do."""
+
+BACKPRESSURE_REASONS = ("queue_full", "evicted", "refused")
+"""Those of them that say that a tier could not keep up."""
 
 PHASE_STARTING = "starting"
 PHASE_SERVING = "serving"
@@ -69,6 +76,10 @@ class TierStats:
     promotions: Mapping[str, int] = field(default_factory=dict)
     """Chunks that were to come up, by outcome."""
     promotion_bytes: int = 0
+    io_errors: Mapping[str, int] = field(default_factory=dict)
+    """I/O that failed, by the names of IO_ERRNOS."""
+    disk: TierDisk | None = None
+    """Where the tier lies on a file system and has looked at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +169,8 @@ class StatsSnapshot:
     event_keys: Mapping[str, int] = field(default_factory=dict)
     """Keys in events, by kind."""
     event_overflows: int = 0
+    quota_refused: Mapping[str, int] = field(default_factory=dict)
+    """Keys that a tenant's quota kept out, by tenant."""
 
     def evictions_by_reason(self) -> dict[str, int]:
         """Sum the evictions of all tiers, as GetStatusResponse wants them."""

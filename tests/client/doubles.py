@@ -20,6 +20,7 @@ from kvtier_client.answers import (
 )
 from kvtier_client.client import OffloadClient
 from kvtier_client.context import ReqContext
+from kvtier_client.costs import TokenCosts
 from kvtier_client.listener import ClientListener
 from kvtier_client.lookups import PendingLookup
 from kvtier_client.options import ClientOptions, EngineIdentity, Role
@@ -146,6 +147,7 @@ class Told:
     returned: list[int] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
+    costs: list[TokenCosts] = field(default_factory=list)
     asked_credits: list[tuple[int, int]] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
     flushes: int = 0
@@ -255,6 +257,9 @@ class RecordingClient(OffloadClient):
     def release(self, lease_id: int) -> None:
         self.told.order.append("release")
         self.told.released.append(lease_id)
+
+    def report_costs(self, costs: TokenCosts) -> None:
+        self.told.costs.append(costs)
 
     def finish(self, req_id: str) -> None:
         self.told.order.append("finish")

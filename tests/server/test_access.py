@@ -142,7 +142,7 @@ async def _call_all(caller: Caller) -> dict[str, str]:
     """What each of HANDLERS answers to this caller over a real server: its word, or the refusal's."""
     with tempfile.TemporaryDirectory(prefix="kvtier-run-") as directory:
         address = f"unix:{Path(directory) / 's'}"
-        scope = CallScope("boot", 10, Metrics(version="0", methods=[], limits={}), lambda: None)
+        scope = CallScope("boot", 10, Metrics(version="0", limits={}), lambda: None)
         gatekeeper = Gatekeeper(scope, lambda context: caller)
         server = grpc.aio.server(interceptors=[gatekeeper])
         methods = {name: make() for name, make in HANDLERS.items()}

@@ -17,7 +17,7 @@ class Daemon:
     """The two things the pages look at."""
 
     def __init__(self) -> None:
-        self.metrics = Metrics(version="1.2.3", methods=[], limits={})
+        self.metrics = Metrics(version="1.2.3", limits={})
         self.phase = "serving"
         self.tick_age_s = 0.1
 

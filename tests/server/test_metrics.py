@@ -29,7 +29,9 @@ LOOKUP = "OffloadService/Lookup"
 
 
 def make_metrics() -> Metrics:
-    return Metrics(version="1.2.3", methods=[LOOKUP], limits={"limits.engines": 64})
+    metrics = Metrics(version="1.2.3", limits={"limits.engines": 64})
+    metrics.expect_rpc(LOOKUP)
+    return metrics
 
 
 def scrape(metrics: Metrics) -> dict[Sample, float]:
@@ -183,3 +185,31 @@ def test_labels_that_clients_choose_cannot_break_the_page() -> None:
 def test_every_metric_has_a_help_text_and_the_prefix() -> None:
     families = list(text_string_to_metric_families(make_metrics().render().decode()))
     assert all(family.name.startswith("kvtier_") and family.documentation for family in families)
+
+
+def test_a_credit_is_held_for_long_without_being_stuck() -> None:
+    metrics = make_metrics()
+    metrics.publish(StatsSnapshot(leases=(LeaseStats("credit", 5, 5000.0), LeaseStats("load", 1, 3.0))))
+    samples = scrape(metrics)
+    assert samples[sample("lease_oldest_age_seconds")] == 3
+    assert samples[sample("leases", kind="credit")] == 5
+
+
+def test_only_what_a_tier_could_not_take_is_backpressure() -> None:
+    metrics = make_metrics()
+    dropped = {"queue_full": 1, "refused": 2, "evicted": 4, "cleared": 8, "unknown_shape": 16}
+    disk = TierStats("disk", dropped=dropped, cascades={"done": 5})
+    metrics.publish(StatsSnapshot(tiers=(TierStats("primary"), disk)))
+    samples = scrape(metrics)
+    assert samples[sample("backpressure_dropped_total", tier="disk")] == 7
+    assert samples[sample("cascade_dropped_total", tier="disk", reason="cleared")] == 8
+    assert samples[sample("cascades_total", tier="disk", result="done")] == 5
+    assert samples[sample("cascades_total", tier="disk", result="failed")] == 0
+
+
+def test_refusals_by_quota_are_told_by_tenant() -> None:
+    metrics = make_metrics()
+    metrics.publish(StatsSnapshot(quota_refused={"": 2, "team-a": 3}))
+    samples = scrape(metrics)
+    assert samples[sample("quota_refused_total", tenant="default")] == 2
+    assert samples[sample("quota_refused_total", tenant="team-a")] == 3

@@ -80,7 +80,7 @@ class KvtierOffload(OffloadAdapter):
             geometry=[layout.tensors for layout in layouts],
             options=options,
         )
-        self._scheduler = SchedulerShim(self._scheduler_client, null_block_id=NULL_BLOCK)
+        self._scheduler = SchedulerShim(self._scheduler_client, null_block_id=NULL_BLOCK, offers_ahead=False)
         tensors = HostTensors([cache.pages(group) for group in range(len(cache.groups))])
         self._worker = WorkerShim(
             self._worker_client, tensors, layouts, blocks_per_chunk, part=0, verify_loads=verify_loads

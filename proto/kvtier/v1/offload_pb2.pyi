@@ -1515,6 +1515,42 @@ class CreditReturn(_message.Message):
 Global___CreditReturn: _TypeAlias = CreditReturn  # noqa: Y015
 
 @_typing.final
+class Costs(_message.Message):
+    """What requests of an engine have loaded and computed since it told so last, and what they waited for it. For
+    the operator's metrics only.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOADED_TOKENS_FIELD_NUMBER: _builtins.int
+    LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    loaded_tokens: _builtins.int
+    """Prompt tokens that were loaded."""
+    load_seconds: _builtins.float
+    """Sum over the requests of the time from asking for them to having them."""
+    computed_tokens: _builtins.int
+    """Prompt tokens that were computed."""
+    compute_seconds: _builtins.float
+    """Sum over the requests of the time from beginning to having them."""
+    def __init__(
+        self,
+        *,
+        loaded_tokens: _builtins.int = ...,
+        load_seconds: _builtins.float = ...,
+        computed_tokens: _builtins.int = ...,
+        compute_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "computed_tokens", b"computed_tokens", "load_seconds", b"load_seconds", "loaded_tokens", b"loaded_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Costs: _TypeAlias = Costs  # noqa: Y015
+
+@_typing.final
 class CompleteRequest(_message.Message):
     """Reports of one session."""
 
@@ -1528,6 +1564,7 @@ class CompleteRequest(_message.Message):
     CREDIT_RETURNS_FIELD_NUMBER: _builtins.int
     RELEASED_LEASE_IDS_FIELD_NUMBER: _builtins.int
     FINISHED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     @_builtins.property
@@ -1558,6 +1595,10 @@ class CompleteRequest(_message.Message):
     def finished_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Scheduler: requests that are over; as FinishRequest."""
 
+    @_builtins.property
+    def costs(self) -> Global___Costs:
+        """Scheduler: what tokens have cost. A message that is repeated counts twice; it is no more than statistics."""
+
     def __init__(
         self,
         *,
@@ -1569,10 +1610,11 @@ class CompleteRequest(_message.Message):
         credit_returns: _abc.Iterable[Global___CreditReturn] | None = ...,
         released_lease_ids: _abc.Iterable[_builtins.int] | None = ...,
         finished_request_ids: _abc.Iterable[_builtins.str] | None = ...,
+        costs: Global___Costs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["announcements", b"announcements", "credit_returns", b"credit_returns", "finished_request_ids", b"finished_request_ids", "load_reports", b"load_reports", "load_starts", b"load_starts", "released_lease_ids", b"released_lease_ids", "session_id", b"session_id", "store_reports", b"store_reports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announcements", b"announcements", "costs", b"costs", "credit_returns", b"credit_returns", "finished_request_ids", b"finished_request_ids", "load_reports", b"load_reports", "load_starts", b"load_starts", "released_lease_ids", b"released_lease_ids", "session_id", b"session_id", "store_reports", b"store_reports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

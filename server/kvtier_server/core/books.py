@@ -25,6 +25,11 @@ from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.primary.size_classes import SlotTable
 from kvtier_server.primary.tier import SLICE_ITEMS, PrimaryTier
 
+MAX_COUNTED_TENANTS = 32
+"""Tenants whose refusals by quota are counted one by one."""
+OTHER_TENANTS = "other"
+"""Those beyond it, together."""
+
 MAX_REQUEST_ID_CHARS = 256
 
 SETTLE_AT_ITEMS = 16_384
@@ -96,6 +101,8 @@ class Books:
         """(slot, part) of reserved slots -> copies into them that the daemon's own processes make now."""
         self.quarantine = Quarantine(self.primary)
         self.filter = reuse_filter
+        self.quota_refused: Counter[str] = Counter()
+        """Keys that a quota kept out, by tenant; bounded by `count_quota_refused`."""
         self.draining = False
         self.notices: deque[Notice] = deque()
         self.hash_requests: deque[HashRequest] = deque()
@@ -142,6 +149,12 @@ class Books:
         if params is not None:
             request.params = params
         return request
+
+    def count_quota_refused(self, tenant: str, num_keys: int) -> None:
+        """Count keys that a tenant's quota kept out; from MAX_COUNTED_TENANTS on, tenants together."""
+        if tenant not in self.quota_refused and len(self.quota_refused) >= MAX_COUNTED_TENANTS:
+            tenant = OTHER_TENANTS
+        self.quota_refused[tenant] += num_keys
 
     def note_use(
         self,

@@ -237,6 +237,8 @@ class Grants:
         for verdict, count in Counter(verdicts).items():
             if verdict != StoreVerdict.GRANTED:
                 self._books.counts[f"refused:{StoreVerdict(verdict).name}"] += count
+            if verdict == StoreVerdict.QUOTA:
+                self._books.count_quota_refused(lease.instance.tenant, count)
         return answer
 
     def _verdicts(self, space: KeySpace, request: Request, keys: Sequence[bytes]) -> list[int]:

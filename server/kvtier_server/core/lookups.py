@@ -237,11 +237,14 @@ class Lookups:
             or instance.num_leases >= self._books.limits.max_leases
         ):
             fitting = [(first, first) for first, _ in wanted]
+        counts = self._books.counts
         for (_, end), (_, allowed) in zip(wanted, fitting, strict=True):
             for index in range(allowed, end):
                 key = keys[index]
                 if found[index] is not None or (key in below and below[key].holds(instance.space, key)):
                     statuses[index] = _HIT_UNLEASED
+                    counts["lookup:hit_unleased"] += 1
+                    counts["lookup:miss" if found[index] is None else "lookup:hit"] -= 1
         unwanted = [index for index in unwanted if statuses[index] == _MISS]
         runs, chunks = self._runs(found, fitting)
         waiting = pending and {k for first, end in fitting for k in keys[first:end] if k in pending}

@@ -82,6 +82,11 @@ class Reservations:
     def __len__(self) -> int:
         return len(self._by_slot)
 
+    @property
+    def num_credits(self) -> int:
+        """Those without a key. O(1): metrics must not walk over all of them."""
+        return len(self._by_slot) - self.num_named
+
     def __iter__(self) -> Iterator[Reservation]:
         return iter(self._by_slot.values())
 

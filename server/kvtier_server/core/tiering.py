@@ -352,6 +352,7 @@ class Core:
                 reserved,
                 size_class.num_reserved,
             )
+        assert self.books.reservations.num_credits == sum(r.key is None for r in self.books.reservations)
         for instance in self.books.instances:
             own = [r for r in self.books.reservations if r.instance is instance]
             assert instance.inflight_bytes == sum(r.size_class.slot_bytes for r in own)

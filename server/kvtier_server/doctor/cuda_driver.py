@@ -207,3 +207,12 @@ class CudaDriver:
         text = c_char_p()
         getattr(self._library, function)(code, byref(text))
         return text.value.decode(errors="replace") if text.value else f"error {code}"
+
+
+def cuda_version() -> str:
+    """Return the newest CUDA version that the driver here can serve, "12.8"; "none" without a driver."""
+    try:
+        version = CudaDriver.load().version()
+    except (DriverMissing, CudaError):
+        return "none"
+    return f"{version // 1000}.{version % 1000 // 10}"

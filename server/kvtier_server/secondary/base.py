@@ -203,6 +203,16 @@ class ClearResult:
 
 
 @dataclass(frozen=True, slots=True)
+class TierDisk:
+    """The file system of a tier: its size, what is free, what stays free, what may be written a day."""
+
+    size_bytes: int
+    free_bytes: int
+    reserve_bytes: int = 0
+    daily_budget_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TierStats:
     """What a tier says of itself. `capacity_bytes` 0 = no bound of its own.
 
@@ -216,6 +226,9 @@ class TierStats:
     queued_bytes: int = 0
     problem: str = ""
     counts: tuple[tuple[str, int], ...] = ()
+    io_errors: tuple[tuple[str, int], ...] = ()
+    """I/O that failed, by the names of `IO_ERRNOS`."""
+    disk: TierDisk | None = None
 
 
 class SecondaryTier(ABC):

@@ -151,6 +151,7 @@ class ExampleTier(WorkedTier):
                 len(self._stored),
                 self._workers.backpressure.queued_bytes,
                 self._workers.problem,
+                io_errors=self._workers.io_errors,
             )
 
     def shutdown(self, timeout_s: float) -> bool:

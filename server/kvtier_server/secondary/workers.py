@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread, current_thread
@@ -33,6 +33,7 @@ from kvtier_server.secondary.base import (
     TierJob,
 )
 from kvtier_server.secondary.holdings import Holdings, Name
+from kvtier_server.secondary.io_errors import errno_name
 from kvtier_server.secondary.parameters import TierParameters
 
 logger = logging.getLogger(__name__)
@@ -209,6 +210,7 @@ class TierWorkers:
         self.name = name
         self.backpressure = Backpressure(max_queued_bytes)
         self.last_error = ""
+        self._io_errors: Counter[str] = Counter()
         self._run_chunk = run_chunk
         self._on_finished = on_finished
         self._deadline_s = deadline_s
@@ -296,6 +298,12 @@ class TierWorkers:
             return f"left alone after {self.last_error}; tried again by itself"
         return ""
 
+    @property
+    def io_errors(self) -> tuple[tuple[str, int], ...]:
+        """I/O that failed since the start, as `TierStats` has it."""
+        with self._lock:
+            return tuple(self._io_errors.items())
+
     def stop(self, timeout_s: float) -> bool:
         """End the threads; what has not begun fails. False if an I/O hangs: its thread is left behind."""
         give_up_at = time.monotonic() + timeout_s
@@ -335,6 +343,8 @@ class TierWorkers:
                 if ended >= running.deadline:
                     # Whoever waited has gone on without it: the slot is freed, and nothing else.
                     result = ChunkResult(Outcome.FAILED)
+                    if not is_error:
+                        self._io_errors["ETIMEDOUT"] += 1
                     if not late and not is_error:
                         self._note_error(f"an I/O that took {ended - began:.1f} s")
                 elif result.outcome is Outcome.REFUSED:
@@ -354,9 +364,11 @@ class TierWorkers:
             return self._run_chunk(job.kind, job.chunks[index])
         except OSError as error:
             with self._lock:
+                self._io_errors[errno_name(error)] += 1
                 self._note_error(f"{type(error).__name__}: {error.strerror or error}")
         except Exception as error:
             with self._lock:
+                self._io_errors["other"] += 1
                 self._note_error(f"{type(error).__name__}: {error}")
             logger.exception("tier %s: %s failed; this is a bug", self.name, job.kind)
         return None

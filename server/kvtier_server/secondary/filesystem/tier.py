@@ -45,6 +45,7 @@ from kvtier_server.secondary.base import (
     Presence,
     Removal,
     TierChunk,
+    TierDisk,
     TierError,
     TierJob,
     TierStats,
@@ -260,7 +261,16 @@ class FilesystemTier(KeptTier):
             self._workers.backpressure.queued_bytes,
             self._workers.problem,
             counts,
+            self._workers.io_errors,
+            self._disk_stats(),
         )
+
+    def _disk_stats(self) -> TierDisk | None:
+        """What was last seen of the file system: the core's thread must not ask a disk."""
+        checked_at, free, total = self._free
+        if checked_at < 0:
+            return None
+        return TierDisk(total, max(free, 0), int(self._own.reserve_free * total), self._own.writes_per_day)
 
     def shutdown(self, timeout_s: float) -> bool:
         began = time.monotonic()
@@ -420,6 +430,7 @@ class FilesystemTier(KeptTier):
             clearing = self._take_clearing(INDEX_EVERY_S)
             stopped = self._stopped
             self._clear_all(clearing)
+            self._look_at_disk()
             self._index.settle()
             self._index.sweep()
             self._index.limit_others(MAX_OTHERS)
@@ -427,6 +438,13 @@ class FilesystemTier(KeptTier):
             if stopped:
                 self._close_index(written)
                 return
+
+    def _look_at_disk(self) -> None:
+        """See how much is free, also while nothing is written, for whoever watches it."""
+        if self._stopped:
+            return
+        with contextlib.suppress(OSError):  # the next store will meet it, and say so
+            self._missing_space(0)
 
     def _load_index(self) -> None:
         """Take over the index's copy, and what it may not know; from then on what is unknown is not there."""

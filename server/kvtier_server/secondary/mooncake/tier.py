@@ -138,6 +138,7 @@ class MooncakeTier(KeptTier):
             self._workers.backpressure.queued_bytes,
             self._problem or self._workers.problem,
             counts,
+            self._workers.io_errors,
         )
 
     def shutdown(self, timeout_s: float) -> bool:

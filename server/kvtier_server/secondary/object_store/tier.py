@@ -162,6 +162,7 @@ class ObjectTier(KeptTier):
             len(self._index),
             self._workers.backpressure.queued_bytes,
             self._unreachable or self._workers.problem,
+            io_errors=self._workers.io_errors,
         )
 
     def shutdown(self, timeout_s: float) -> bool:

@@ -1,0 +1,121 @@
+"""Prometheus on a real daemon under load: what is promised to dashboards is there, and has values."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.daemon_process import REPOSITORY, child_environment, state_of, wait_until
+from tests.server.metric_contract import METRICS, series_names
+
+from . import dashboard
+from .conftest import MOVES
+from .prometheus import CONFIGURATION, promtool
+from .stack import RATE_WINDOW, Stack
+
+ALERTS = {
+    "KvtierDown", "KvtierCorruption", "KvtierHitRateCollapse", "KvtierLeaseStuck", "KvtierBackpressure",
+    "KvtierDiskSpace", "KvtierDiskWear", "KvtierSlowLoad", "KvtierEngineNotAttached", "KvtierFdLeak",
+}  # fmt: skip
+
+
+@pytest.mark.timeout(180)
+def test_every_metric_of_the_list_is_in_prometheus_with_its_labels(stack: Stack) -> None:
+    missing = []
+    for name, contract in METRICS.items():
+        for series in series_names(name):
+            found = stack.prometheus.query(f"count by ({', '.join(contract.labels)}) ({series})")
+            if not found or any(set(each.labels) != set(contract.labels) for each in found):
+                missing.append((series, [dict(each.labels) for each in found]))
+    assert not missing
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("query", dashboard.queries(), ids=lambda query: f"{query.panel}: {query.legend}")
+def test_every_query_of_the_dashboard_is_answered(stack: Stack, query: dashboard.Query) -> None:
+    assert query in stack.answers, query.filled(RATE_WINDOW, stack.shown_range)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("expression", MOVES)
+def test_the_load_moves_what_the_dashboard_shows(stack: Stack, expression: str) -> None:
+    assert sum(series.value for series in stack.prometheus.query(expression)) > 0
+
+
+@pytest.mark.timeout(180)
+def test_the_alerts_are_evaluated_and_a_daemon_in_order_fires_none(stack: Stack) -> None:
+    groups = stack.prometheus.ask("rules")["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert {rule["name"] for rule in rules if rule["type"] == "alerting"} == ALERTS
+    assert {rule["name"]: rule.get("lastError", "") for rule in rules if rule["health"] != "ok"} == {}
+    assert [alert for alert in stack.prometheus.ask("alerts")["alerts"] if alert["state"] == "firing"] == []
+
+
+@pytest.mark.timeout(180)
+def test_promtool_finds_nothing_wrong_with_the_metrics(stack: Stack) -> None:
+    checked = promtool("check", "metrics", stdin=stack.daemon.page("/metrics")[1])
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("what", [("config", "prometheus.yml"), ("rules", "alerts.yml")])
+def test_promtool_takes_the_files(what: tuple[str, str]) -> None:
+    checked = promtool("check", what[0], str(CONFIGURATION / what[1]))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_every_alert_fires_on_what_it_is_for_and_on_nothing_else() -> None:
+    tested = promtool("test", "rules", str(CONFIGURATION / "alerts_test.yml"))
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
+def descendants(pid: int) -> set[int]:
+    """Every process below one, by the kernel's own list."""
+    children: set[int] = set()
+    with contextlib.suppress(FileNotFoundError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children |= set(map(int, (task / "children").read_text().split()))
+    return children.union(*map(descendants, children))
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_ends_every_process_and_removes_the_pool() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.observability.stack"],
+        env=child_environment(),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(7)]
+        (pool,) = [Path(line.split()[1]) for line in said if line.startswith("pool ")]
+        wait_until(lambda: len(descendants(process.pid)) >= 4, "daemon, Prometheus and two engines run")
+        started = descendants(process.pid)
+        assert pool.exists()
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, [*said, rest]
+    assert "everything has ended, the pool is removed" in rest
+    wait_until(lambda: not any(state_of(pid) for pid in started), "nothing of it runs")
+    assert not pool.exists()
+
+
+@pytest.mark.timeout(120)
+def test_a_stack_that_ends_too_early_says_which_queries_have_no_answer() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.observability.stack", "--seconds", "1"],
+        env=child_environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "no answer to TTFT saved" in ended.stderr
