@@ -60,7 +60,10 @@ def test_the_page_has_every_metric_of_the_list_and_no_other(
         name: contract.kind for name, contract in METRICS.items()
     }
     labels = {name: {tuple(sorted(dict(s))) for s in samples} for name, (_, samples) in found.items()}
-    assert labels == {name: {tuple(sorted(contract.labels))} for name, contract in METRICS.items()}
+    assert labels == {
+        name: set() if contract.needs_device else {tuple(sorted(contract.labels))}
+        for name, contract in METRICS.items()
+    }
 
 
 def test_without_tiers_and_engines_only_their_metrics_have_no_samples(daemon: DaemonProcess) -> None:
@@ -68,7 +71,9 @@ def test_without_tiers_and_engines_only_their_metrics_have_no_samples(daemon: Da
     assert empty == {
         name
         for name, contract in METRICS.items()
-        if contract.appears_later or (contract.needs_tiers and name != "promotion_duration_seconds")
+        if contract.appears_later
+        or contract.needs_device
+        or (contract.needs_tiers and name != "promotion_duration_seconds")
     } | {"promotion_duration_seconds"}
 
 

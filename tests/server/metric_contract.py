@@ -15,6 +15,8 @@ class Contract(NamedTuple):
     kind: str
     labels: tuple[str, ...] = ()
     needs_tiers: bool = False
+    needs_device: bool = False
+    """It has samples only where the daemon copies for an engine itself."""
     appears_later: bool = False
     """It has samples only once there is something to tell."""
 
@@ -71,6 +73,15 @@ MORE = {
     "tier_disk_free_bytes": Contract("gauge", ("tier",), needs_tiers=True),
     "tier_disk_reserve_bytes": Contract("gauge", ("tier",), needs_tiers=True),
     "tier_disk_daily_budget_bytes": Contract("gauge", ("tier",), needs_tiers=True),
+    "pinned_bytes": Contract("gauge", ("device",), needs_device=True),
+    "copy_helper_up": Contract("gauge", ("device",), needs_device=True),
+    "copy_helper_restarts_total": Contract("counter", ("device",), needs_device=True),
+    "watchers": Contract("gauge"),
+    "event_keys_total": Contract("counter", ("kind",)),
+    "event_overflows_total": Contract("counter"),
+    "config_reloads_total": Contract("counter", ("result",)),
+    "config_last_reload_successful": Contract("gauge"),
+    "config_last_reload_success_timestamp_seconds": Contract("gauge"),
     "process_open_fds": Contract("gauge"),
     "process_max_fds": Contract("gauge"),
     "process_cpu_seconds_total": Contract("counter"),

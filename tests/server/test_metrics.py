@@ -161,8 +161,8 @@ def test_a_transfer_is_counted_in_bytes_time_and_size() -> None:
     assert samples[sample("transfer_duration_seconds_sum", direction="store", path="shm")] == 0.01
     assert samples[sample("transfer_size_bytes_count", direction="store")] == 1
     assert metrics.transfer_bytes() == {
-        "store": {"shm": 1 << 20, "cuda_ipc": 0},
-        "load": {"shm": 0, "cuda_ipc": 0},
+        "store": {"shm": 1 << 20, "cuda_ipc": 0, "remote_host": 0},
+        "load": {"shm": 0, "cuda_ipc": 0, "remote_host": 0},
     }
 
 
