@@ -18,8 +18,8 @@ from pathlib import Path
 SHELLS = {"sh", "bash", "shell", "console"}
 PROGRAMS = {
     "cd", "cp", "curl", "docker", "export", "fuser", "git", "helm", "jq", "kill", "kubectl", "kustomize",
-    "kvtier", "make", "mkdir", "mooncake_master", "pip", "podman", "promtool", "python", "python3", "source",
-    "sudo", "systemctl", "uv", "vllm",
+    "kvtier", "make", "mkdir", "mooncake_master", "openssl", "pip", "podman", "promtool", "python", "python3",
+    "sh", "source", "sudo", "systemctl", "uv", "vllm",
 }  # fmt: skip
 
 _FENCE = re.compile(r"^( *)(```+|~~~+) *([\w+-]*)")

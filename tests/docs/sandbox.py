@@ -19,6 +19,7 @@ from tests.daemon_process import WAIT_S, DaemonProcess, child_environment, wait_
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND_TIMEOUT_S = 60.0
+CERTIFICATE = REPOSITORY / "docker/tls/certificate.sh"
 
 
 class Sandbox:
@@ -35,7 +36,11 @@ class Sandbox:
         self.config.write_text(f'[pool]\nbytes = "4MiB"\n{tier}')
         trace = directory / "mooncake.jsonl"
         trace.write_text('{"hash_ids": [0, 1]}\n{"hash_ids": [0, 1, 2]}\n')
-        self.daemon = DaemonProcess(directory, config=tier)
+        for name, san in (("kvtier", "DNS:localhost,IP:127.0.0.1"), ("ops", "DNS:ops.example.com")):
+            subprocess.run(
+                ["sh", str(CERTIFICATE), "certs", name, san], cwd=directory, capture_output=True, check=True
+            )
+        self.daemon = DaemonProcess(directory, config=tier + _tls(directory / "certs"))
         bin_directory = directory / "bin"
         bin_directory.mkdir()
         kvtier = bin_directory / "kvtier"
@@ -56,6 +61,8 @@ class Sandbox:
             (r"unix:///run/kvtier/kvtier\.sock", self.daemon.address),
             (r"127\.0\.0\.1:9471", f"127.0.0.1:{self.daemon.metrics_port}"),
             (r"/etc/kvtier[\w/-]*\.toml|(?<=--config )(FILE|kvtier\.toml)\b", str(self.config)),
+            (r"localhost:9470", f"localhost:{self.daemon.tcp_port}"),
+            (r"docker/tls/certificate\.sh", str(CERTIFICATE)),
             (r"/var/lib/kvtier/chunks|(?<=--path )ROOT\b", str(self.root)),
             (r"(?<=--pool-bytes )\S+", "4MiB"),
             (r"(?<=--bytes )\S+", "4MiB"),
@@ -76,6 +83,13 @@ class Sandbox:
             timeout=COMMAND_TIMEOUT_S,
             check=False,
         )
+
+    def drain(self, command: str) -> None:
+        """Run a drain to its end, and start the daemon again for what comes after."""
+        done = self.run(command)
+        assert done.returncode == 0, done.stderr
+        assert self.daemon.wait() == 0
+        self.daemon.start()
 
     def serve(self, command: str) -> tuple[int, str]:
         """Run `kvtier serve` with a socket and a pool of its own until it serves; exit code and messages."""
@@ -108,3 +122,16 @@ class Sandbox:
             finally:
                 process.kill()
                 process.wait(WAIT_S)
+
+
+def _tls(certs: Path) -> str:
+    return f"""
+[server]
+tcp_address = "localhost:0"
+
+[tls]
+certificate_file = "{certs}/kvtier.pem"
+key_file = "{certs}/kvtier.key"
+client_ca_file = "{certs}/ca.pem"
+admins = ["ops.example.com"]
+"""

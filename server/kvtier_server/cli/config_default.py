@@ -70,10 +70,11 @@ def _section(name: str, model: type[BaseModel]) -> Iterator[str]:
 
 def _explained(setting: Setting, path: str) -> Iterator[str]:
     yield from _comment(setting.reason)
-    names = [ENV_PREFIX + path.replace(".", ENV_SEPARATOR).upper()]
-    if path in OPTIONS:
-        names.insert(0, OPTIONS[path])
-    yield from _comment(f"({setting.values}; {', '.join(names)})")
+    notes = [setting.values]
+    if setting.in_environment:
+        variable = ENV_PREFIX + path.replace(".", ENV_SEPARATOR).upper()
+        notes.append(f"{OPTIONS[path]}, {variable}" if path in OPTIONS else variable)
+    yield from _comment(f"({'; '.join(notes)})")
 
 
 def tier_example(tier_type: str, *, with_common: bool = True) -> Iterator[str]:

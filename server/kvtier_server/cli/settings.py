@@ -27,6 +27,14 @@ _BOUNDS = (
     ("le", "at most"),
     ("lt", "below"),
 )
+_KINDS = {
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    tuple: "a list of texts",
+    dict: "a table of texts",
+}
 _UNBOUNDED = 1 << 40
 """A count this large is no limit that anybody meets (config_values.Count)."""
 
@@ -45,6 +53,8 @@ class Setting:
     values: str
     """What may be written: "a size, at least 1MiB"."""
     reason: str
+    in_environment: bool
+    """Whether a text can be its value: lists and tables stand in the file."""
 
     def write(self, value: object) -> str:
         """Write a value as TOML has it."""
@@ -72,6 +82,7 @@ def settings_of(model: type[BaseModel]) -> Iterator[Setting]:
             is_required=field.is_required(),
             values=_values(field, unit),
             reason=reasons.get(name, ""),
+            in_environment=get_origin(field.annotation) not in (dict, tuple),
         )
 
 
@@ -110,9 +121,7 @@ def _values(field: FieldInfo, unit: Literal["size", "duration", ""]) -> str:
 
 
 def _kind(annotation: Any) -> str:
-    return {int: "a number", float: "a number", bool: "true or false", str: "a text"}.get(
-        annotation, "a value"
-    )
+    return _KINDS.get(get_origin(annotation) or annotation, "a value")
 
 
 def _bounds(metadata: list[Any], unit: Literal["size", "duration", ""]) -> Iterator[str]:

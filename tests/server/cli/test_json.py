@@ -112,8 +112,15 @@ def test_commands_that_ask_a_daemon_print_what_their_schemas_say(
     assert check("pool_show", kvtier("pool", "show", "--name", tiered.name, "-o", "json").stdout)["slots"]
     verified = check("verify", kvtier("verify", "--path", f"{tmp_path}/chunks", "-o", "json").stdout)
     assert sum(verified["roots"][0]["files"].values()) >= 4
+    namespace = check("admin_namespaces", kvtier("admin", "namespaces", "-o", "json", *at).stdout)
+    check("admin_sessions", kvtier("admin", "sessions", "-o", "json", *at).stdout)
+    check("admin_tenants", kvtier("admin", "tenants", "-o", "json", *at).stdout)
+    asked = ("--namespace", namespace["namespaces"][0]["digest"], "--key", to_keys([1])[0].hex())
+    assert check("admin_explain", kvtier("admin", "explain", *asked, "-o", "json", *at).stdout)["details"]
+    check("admin_evict", kvtier("admin", "evict", "--bytes", "1B", "--yes", "-o", "json", *at).stdout)
     cleared = kvtier("admin", "clear", "--tier", "all", "--yes", "-o", "json", *at).stdout
     assert len(check("admin_clear", cleared)["tiers"]) == 2
+    assert check("admin_drain", kvtier("admin", "drain", "--wait", "-o", "json", *at).stdout)["gone"]
 
 
 def test_what_verify_finds_wrong_is_as_its_schema_says(
