@@ -75,9 +75,9 @@ def test_every_alert_fires_on_what_it_is_for_and_on_nothing_else() -> None:
 
 
 def descendants(pid: int) -> set[int]:
-    """Every process below one, by the kernel's own list."""
+    """Every process below one, by the kernel's own list; those that end meanwhile have none."""
     children: set[int] = set()
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             children |= set(map(int, (task / "children").read_text().split()))
     return children.union(*map(descendants, children))
