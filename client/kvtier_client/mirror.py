@@ -33,6 +33,7 @@ from kvtier.v1 import events_pb2 as pb
 from kvtier.v1 import events_pb2_grpc
 from kvtier_client.channel import open_channel, parse_address, read_failure
 from kvtier_client.mirrored_index import MirroredIndex
+from kvtier_client.tls import VARIABLES, TlsFiles, TlsUnusable
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,12 @@ class _Copy:
 class IndexMirror:
     """Follows one daemon. Every method may be called from any thread."""
 
-    def __init__(self, address: str, namespace: str = "") -> None:
-        """`namespace`: the digest of the only one to mirror; "" = all. Raises ValueError for no address."""
-        self._target = parse_address(address)
+    def __init__(self, address: str, namespace: str = "", tls: TlsFiles | None = None) -> None:
+        """`namespace`: the digest of the only one to mirror; "" = all. `tls`: for an address of TCP, of a
+        certificate that the daemon lets observe. Raises ValueError for no address.
+        """
+        self._target = parse_address(address, tls)
+        self._tls = tls
         self._namespace = namespace
         self._lock = threading.Condition()
         self._shown = _Copy(MirroredIndex(), "", 0, 0, ())
@@ -170,7 +174,7 @@ class IndexMirror:
     def _follow_once(self) -> str:
         """Follow the daemon until something is in the way; returns what."""
         try:
-            with open_channel(self._target) as channel:
+            with open_channel(self._target, self._tls) as channel:
                 stub = events_pb2_grpc.EventsServiceStub(channel)
                 if self._copy is None:
                     self._copy = self._take_snapshot(stub)
@@ -178,6 +182,8 @@ class IndexMirror:
         except OutOfStep as error:
             self._copy = None
             return str(error)
+        except TlsUnusable as error:
+            return str(error)  # a file may be there at the next attempt
         except grpc.RpcError as error:
             failed = read_failure(error)
             if failed.reason in {"events_gone", "bad_request"}:
@@ -235,13 +241,18 @@ class IndexMirror:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Mirror a daemon and say every second how many chunks each tier holds. Returns the exit code."""
-    parser = argparse.ArgumentParser("python -m kvtier_client.mirror", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m kvtier_client.mirror",
+        description=main.__doc__,
+        epilog="Over TCP with certificates: KVTIER_TLS_CA, KVTIER_TLS_CERT, KVTIER_TLS_KEY.",
+    )
     parser.add_argument("--address", default=os.environ.get("KVTIER_ADDRESS", ""), help="of the daemon")
     parser.add_argument("--namespace", default="", help="mirror only this one: all digits of its digest")
     parser.add_argument("--once", action="store_true", help="one line, when the mirror is live; else exit 2")
     args = parser.parse_args(argv)
     try:
-        mirror = IndexMirror(args.address, args.namespace)
+        tls = TlsFiles.given({name: os.environ.get(variable, "") for name, variable in VARIABLES.items()})
+        mirror = IndexMirror(args.address, args.namespace, tls)
     except ValueError as error:
         parser.error(f"--address: {error}")
     mirror.start()

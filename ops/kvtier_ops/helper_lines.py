@@ -31,10 +31,12 @@ def relay_lines(stderr: IO[bytes] | None, say: Callable[[str], None]) -> None:
 
 def _relay(fd: int, say: Callable[[str], None]) -> None:
     said = b""
+    more = select.poll()  # select.select takes no number beyond 1,023
+    more.register(fd, select.POLLIN)
     try:
         while piece := os.read(fd, MAX_SAID_BYTES):
             said = (said + piece)[-MAX_SAID_BYTES:]
-            if not select.select([fd], [], [], PAUSE_S)[0]:
+            if not more.poll(PAUSE_S * 1000):
                 say(said.decode(errors="replace").strip())
                 said = b""
     finally:

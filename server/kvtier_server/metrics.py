@@ -333,7 +333,7 @@ def _tiers(snapshot: StatsSnapshot) -> Iterator[Metric]:
         "Keys that got no slot because of their tenant's quota.",
         ("tenant",),
         _by_name(
-            {tenant or DEFAULT_TENANT: count for tenant, count in snapshot.quota_refused.items()},
+            by_label(snapshot.quota_refused),
             [DEFAULT_TENANT],
         ),
     )
@@ -400,10 +400,20 @@ def _events(snapshot: StatsSnapshot) -> Iterator[Metric]:
 def largest_tenants(used_bytes: Mapping[str, int]) -> dict[str, int]:
     """Keep the largest MAX_TENANTS; sum the others, if there are any, under OTHER_TENANTS.
 
-    The default tenant is called DEFAULT_TENANT, because an empty label value is no label at all.
+    The default tenant is called DEFAULT_TENANT, because an empty label value is no label at all; a tenant
+    that has one of these names shares its series.
     """
-    ranked = sorted(used_bytes.items(), key=lambda item: (-item[1], item[0]))
-    kept = {tenant or DEFAULT_TENANT: used for tenant, used in ranked[:MAX_TENANTS]}
+    ranked = sorted(by_label(used_bytes).items(), key=lambda item: (-item[1], item[0]))
+    kept = dict(ranked[:MAX_TENANTS])
     if len(ranked) > MAX_TENANTS:
         kept[OTHER_TENANTS] = kept.get(OTHER_TENANTS, 0) + sum(used for _, used in ranked[MAX_TENANTS:])
     return kept
+
+
+def by_label(by_tenant: Mapping[str, int]) -> dict[str, int]:
+    """Sum by what a tenant is called in a label."""
+    summed: dict[str, int] = {}
+    for tenant, count in by_tenant.items():
+        label = tenant or DEFAULT_TENANT
+        summed[label] = summed.get(label, 0) + count
+    return summed

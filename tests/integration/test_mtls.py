@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ from tests.raw_engine import RawEngine, failure, failure_of, refusal, to_key
 from kvtier.v1 import admin_pb2, admin_pb2_grpc, offload_pb2_grpc
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_client import ClientOptions, TlsFiles
+from kvtier_client.mirror import IndexMirror
 from kvtier_server.access import METHOD_ROLES
 
 SPIFFE = "spiffe://example.com/engine-b"
@@ -85,7 +87,8 @@ def call_every_method(channel: grpc.Channel) -> dict[str, str]:
         except StopIteration:
             answers[method] = "OK"
         except grpc.RpcError as error:
-            answers[method] = failure_of(error).reason or failure_of(error).code.name
+            failed = failure_of(error)
+            answers[method] = failed.reason or f"{failed.code.name}: {failed.message}"
         finally:
             running.cancel()
     return answers
@@ -219,6 +222,22 @@ def test_the_client_stores_and_loads_over_mtls(served: DaemonProcess, issued: di
         assert "a" in {session.tenant for session in served.status().sessions}
     finally:
         client.close()
+
+
+def test_a_router_mirrors_over_mtls_and_is_told_of_a_file_that_is_not_there(
+    served: DaemonProcess, issued: dict[str, Issued]
+) -> None:
+    files = TlsFiles(str(issued["watch"].ca), str(issued["watch"].cert), str(issued["watch"].key))
+    mirror = IndexMirror(f"localhost:{served.tcp_port}", tls=files)
+    missing = IndexMirror(f"localhost:{served.tcp_port}", tls=dataclasses.replace(files, cert="/nowhere.pem"))
+    mirror.start()
+    missing.start()
+    try:
+        assert mirror.wait_live(WAIT_S), mirror.state.problem
+        wait_until(lambda: "/nowhere.pem cannot be read" in missing.state.problem, "it says what is missing")
+    finally:
+        mirror.close()
+        missing.close()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 import sys
 from queue import SimpleQueue
@@ -18,6 +20,18 @@ def test_a_trace_of_many_lines_is_one_line_of_the_log() -> None:
     trace = said_by("def f(n):\n  return f(n - 1) if n else 1 / 0\nf(3)")
     assert trace.startswith("Traceback")
     assert trace.endswith("ZeroDivisionError: division by zero")
+
+
+def test_words_come_through_where_more_than_1024_files_are_open() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert said_by("import sys; sys.stderr.write('it is ' + 'here')") == "it is here"
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_of_what_never_ends_the_end_is_kept() -> None:

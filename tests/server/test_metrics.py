@@ -175,6 +175,13 @@ def test_of_many_tenants_the_largest_keep_a_series_and_no_byte_is_lost() -> None
     assert sum(shown.values()) == sum(used.values())
 
 
+def test_tenants_that_share_a_label_are_summed() -> None:
+    assert largest_tenants({"": 10, "default": 3, "team-a": 1}) == {"default": 13, "team-a": 1}
+    metrics = make_metrics()
+    metrics.publish(StatsSnapshot(quota_refused={"": 2, "default": 3}))
+    assert scrape(metrics)[sample("quota_refused_total", tenant="default")] == 5
+
+
 def test_labels_that_clients_choose_cannot_break_the_page() -> None:
     metrics = make_metrics()
     nasty = 'x"} 1\n# HELP y\\'

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from kvtier.v1 import admin_pb2 as pb
 from kvtier_server.admin.listing import list_namespaces, list_sessions, list_tenants
-from kvtier_server.admin.slices import run_in_slices
+from kvtier_server.admin.slices import run_in_slices, run_in_turn
 from kvtier_server.admin.status import status_response
 from kvtier_server.core.clearing import Clearing, Clearings
 from kvtier_server.core.evicting import Evictions
@@ -56,7 +56,9 @@ def handlers(
         return scope.unary(f"AdminService/{method}", request, answer)
 
     return {
-        "GetStatus": unary("GetStatus", pb.GetStatusRequest, lambda _: status_response(snapshot())),
+        "GetStatus": unary(
+            "GetStatus", pb.GetStatusRequest, lambda _: run_in_turn(lambda: status_response(snapshot()))
+        ),
         "ListSessions": unary(
             "ListSessions", pb.ListSessionsRequest, lambda _: list_sessions(core, clock(), paths())
         ),
@@ -152,17 +154,12 @@ async def _clear(clearings: Clearings, request: pb.ClearRequest) -> pb.ClearResp
         )
     ended = asyncio.Event()
     clearing = clearings.begin(request.namespace, tenant, request.tier, ended.set, others=request.others)
-    pool = asyncio.create_task(_clear_pool(clearing))
+    pool = asyncio.create_task(run_in_slices(clearing.pool))
     _running.add(pool)  # whatever becomes of this call, it goes on
     pool.add_done_callback(_running.discard)
     await asyncio.shield(pool)
     await _wait(ended, lambda: clearing.is_over, request.wait_ms)
     return clear_response(clearing)
-
-
-async def _clear_pool(clearing: Clearing) -> None:
-    for _ in clearing.pool:
-        await asyncio.sleep(0)
 
 
 def clear_response(clearing: Clearing) -> pb.ClearResponse:

@@ -88,7 +88,8 @@ class Evictions:
             eviction.num_kept, eviction.is_over = result.num_kept, True
             on_ended()
 
-        if not self._below.evict(below, eviction.num_bytes, ended):
+        held = below.tier.stats().used_bytes  # what comes meanwhile is not meant
+        if not self._below.evict(below, min(eviction.num_bytes, held), ended):
             raise Inflight(
                 f"{MAX_CLEARS} evictions wait for tier {eviction.tier!r}, or it is ending; see what holds "
                 "it: kvtier status"

@@ -194,12 +194,12 @@ class Explainer:
     def _find_events(self, search: _Search) -> Iterator[None]:
         """Find the last event of each key in each tier, in what the log has kept."""
         events = self._books.events.kept()
-        is_all = not events or events[0].sequence == 1
-        search.horizon = (
-            "the log of events has everything since the daemon's start"
-            if is_all
-            else f"the log of events goes back {_ago(search.now_ns, events[0].at_ns)}"
-        )
+        if self._books.events.oldest == 1:
+            search.horizon = "the log of events has everything since the daemon's start"
+        elif events:
+            search.horizon = f"the log of events goes back {_ago(search.now_ns, events[0].at_ns)}"
+        else:
+            search.horizon = "the log of events was cut, and nothing has happened since"
         names, wanted = set(search.names), search.found.keys()
         looked_at = 0
         for event in reversed(events):

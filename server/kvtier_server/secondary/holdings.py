@@ -58,8 +58,10 @@ class Holdings:
 
     def _note(self, change: Change) -> None:
         if len(self._changes) >= self._max_changes:
-            self._lost = True  # before they go: whoever does not see it yet takes some more, and sees it then
+            # In this order: who takes changes between the two gets a beginning of them, and the gap with its
+            # next call. The other way round it could take the gap first, and then miss what is dropped.
             self._changes.clear()
+            self._lost = True
             return
         self._changes.append(change)
 

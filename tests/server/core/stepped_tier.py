@@ -156,7 +156,7 @@ class SteppedTier(SecondaryTier):
         return bool(self.running or self._finished)
 
     def stats(self) -> TierStats:
-        return TierStats(0, 0, len(self.stored))
+        return TierStats(0, len(self.stored), len(self.stored))  # a chunk is a byte, as in submit_evict
 
     def shutdown(self, timeout_s: float) -> bool:
         self.running.clear()

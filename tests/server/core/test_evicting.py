@@ -7,6 +7,7 @@ import pytest
 from kvtier_server.core.below import MAX_CLEARS
 from kvtier_server.core.evicting import STEP_CHUNKS, CannotEvict, Eviction
 from kvtier_server.core.refused import BadRequest, Inflight
+from kvtier_server.secondary.base import EvictJob
 
 from .engine import HIT, Engine, facts, to_keys
 from .rig import Rig
@@ -141,6 +142,25 @@ def test_a_tier_below_evicts_and_says_when_it_is_over() -> None:
     assert (len(rig.tiers[0].stored), len(rig.tiers[1].stored)) == (5, 3)
     assert engine.hits(range(5)) == list(range(5)), "the pool keeps its own"
     assert [told for told in removals(rig) if told[1] == "admin"] == [("tier1", "admin", 2)]
+
+
+def test_what_comes_into_a_tier_after_the_word_is_not_meant() -> None:
+    rig = Rig(64, num_tiers=1)
+    engine = rig.engine()
+    engine.store(range(3))
+    engine.finish()
+    rig.move()
+    held = rig.tiers[0].stats().used_bytes
+    asked: list[int] = []
+    submit = rig.tiers[0].submit_evict
+
+    def note(job: EvictJob) -> bool:
+        asked.append(job.num_bytes)
+        return submit(job)
+
+    rig.tiers[0].submit_evict = note  # type: ignore[method-assign]
+    rig.core.evictions.begin(1 << 60, "tier0", lambda: None)
+    assert asked == [held]
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,14 @@ def test_a_log_that_has_forgotten_says_how_far_back_it_goes() -> None:
     assert told.details[-1] == "no event of it: the log of events goes back 30.0 s"
 
 
+def test_a_log_that_was_cut_does_not_claim_to_know_all() -> None:
+    rig = Rig(64)
+    engine = rig.engine()
+    rig.core.books.events.forget_all()
+    (told,) = explain(rig, engine, [77])
+    assert told.details[-1] == "no event of it: the log of events was cut, and nothing has happened since"
+
+
 def test_a_chunk_of_a_lower_tier_is_resident_there_and_pending_on_its_way_up() -> None:
     rig = Rig(64, num_tiers=2)
     engine = rig.engine()
