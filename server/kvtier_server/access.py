@@ -96,6 +96,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
         refused = self._scope.as_refused(short, error)
         peer = context.peer()
         log.warning("call_refused", method=short, peer=peer, reason=refused.reason, why=str(refused))
+        self._scope.observe_refused(short, refused)
         await self._scope.abort(context, refused)
 
     def _guarded(self, method: str, handler: MethodHandler) -> MethodHandler:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from kvtier_server.core.instances import Session, session_unknown
+from kvtier_server.core.naming import named, quoted
 from kvtier_server.core.refused import Refused
 
 MAX_SAID = 64
@@ -113,7 +114,7 @@ class CertificateHolders:
         names = names or _texts(auth_context, "x509_common_name")
         known = [name for name in names if name in self._roles]
         if not known:
-            told = ", ".join(map(repr, names)) or "nothing"
+            told = named(map(quoted, names)) or "nothing"
             raise CertificateUnknown(
                 f"the certificate names {told}, which this daemon does not know; add a name to "
                 "[tls.tenants], tls.observers or tls.admins of its configuration"
@@ -121,7 +122,7 @@ class CertificateHolders:
         tenants = {self._tenants[name] for name in known if name in self._tenants}
         if len(tenants) > 1:
             raise CertificateUnknown(
-                f"the names of the certificate, {', '.join(map(repr, known))}, belong to several tenants in "
+                f"the names of the certificate, {named(map(quoted, known))}, belong to several tenants in "
                 "[tls.tenants]; a certificate has one"
             )
         roles = frozenset(role for name in known for role in self._roles[name])

@@ -43,10 +43,14 @@ from kvtier_server.config_values import (
     Share,
     TcpAddress,
 )
+from kvtier_server.regular_file import FileUnusable, read_regular_file
 
 ENV_PREFIX = "KVTIER_"
 ENV_SEPARATOR = "__"
 DEFAULT_METRICS_ADDRESS = "127.0.0.1:9471"
+
+MAX_FILE_BYTES = 1 << 20
+"""Of the file: all settings, and as many tiers and certificates as are allowed, need a fraction of it."""
 
 OPTIONS: Mapping[str, str] = {
     "server.address": "--address",
@@ -305,9 +309,9 @@ def read_config(
 def _read_file(file: Path, errors: list[ConfigError]) -> tuple[_Values, Sequence[object]]:
     """Return the settings of the sections, and the tables of the tiers."""
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        errors.append(ConfigError("", str(file), f"cannot be read: {error.strerror}"))
+        document = tomllib.loads(read_regular_file(file, MAX_FILE_BYTES).decode())
+    except FileUnusable as error:
+        errors.append(ConfigError("", str(file), str(error)))
         return {}, ()
     except ValueError as error:  # not TOML, or not UTF-8
         errors.append(ConfigError("", str(file), f"is not TOML: {error}"))

@@ -36,6 +36,7 @@ from kvtier_server.core_limits import core_limits
 from kvtier_server.doctor.cuda_driver import cuda_version
 from kvtier_server.events import EventStreams
 from kvtier_server.grpc_server import Handlers, Servers, raise_file_limit
+from kvtier_server.hangup import LOOK_S, Hangups
 from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
 from kvtier_server.notify import Notifier
@@ -63,9 +64,6 @@ log = structlog.get_logger("kvtier.daemon")
 LAST_CALLS_S = 1.0
 """Longest wait for calls that began while the server stopped; none of them waits for anything."""
 
-STDIN = 0
-"""By number: a daemon may have been started without one."""
-
 FLUSH_POLL_S = 0.01
 """Between two looks at what goes down while the daemon stops."""
 
@@ -76,9 +74,11 @@ def run(config: Config, reread: Callable[[], Config]) -> int:
     `reread` reads the configuration's sources again, for SIGHUP.
     """
     limiter = logs.setup(config.server.log_level, config.server.log_format)
+    hangups = Hangups()
+    hangups.wait_for_loop()
     raise_file_limit()
     try:
-        daemon = Daemon(config, reread)
+        daemon = Daemon(config, reread, hangups)
     except StartError as error:
         print(f"kvtier serve: {error}", file=sys.stderr)  # noqa: T201 for the person at the terminal
         return error.exit_code
@@ -95,8 +95,9 @@ def run(config: Config, reread: Callable[[], Config]) -> int:
 class Daemon:
     """One daemon. Construction takes locks and pool; `serve` runs it; `close` gives everything back."""
 
-    def __init__(self, config: Config, reread: Callable[[], Config]) -> None:
+    def __init__(self, config: Config, reread: Callable[[], Config], hangups: Hangups) -> None:
         self._config = config
+        self._hangups = hangups
         self._notifier = Notifier.take(os.environ, os.getpid())  # before there are child processes
         self.boot_id = secrets.token_hex(8)
         self._socket_locks = [SocketLock.of(config.server.address)]
@@ -184,7 +185,7 @@ class Daemon:
             self._threads,
         )
         self._stopping = Stopping(lambda: self._config.drain.copies)
-        self._reloads = Reloads(config, reread, self._apply, self._metrics, self._threads)
+        self._reloads = Reloads(config, reread, self._apply, self._metrics)
         self._copies_hang = False
 
     def _make_tracing(self, config: Config) -> Tracing | None:
@@ -288,7 +289,10 @@ class Daemon:
         loop = self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._on_hangup, os.isatty(STDIN))
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        if self._hangups.has_come:
+            self._on_hangup()
+        self._look_at_terminal()
         servers = Servers(self._config, self._services(), self._scope)
         self._metrics.publish(self._observer.snapshot())  # the first scrape may come before the first tick
         http = self._start_http()
@@ -312,6 +316,7 @@ class Daemon:
         finally:
             ticks.cancel()
             beats.cancel()
+            self._reloads.stop()
             self._copies_hang = not await self._transfers.close(TIER_STOP_S)
             await _let_tasks_end()
             self._backing.stop()
@@ -357,9 +362,15 @@ class Daemon:
                 lock.unlink()
             os._exit(0)
 
-    def _on_hangup(self, had_terminal: bool) -> None:
+    def _look_at_terminal(self) -> None:
+        """Look every second, as long as there is one."""
+        self._hangups.look()
+        if self._hangups.has_terminal:
+            asyncio.get_running_loop().call_later(LOOK_S, self._look_at_terminal)
+
+    def _on_hangup(self) -> None:
         """Read the configuration again; but where it means that the terminal was closed, stop."""
-        if had_terminal and not os.isatty(STDIN):
+        if self._hangups.means_stop():
             self._stopping.ask()
         else:
             self._reloads.ask()

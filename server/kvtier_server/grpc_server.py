@@ -69,7 +69,8 @@ class Servers:
         self.listening: list[tuple[str, str]] = []
         """Each address, with the port that was found for port 0, and who is let in."""
         self._servers: list[grpc.aio.Server] = []
-        for listener in _listeners(config):
+        self._certificates = Certificates(config.tls) if config.tls.is_on else None
+        for listener in _listeners(config, self._certificates):
             server = self._build(listener, config.limits.max_message, services, scope)
             self.listening.append((_bind(server, listener), listener.how))
             if listener.credentials is None and socket_path(listener.address) is None:
@@ -99,18 +100,22 @@ class Servers:
 
     async def start(self) -> None:
         """Take calls."""
+        if self._certificates is not None:
+            self._certificates.follow()
         for server in self._servers:
             await server.start()
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, and wait for those that run, at most so long."""
+        if self._certificates is not None:
+            self._certificates.stop()
         await asyncio.gather(*[server.stop(grace=grace_s) for server in self._servers])
 
 
-def _listeners(config: Config) -> list[_Listener]:
-    """Say where to listen. Raises StartError for certificates that cannot be used."""
+def _listeners(config: Config, certificates: Certificates | None) -> list[_Listener]:
+    """Say where to listen."""
     server, tls = config.server, config.tls
-    credentials = Certificates(tls).credentials() if tls.is_on else None
+    credentials = certificates.credentials() if certificates is not None else None
     holders = CertificateHolders(tls.tenants, tls.admins, tls.observers)
 
     def by_certificate(context: grpc.aio.ServicerContext[bytes, bytes]) -> Caller:

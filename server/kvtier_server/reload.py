@@ -1,7 +1,8 @@
 """Reading the configuration again while the daemon runs (SIGHUP).
 
-Owns the order: read on a thread, compare, apply what can be, say what was done. A configuration with a
-mistake changes nothing. What a setting means is its room's; `apply` hands the new one out.
+Owns the order: read on a thread of its own, which nobody waits for longer than READ_S; compare, apply what
+can be, say what was done. A configuration with a mistake changes nothing. What a setting means is its room's;
+`apply` hands the new one out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Future
+from threading import Thread
 
 import structlog
 
@@ -19,7 +21,14 @@ from kvtier_server.config_changes import Changes, compare
 from kvtier_server.config_values import AT_ATTACH
 from kvtier_server.metrics import Metrics
 
+READ_S = 10.0
+"""Longest wait for the file: a network file system of good health answers in far less."""
+
 log = structlog.get_logger("kvtier.reload")
+
+
+class _NoAnswer(Exception):
+    """The file has not been read in time; the message says by which reading."""
 
 
 class Reloads:
@@ -34,7 +43,6 @@ class Reloads:
         reread: Callable[[], Config],
         apply: Callable[[Config], None],
         metrics: Metrics,
-        threads: Executor,
         on_begin: Callable[[], None] = lambda: None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -43,11 +51,11 @@ class Reloads:
         self._reread = reread
         self._apply = apply
         self._metrics = metrics
-        self._threads = threads
         self._on_begin = on_begin
         self._on_end = on_end
         self._task: asyncio.Task[None] | None = None
         self._again = False
+        self._reading: Future[Config] | None = None
 
     def ask(self) -> None:
         """Begin a reload; one that is asked for during another comes after it, and stands for all such."""
@@ -56,6 +64,12 @@ class Reloads:
             return
         self._task = asyncio.get_running_loop().create_task(self._reload())
         self._task.add_done_callback(self._ended)
+
+    def stop(self) -> None:
+        """Give up the one that runs and those that were asked for."""
+        self._again = False
+        if self._task is not None:
+            self._task.cancel()
 
     def _ended(self, _: asyncio.Task[None]) -> None:
         self._task = None
@@ -66,15 +80,37 @@ class Reloads:
     async def _reload(self) -> None:
         self._on_begin()
         try:
-            loop = asyncio.get_running_loop()
-            self._take(compare(self._config, await loop.run_in_executor(self._threads, self._reread)))
+            self._take(compare(self._config, await self._read()))
         except ConfigErrors as errors:
             self._refuse([str(error) for error in errors.errors])
+        except _NoAnswer as error:
+            self._refuse([str(error)])
         except Exception:  # a bug of ours must be seen, and the daemon goes on as it was
             self._metrics.config_reloaded("failed", None)
             log.exception("config_reload_failed", effect="the daemon goes on with its configuration")
         finally:
             self._on_end()
+
+    async def _read(self) -> Config:
+        """Read on a thread that nobody waits for at the end. Raises ConfigErrors, _NoAnswer."""
+        if self._reading is not None and not self._reading.done():
+            raise _NoAnswer("the file does not answer: an earlier reading of it still hangs")
+        reading: Future[Config] = Future()
+        reading.set_running_or_notify_cancel()  # it cannot be cancelled: nothing wakes who hangs in a file
+
+        def read() -> None:
+            try:
+                reading.set_result(self._reread())
+            except Exception as error:  # noqa: BLE001 the waiting task's to judge
+                reading.set_exception(error)
+
+        self._reading = reading
+        Thread(target=read, name="kvtier-reload", daemon=True).start()
+        try:
+            async with asyncio.timeout(READ_S):
+                return await asyncio.wrap_future(reading)
+        except TimeoutError:
+            raise _NoAnswer(f"the file does not answer: it was not read in {READ_S:g} s") from None
 
     def _refuse(self, mistakes: list[str]) -> None:
         self._metrics.config_reloaded("failed", None)

@@ -163,6 +163,10 @@ class CallScope:
         log.error("call_failed", method=method, error_id=error_id, exc_info=error)
         return _Internal(f"internal error {error_id}; the daemon's log has it under this id")
 
+    def observe_refused(self, method: str, refused: Refused) -> None:
+        """Count a call that was refused before its handler ran."""
+        self._metrics.observe_rpc(method, CODES[refused.reason].name, 0.0)
+
     async def abort(self, context: ServicerContext, refused: Refused) -> NoReturn:
         """End the call with the refusal's status, its reason in the trailers."""
         code = CODES[refused.reason]

@@ -335,24 +335,25 @@ def test_new_certificates_are_taken_without_a_restart_and_bad_ones_are_not(
         assert presented(daemon.tcp_port, ops) == as_der(first.cert)
 
         live.cert.write_text("not a certificate")
+        wait_until(lambda: refusals(daemon) == 1, "the bad file is in the log")
         assert presented(daemon.tcp_port, ops) == as_der(first.cert)
-        wait_until(lambda: "tls_files_refused" in daemon.log_text(), "the bad file is in the log")
         replace(second.cert, live.cert)  # and not yet its key: the two do not belong together
+        wait_until(lambda: refusals(daemon) == 2, "the two are in the log")
         assert presented(daemon.tcp_port, ops) == as_der(first.cert)
         live.ca.unlink()
+        wait_until(lambda: refusals(daemon) == 3, "the missing file is in the log")
         assert presented(daemon.tcp_port, ops) == as_der(first.cert)
-        replace(first.ca, live.ca)
         replace(second.key, live.key)
-        assert presented(daemon.tcp_port, ops) == as_der(second.cert)
-        wait_until(lambda: "tls_files_reloaded" in daemon.log_text(), "the new files are in the log")
-        refused_before = daemon.log_text().count("tls_files_refused")
-        presented(daemon.tcp_port, ops)
-        assert daemon.log_text().count("tls_files_refused") == refused_before
+        replace(first.ca, live.ca)
+        wait_until(lambda: presented(daemon.tcp_port, ops) == as_der(second.cert), "the new ones are taken")
+        assert "tls_files_reloaded" in daemon.log_text()
+        assert refusals(daemon) == 3, "each is in the log once"
         health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
 
         other = CertificateAuthority(tmp_path / "other")
         successor = other.issue("ops")
         replace(successor.ca, live.ca)
+        wait_until(lambda: daemon.log_text().count("tls_files_reloaded") == 2, "the authority is taken")
         with Issued(ops.ca, successor.cert, successor.key).channel(daemon.tcp_port) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             stub.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
@@ -360,6 +361,33 @@ def test_new_certificates_are_taken_without_a_restart_and_bad_ones_are_not(
             stub = health_pb2_grpc.HealthStub(channel)
             error = failure(lambda: stub.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S))
             assert error.code is grpc.StatusCode.UNAVAILABLE
+
+
+def refusals(daemon: DaemonProcess) -> int:
+    return daemon.log_text().count("tls_files_refused")
+
+
+def test_a_certificate_that_becomes_a_fifo_holds_nobody_up(
+    authority: CertificateAuthority, issued: dict[str, Issued], tmp_path: Path, start_daemon: StartDaemon
+) -> None:
+    first, second = authority.issue_for_daemon(), authority.issue("after-fifo", "DNS:localhost")
+    live = Issued(first.ca, tmp_path / "tls.pem", tmp_path / "tls.key")
+    shutil.copyfile(first.cert, live.cert)
+    shutil.copyfile(first.key, live.key)
+    daemon = start_daemon(config=configuration({"daemon": live}))
+    live.cert.unlink()
+    os.mkfifo(live.cert)
+    for _ in range(3):
+        assert presented(daemon.tcp_port, issued["ops"]) == as_der(first.cert)
+    wait_until(lambda: "is no regular file" in daemon.log_text(), "the fifo is in the log")
+    assert presented(daemon.tcp_port, issued["ops"]) == as_der(first.cert)
+    assert daemon.health() == "SERVING"
+    replace(second.key, live.key)
+    replace(second.cert, live.cert)
+    wait_until(
+        lambda: presented(daemon.tcp_port, issued["ops"]) == as_der(second.cert), "the new one is taken"
+    )
+    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize(

@@ -269,35 +269,78 @@ def test_many_signals_at_once_leave_the_last_file(start_daemon: StartDaemon) -> 
     assert daemon.stop() == 0
 
 
+def test_a_file_that_became_a_fifo_is_a_mistake_and_holds_up_no_stop(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(config="# nothing yet\n")
+    file = config_of(daemon)
+    file.unlink()
+    os.mkfifo(file)
+    daemon.signal(signal.SIGHUP)
+    wait_until(lambda: reloads(daemon)["failed"] == 1, "the reload fails")
+    (line,) = log_lines(daemon, "config_reload_failed")
+    assert line["mistakes"] == [f"{file}: is no regular file"]
+    assert samples(daemon)["kvtier_config_last_reload_successful"] == 0
+    assert daemon.stop() == 0
+    assert daemon.launch().wait() == 2
+    assert f"kvtier serve: {file}: is no regular file" in daemon.log_text()
+
+
+def test_a_hangup_during_the_start_is_answered_after_it(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path, config="# nothing yet\n") as daemon:
+        daemon.launch()
+        wait_until(daemon.pool_file.exists, "it opens its pool")
+        daemon.signal(signal.SIGHUP)
+        wait_until(
+            lambda: daemon.exit_code() is not None or log_lines(daemon, "config_reloaded") != [], "it reloads"
+        )
+        assert daemon.exit_code() is None, daemon.log_text()
+        assert daemon.health() == "SERVING"
+        assert daemon.stop() == 0
+
+
+@contextlib.contextmanager
+def in_terminal(
+    daemon: DaemonProcess, log: Path, *setsid: str
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The daemon, run with a terminal as its stdin; yields it and the terminal's other end."""
+    terminal, side = os.openpty()
+    command = ["setsid", *setsid, sys.executable, "-m", "kvtier_server", "serve"]
+    options = ["--metrics-address", "", "--pool-bytes", "4MiB", "--name", daemon.name]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, *options, "--address", daemon.address],
+            env=child_environment(),
+            stdin=side,
+            stdout=file,
+            stderr=file,
+        )
+    os.close(side)
+    try:
+        wait_until(lambda: daemon.socket.exists() and daemon.health() == "SERVING", "it serves")
+        yield process, terminal
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_terminal_that_is_closed_stops_the_daemon_that_was_started_in_it(
     start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     daemon = start_daemon()
     daemon.stop()
-    terminal, side = os.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "kvtier_server",
-        "serve",
-        "--metrics-address",
-        "",
-        "--pool-bytes",
-        "4MiB",
-    ]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            ["setsid", "--ctty", *command, "--name", daemon.name, "--address", daemon.address],
-            env=child_environment(),
-            stdin=side,
-            stdout=log,
-            stderr=log,
-        )
-    os.close(side)
-    try:
-        wait_until(lambda: daemon.socket.exists() and daemon.health() == "SERVING", "it serves")
+    with in_terminal(daemon, tmp_path / "log", "--ctty") as (process, terminal):
         os.close(terminal)
         assert process.wait(WAIT_S) == 0, (tmp_path / "log").read_text()
-    finally:
-        process.kill()
-        process.wait()
+
+
+def test_a_daemon_that_outlived_its_terminal_reloads_at_a_hangup(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon()
+    daemon.stop()
+    log = tmp_path / "log"
+    with in_terminal(daemon, log) as (process, terminal):  # it is not its controlling one: no signal comes
+        os.close(terminal)
+        wait_until(lambda: "terminal_gone" in log.read_text(), "it has seen that the terminal is gone")
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "config_reloaded" in log.read_text(), "it reads its configuration again")
+        assert daemon.health() == "SERVING"

@@ -105,6 +105,17 @@ def test_a_certificate_that_stands_for_nobody_or_for_two_tenants_is_refused(
         holders().holder(shown)
 
 
+def test_a_certificate_of_many_long_names_gets_an_answer_that_fits_into_trailers() -> None:
+    many = [f"{number}-{'x' * 200}" for number in range(600)]
+    with pytest.raises(CertificateUnknown, match="and 592 more") as refused:
+        holders().holder({"peer_dns": [name.encode() for name in many]})
+    assert len(str(refused.value)) < 1000
+    several = CertificateHolders({name: name for name in many}, [], [])
+    with pytest.raises(CertificateUnknown, match="and 592 more, belong to several tenants") as refused:
+        several.holder({"peer_dns": [name.encode() for name in many]})
+    assert len(str(refused.value)) < 1000
+
+
 def test_a_tenant_need_not_be_claimed_and_another_one_cannot() -> None:
     caller = holders().holder(certificate(dns="engine-a"))
     assert caller.tenant_to_attach_as("") == "a"
@@ -138,11 +149,11 @@ HANDLERS: dict[str, Callable[[], Any]] = {
 """A handler of each shape that gRPC knows, and a method that nobody gave a role."""
 
 
-async def _call_all(caller: Caller) -> dict[str, str]:
+async def _call_all(caller: Caller, metrics: Metrics) -> dict[str, str]:
     """What each of HANDLERS answers to this caller over a real server: its word, or the refusal's."""
     with tempfile.TemporaryDirectory(prefix="kvtier-run-") as directory:
         address = f"unix:{Path(directory) / 's'}"
-        scope = CallScope("boot", 10, Metrics(version="0", limits={}), lambda: None)
+        scope = CallScope("boot", 10, metrics, lambda: None)
         gatekeeper = Gatekeeper(scope, lambda context: caller)
         server = grpc.aio.server(interceptors=[gatekeeper])
         methods = {name: make() for name, make in HANDLERS.items()}
@@ -163,10 +174,19 @@ async def _call_all(caller: Caller) -> dict[str, str]:
 
 
 def test_handlers_of_every_shape_are_guarded_and_know_their_caller() -> None:
-    allowed = asyncio.run(_call_all(Caller("engine-a", frozenset({Role.ENGINE}), "a")))
+    metrics = Metrics(version="0", limits={})
+    allowed = asyncio.run(_call_all(Caller("engine-a", frozenset({Role.ENGINE}), "a"), metrics))
     unknown = allowed.pop("NotYetThere")
     assert "is open to no role yet" in unknown
     assert set(allowed.values()) == {"engine-a"}
-    refused = asyncio.run(_call_all(Caller("ops", frozenset({Role.ADMIN, Role.OBSERVER}), "")))
+    refused = asyncio.run(_call_all(Caller("ops", frozenset({Role.ADMIN, Role.OBSERVER}), ""), metrics))
     assert refused.pop("NotYetThere") == unknown
     assert all("needs the role engine; the certificate of 'ops' has" in told for told in refused.values())
+
+
+def test_a_refused_call_counts_among_all_calls() -> None:
+    metrics = Metrics(version="0", limits={})
+    asyncio.run(_call_all(Caller("ops", frozenset({Role.ADMIN}), ""), metrics))
+    for name in HANDLERS:
+        labels = {"method": f"OffloadService/{name}", "code": "PERMISSION_DENIED"}
+        assert metrics.registry.get_sample_value("kvtier_rpc_duration_seconds_count", labels) == 1

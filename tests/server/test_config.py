@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from kvtier_server.address import MAX_SOCKET_PATH_BYTES, default_address
-from kvtier_server.config import KNOWN, OPTIONS, ConfigErrors, load_config
+from kvtier_server.config import KNOWN, MAX_FILE_BYTES, OPTIONS, ConfigErrors, load_config
 
 
 def write(folder: Path, text: str) -> Path:
@@ -126,6 +127,19 @@ def test_a_file_that_cannot_be_read_is_one_mistake_among_the_others(tmp_path: Pa
     assert "is not TOML" in mistakes(file=broken)[f" ({broken})"]
     broken.write_bytes(b"\xff\xfe")
     assert "is not TOML" in mistakes(file=broken)[f" ({broken})"]
+
+
+def test_a_file_that_is_none_or_too_large_is_refused_at_once(tmp_path: Path) -> None:
+    fifo, large = tmp_path / "fifo", tmp_path / "large"
+    os.mkfifo(fifo)
+    large.write_bytes(b"#" * (MAX_FILE_BYTES + 1))
+    assert mistakes(file=fifo) == {f" ({fifo})": "is no regular file"}
+    assert mistakes(file=tmp_path) == {f" ({tmp_path})": "is no regular file"}
+    assert mistakes(file=large) == {
+        f" ({large})": f"has more than {MAX_FILE_BYTES} bytes, the most that is read"
+    }
+    large.write_bytes(b"#" * MAX_FILE_BYTES)
+    assert load_config({}, large, {}).limits.engines == 64
 
 
 def test_values_that_are_right_alone_and_wrong_together_are_mistakes() -> None:

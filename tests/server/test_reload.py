@@ -1,0 +1,100 @@
+"""Reloads whose file does not answer; the others are asked of a real daemon (tests/integration)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+from structlog.testing import capture_logs
+
+from kvtier_server import reload
+from kvtier_server.config import Config
+from kvtier_server.metrics import Metrics
+from kvtier_server.reload import Reloads
+
+CONFIG = Config.model_validate({"server": {"address": "unix:///tmp/x.sock"}})
+WAIT_S = 30.0
+
+
+class SlowFile:
+    """Answers when it is let."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+        self.has_answered = threading.Event()
+
+    def read(self) -> Config:
+        self.answers.wait(WAIT_S)
+        self.has_answered.set()
+        return CONFIG
+
+
+@pytest.fixture
+def file() -> Iterator[SlowFile]:
+    slow = SlowFile()
+    yield slow
+    slow.answers.set()
+
+
+def reloads_of(file: SlowFile, metrics: Metrics) -> tuple[Reloads, asyncio.Event]:
+    """Reloads, and what is set at the end of each."""
+    ended = asyncio.Event()
+    return Reloads(CONFIG, file.read, lambda _: None, metrics, on_end=ended.set), ended
+
+
+async def one(reloads: Reloads, ended: asyncio.Event) -> None:
+    ended.clear()
+    reloads.ask()
+    await asyncio.wait_for(ended.wait(), WAIT_S)
+    await asyncio.sleep(0)  # the task itself is over now too
+
+
+def count(metrics: Metrics, result: str) -> float | None:
+    return metrics.registry.get_sample_value("kvtier_config_reloads_total", {"result": result})
+
+
+def test_a_file_that_does_not_answer_fails_the_reload_and_may_answer_the_next(
+    file: SlowFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = Metrics(version="0", limits={})
+
+    async def scenario() -> list[list[str]]:
+        reloads, ended = reloads_of(file, metrics)
+        with capture_logs() as lines:
+            await one(reloads, ended)
+            await one(reloads, ended)
+        assert count(metrics, "failed") == 2
+        assert metrics.registry.get_sample_value("kvtier_config_last_reload_successful") == 0
+        file.answers.set()
+        await asyncio.to_thread(file.has_answered.wait, WAIT_S)
+        monkeypatch.setattr(reload, "READ_S", WAIT_S)
+        while not count(metrics, "unchanged"):  # the thread that was late may need an instant to end
+            await one(reloads, ended)
+        return [line["mistakes"] for line in lines]
+
+    monkeypatch.setattr(reload, "READ_S", 0.01)
+    first, second = asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
+    assert first == ["the file does not answer: it was not read in 0.01 s"]
+    assert second == ["the file does not answer: an earlier reading of it still hangs"]
+    assert metrics.registry.get_sample_value("kvtier_config_last_reload_successful") == 1
+
+
+def test_a_stop_waits_for_no_reading(file: SlowFile) -> None:
+    metrics = Metrics(version="0", limits={})
+
+    async def scenario() -> None:
+        reloads, ended = reloads_of(file, metrics)
+        reloads.ask()
+        reloads.ask()
+        await asyncio.sleep(0)  # it reads now
+        reloads.stop()
+        await asyncio.wait_for(ended.wait(), WAIT_S)
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "none of both goes on"
+
+    asyncio.run(scenario())  # and asyncio.run waits for its own threads
+    (reader,) = [thread for thread in threading.enumerate() if thread.name == "kvtier-reload"]
+    assert reader.daemon
+    assert count(metrics, "failed") == 0
