@@ -92,7 +92,7 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
 
     async def refuse(self, method: str, context: Context, error: Exception) -> None:
         """End a call. Never returns."""
-        short = method.removeprefix("/kvtier.v1.")
+        short = method.removeprefix("/kvtier.v1.").removeprefix("/")
         refused = self._scope.as_refused(short, error)
         peer = context.peer()
         log.warning("call_refused", method=short, peer=peer, reason=refused.reason, why=str(refused))
