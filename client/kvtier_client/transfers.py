@@ -6,15 +6,16 @@ everything that could still copy for it:
     stream breaks, or the daemon is silent   --> stores have failed
                                              --> the gate is ours, or the copy process's lock is free
                                              --> 250 ms more --> loads have failed
-                                             --> or the next session is open: the daemon waits for the copies
-                                                 of the last one before
+                                             --> or the same daemon has opened the next session: it waits for
+                                                 the copies of the last one before
 
 because an engine that has lost the stream in the middle of a load must not use the blocks while bytes may
 still arrive. The gate (`kvtier_ops.locks`) is what makes that end without anybody's answer: a copy process
 that works lets go of it in a moment, one that dies too, and one that has not begun will not. Only one that
 stands still in the middle of a copy keeps a load waiting, and rightly: nobody can tell what it will write
 when it goes on. Of a store nothing is published that was not reported, so that nobody need wait for what it
-still reads.
+still reads. The next session of another daemon says nothing about the copies of the one before: the gate
+stays taken until the processes of that one are gone.
 
 An engine whose session ends, and not the daemon, gets its answers over the stream that it has.
 
@@ -123,6 +124,9 @@ class RemoteCopies:
         ]
         self._stream: _Stream | None = None
         self._last: _Stream | None = None
+        self._others: list[_Stream] = []
+        """The last ones of other daemons: their gates stay until those are gone."""
+        self._others_lock = threading.Lock()
         self._cannot_record = False
         self.on_broken: Callable[[str, str], None] = lambda session_id, reason: None
         """Told when the stream breaks of a session that is still open: only the next session tells when
@@ -134,11 +138,15 @@ class RemoteCopies:
 
     def begin(self, session: SessionInfo, pool_directory: Path) -> None:
         """Register in a session that has opened, in the background; until then no job is taken."""
-        self.end()
+        self._end_stream()
         if self._last is not None:
             if self._last.boot_id == session.boot_id:
-                self._last.release()  # another daemon knows nothing of what this one's copied
-            self._last.close_gate()  # no copy of it begins any more: its session is over
+                self._last.release()
+                self._last.close_gate()  # no copy of it begins any more: its session is over
+            else:  # another daemon knows nothing of what this one's copied, or will copy
+                with self._others_lock:
+                    self._others.append(self._last)
+        self._close_gates_of_the_gone()
         self.problem = ""
         event_handle = self._event.handle if self._event is not None else b""
         self._stream = self._last = _Stream(
@@ -147,9 +155,17 @@ class RemoteCopies:
 
     def end(self) -> None:
         """Take no more jobs: the session is over. Those that were sent are answered all the same."""
+        self._end_stream()
+        self._close_gates_of_the_gone()
+
+    def _end_stream(self) -> None:
         if self._stream is not None:
             self._stream.take_no_more()
             self._stream = None
+
+    def _close_gates_of_the_gone(self) -> None:
+        with self._others_lock:
+            self._others = [stream for stream in self._others if not stream.close_gate_if_alone()]
 
     @property
     def ready(self) -> bool:
@@ -157,7 +173,10 @@ class RemoteCopies:
         return self._stream is not None and self._stream.ready
 
     def submit(self, job: Job, kind: JobKind, verify: bool, done: DoneListener) -> bool:
-        """Have a job copied; False if that cannot be, and nothing was taken."""
+        """Have a job copied; False if that cannot be, and nothing was taken.
+
+        Raises ValueError or TypeError for a job that no message can hold; nothing was taken then either.
+        """
         stream = self._stream
         if stream is None or not stream.has_room:
             return False
@@ -208,12 +227,14 @@ class _Stream:
         threading.Thread(target=self._run, name="kvtier-transfers", daemon=True).start()
 
     def submit(self, job: Job, kind: JobKind, verify: bool, wait_value: int, done: DoneListener) -> bool:
+        """As `RemoteCopies.submit`. Raises ValueError or TypeError for a job that no message can hold."""
         with self._changed:
             if not self.has_room:
                 return False
             self._last_id += 1
+            request = _request_of(job, kind, verify, wait_value, self._last_id)  # or it raises, and no job is
             self._sent[self._last_id] = _Sent(job, kind, done)
-            self._outbox.put(_request_of(job, kind, verify, wait_value, self._last_id))
+            self._outbox.put(request)
             self._changed.notify_all()
         return True
 
@@ -229,8 +250,13 @@ class _Stream:
     def take_no_more(self) -> None:
         with self._changed:
             self._open = False
-            self._outbox.put(None)
+            self._end_requests_if_over()
             self._changed.notify_all()
+
+    def _end_requests_if_over(self) -> None:
+        """With the lock held: say nothing more after the last answer; until then the daemon is asked."""
+        if not self._open and not self._sent:
+            self._outbox.put(None)
 
     def release(self) -> None:
         """Note that nothing is copied any more for the session: the next one is open."""
@@ -240,6 +266,17 @@ class _Stream:
         """Let go of the gate: the session is over for the daemon too, and no copy of it begins."""
         if self._gate is not None:
             self._gate.close()
+
+    def close_gate_if_alone(self) -> bool:
+        """Let go of the gate if no process is left that could copy; False while there is one."""
+        if self._gate is not None:
+            try:
+                if not owner_lock_is_free(self._pool_directory, self._lock_file):
+                    return False
+            except PoolError:  # the daemon's lock has no proper name: nothing will prove its end
+                return False
+            self._gate.close()
+        return True
 
     def _run(self) -> None:
         channel = None
@@ -274,8 +311,7 @@ class _Stream:
                 with self._changed:
                     self._changed.wait_for(lambda: not self._open, REGISTER_PAUSE_S)
             else:
-                self._take_registration(answer)
-                return True
+                return self._take_registration(answer)
         return False
 
     def _refused(self, failure: RpcFailure) -> None:
@@ -283,15 +319,24 @@ class _Stream:
             self._owner.problem = failure.details
             self._owner.on_refused(failure.details)
 
-    def _take_registration(self, answer: transfer_pb2.RegisterMemoryResponse) -> None:
-        self._lock_file = answer.lock_file
-        self._max_sent = answer.max_jobs or MAX_SENT
+    def _take_registration(self, answer: transfer_pb2.RegisterMemoryResponse) -> bool:
+        """Take jobs from now on; False if the session is over meanwhile, and nothing is kept."""
+        gate = None
         if answer.gate_file:
             try:
-                self._gate = CopyGate.open(self._pool_directory, answer.gate_file)
+                gate = CopyGate.open(self._pool_directory, answer.gate_file)
             except (OSError, PoolError) as error:
                 logger.warning("the gate of the copies cannot be opened: %s", error)
-        self._memory_id = answer.memory_id
+        with self._changed:
+            if self._open:
+                self._lock_file = answer.lock_file
+                self._max_sent = answer.max_jobs or MAX_SENT
+                self._gate = gate
+                self._memory_id = answer.memory_id
+                return True
+        if gate is not None:
+            gate.close()  # no job was sent that it could keep out
+        return False
 
     def _read(self, stub: transfer_pb2_grpc.TransferServiceStub) -> None:
         self._waits = True
@@ -302,6 +347,7 @@ class _Stream:
                 with self._changed:
                     self._unanswered = 0
                     sent = self._sent.pop(answer.job_id, None)
+                    self._end_requests_if_over()
                 if sent is not None:
                     sent.done(_copied(sent.job, answer))  # raises nothing: a job must end
             self._waits = False
@@ -313,6 +359,7 @@ class _Stream:
         finally:
             with self._changed:
                 self._has_ended = True
+                self._outbox.put(None)
                 self._changed.notify_all()
 
     def _watch(self, call: grpc.Call) -> None:

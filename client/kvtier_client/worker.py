@@ -141,6 +141,8 @@ class WorkerShim(ClientListener):
         self._jobs: dict[JobId, _Progress] = {}
         self._finished: list[JobResult] = []
         self._pool: MappedPool | None = None
+        self._pool_use = threading.Lock()
+        """Held while the tensors hear of a pool, which may take long. Taken before `_changed`."""
         self._untold: deque[_Progress] = deque(maxlen=MAX_UNTOLD_JOBS)
         self._num_refused = 0
 
@@ -202,7 +204,8 @@ class WorkerShim(ClientListener):
             self._remote.end()
         self._fail_queued()
         self._threads.close()
-        self._tensors.use_pool(None, pin=False)
+        with self._pool_use:
+            self._tensors.use_pool(None, pin=False)
 
     def take_refusals(self) -> int:
         """Return how often the daemon has refused to copy since the last call; the engine copies then."""
@@ -220,23 +223,28 @@ class WorkerShim(ClientListener):
             "slowly: %s",
             reason,
         )
-        if pool is not None:
-            self._tensors.use_pool(pool, pin=True)
+        with self._pool_use:
+            with self._changed:
+                is_in_use = pool is not None and pool is self._pool and not self._closed
+            if is_in_use:
+                self._tensors.use_pool(pool, pin=True)
 
     # The client's listener, on the client's threads
 
     def on_attached(self, session: SessionInfo) -> None:
         """Copy into this session's pool from now on. A running copy keeps the pool that it began with."""
-        self._tensors.use_pool(session.pool, pin=self._remote is None)
-        with self._changed:
-            self._pool = session.pool
-            untold = [
-                progress
-                for progress in self._untold
-                if session.pool is not None and progress.job.pool_id == session.pool.pool_id
-            ]
-            self._untold.clear()
-        if self._remote is not None and session.pool is not None:
+        with self._pool_use:
+            if not self._closed:
+                self._tensors.use_pool(session.pool, pin=self._remote is None)
+            with self._changed:
+                self._pool = session.pool
+                untold = [
+                    progress
+                    for progress in self._untold
+                    if session.pool is not None and progress.job.pool_id == session.pool.pool_id
+                ]
+                self._untold.clear()
+        if self._remote is not None and session.pool is not None and not self._closed:
             self._remote.begin(session, session.pool.path.parent)
         for progress in untold:
             # The scheduler was attached before this rank was: the daemon waits for the ends of these.
@@ -274,21 +282,33 @@ class WorkerShim(ClientListener):
             progress.failures = [uncopied] * len(job.slot_ids)
             progress.checksums = [0] * len(job.slot_ids)
             self._jobs[job.job_id] = progress
-            if pool is not None:
-                progress.copies = self._plan(job)
-                if not progress.copies:
-                    progress.failures = [CopyFailure.ERROR] * len(job.slot_ids)
-            if pool is not None and progress.copies and self._submit_remote(progress):
+            if pool is not None and self._begin_copies(progress, pool):
                 return
-            if pool is not None and progress.copies and self._mark(progress):
-                tasks = [
-                    CopyTask(job.job_id, kind, partial(self._run, progress, pool, piece))
-                    for piece in self._pieces(progress.copies)
-                ]
-                progress.tasks_left = len(tasks)
-                if self._queue(tasks):
-                    return
         self._end(progress)
+
+    def _begin_copies(self, progress: _Progress, pool: MappedPool) -> bool:
+        """Have a job copied, by the daemon or the threads; False where nobody does, and it has failed."""
+        job = progress.job
+        try:
+            progress.copies = self._plan(job)
+            if not progress.copies:
+                progress.failures = [CopyFailure.ERROR] * len(job.slot_ids)
+                return False
+            if self._submit_remote(progress):
+                return True
+            if not self._mark(progress):
+                return False
+            tasks = [
+                CopyTask(job.job_id, progress.kind, partial(self._run, progress, pool, piece))
+                for piece in self._pieces(progress.copies)
+            ]
+        except Exception:
+            logger.exception("job %d cannot be copied; this is a bug of whoever made it", job.job_id)
+            progress.failures = [CopyFailure.ERROR] * len(job.slot_ids)
+            progress.is_remote = False
+            return False
+        progress.tasks_left = len(tasks)
+        return self._queue(tasks)
 
     def _submit_remote(self, progress: _Progress) -> bool:
         """Have the daemon copy; False where it cannot."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +25,27 @@ from kvtier_client.context import ReqContext
 from kvtier_client.jobs import JobId, JobResult, LoadJob, StoreJob
 from kvtier_client.transfers import RemoteCopies
 from kvtier_client.worker import WorkerShim
-from kvtier_ops.host import HostTensors
+from kvtier_ops.host import Bytes, HostTensors
 from kvtier_ops.ipc import SharedAllocation, export_shared
 from kvtier_ops.layout import GroupLayout, TensorLayout
+from kvtier_ops.locks import CopyGate
+from kvtier_ops.pool import MappedPool
 
 PAGE_BYTES = 4096
 NUM_BLOCKS = 32
 POOL_BYTES = 256 * PAGE_BYTES
+
+
+class RecordingTensors(HostTensors):
+    """Notes which pools it is to use."""
+
+    def __init__(self, blocks: Bytes) -> None:
+        super().__init__([[blocks]])
+        self.pools: list[tuple[MappedPool | None, bool]] = []
+        """Pool and whether to pin it, in the order of the calls."""
+
+    def use_pool(self, pool: MappedPool | None, *, pin: bool) -> None:
+        self.pools.append((pool, pin))
 
 
 class RemoteRank(BlockClient):
@@ -41,7 +58,8 @@ class RemoteRank(BlockClient):
         handle = export_shared(self.memory, 0, NUM_BLOCKS * PAGE_BYTES, PAGE_BYTES, NUM_BLOCKS)
         self.remote = RemoteCopies(address, [[handle]])
         layout = GroupLayout((TensorLayout("rows", PAGE_BYTES),), 1)
-        self.shim = WorkerShim(self.worker, HostTensors([[self.blocks]]), [layout], 1, 0, remote=self.remote)
+        self.tensors = RecordingTensors(self.blocks)
+        self.shim = WorkerShim(self.worker, self.tensors, [layout], 1, 0, remote=self.remote)
         self._job_ids = iter(range(1, 1_000))
 
     def prepared_store(self, numbers: range, block_ids: list[int]) -> StoreJob:
@@ -313,3 +331,158 @@ def test_a_load_ends_when_its_copy_does_though_no_session_ever_follows(
         assert not rank.result(load).ok
         owners.unlink()
         aside.rename(owners)
+
+
+def open_gates(daemon: DaemonProcess) -> list[str]:
+    """Gates of a daemon that this process has open."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            continue
+    return [link for link in links if link.startswith(f"{daemon.pool_directory}/gates/")]
+
+
+def test_a_copy_that_a_dead_daemon_left_behind_writes_nothing_after_its_load_has_ended(
+    start_daemon: StartDaemon,
+) -> None:
+    first = start_daemon(pool_bytes=POOL_BYTES)
+    with remote_rank(first) as rank:
+        rank.blocks[:4] = 7
+        rank.store_all(range(4), [0, 1, 2, 3])
+        load = rank.prepared_load(range(4), [8, 9, 10, 11])
+        helper = helper_pid(first)
+        os.kill(helper, signal.SIGSTOP)
+        try:
+            rank.shim.submit_load(load)
+            wait_until(lambda: first.status().copy_devices[0].jobs == 1, "the daemon has the job")
+            assert first.status().copy_devices[0].jobs == 1, "and has passed it on"
+            first.kill()
+            assert not rank.result(load.job_id).ok, "nothing is copied, and the blocks are the engine's"
+            start_daemon(pool_bytes=POOL_BYTES, address=first.address)
+            rank.wait_attached()
+            wait_until(lambda: rank.remote.ready, "another daemon copies for it")
+            rank.blocks[8:12] = 99
+        finally:
+            os.kill(helper, signal.SIGCONT)
+        wait_until(lambda: state_of(helper) in ("", "Z"), "the process of the dead one is gone")
+        assert (rank.blocks[8:12] == 99).all()
+        assert len(open_gates(first)) == 1
+        session = rank.worker.session
+        assert session is not None
+        rank.worker.reattach(session.session_id, "a test")
+        wait_until(lambda: not open_gates(first), "the gate of the dead one is closed")
+
+
+def test_copies_that_outlive_their_session_are_waited_for_as_long_as_the_daemon_answers(
+    start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "PING_S", 0.1)
+    stall = Stall(tmp_path, "copy_engine.before_chunk")
+    daemon = start_daemon(pool_bytes=POOL_BYTES, env=stall.env)
+    with remote_rank(daemon) as rank:
+        rank.blocks[:4] = 7
+        rank.store_all(range(4), [0, 1, 2, 3])
+        load = hung_load(rank, stall)
+        stream, session = rank.remote._stream, rank.worker.session
+        assert stream is not None
+        assert session is not None
+        rank.worker.reattach(session.session_id, "a test")
+        wait_until(lambda: rank.remote._stream is not stream, "the session has ended")
+        patience_ends = time.monotonic() + 3 * transfers.MAX_UNANSWERED * transfers.PING_S
+        wait_until(lambda: stream._has_ended or time.monotonic() > patience_ends, "its patience ends")
+        assert not stream._has_ended
+        stall.let_go()
+        assert rank.result(load).ok
+        assert (rank.blocks[8:12] == 7).all()
+        wait_until(lambda: stream._has_ended, "the stream ends with its last answer")
+
+
+def test_a_refusal_pins_no_pool_that_is_not_in_use_any_more(
+    start_daemon: StartDaemon,
+) -> None:
+    first = start_daemon(pool_bytes=POOL_BYTES)
+    rank = RemoteRank(first.address)
+    rank.memory.close()  # so that the daemon refuses
+
+    class AttachMeanwhile(logging.Filter):
+        has_begun = is_over = False
+
+        def filter(self, record: logging.LogRecord) -> bool:
+            """When the worker says that it was refused, another daemon takes the place of the first one."""
+            if not self.has_begun and "cannot copy for this engine" in record.getMessage():
+                self.has_begun = True
+                pools = [pool for pool, _ in rank.tensors.pools]
+                first.kill()
+                start_daemon(pool_bytes=POOL_BYTES, address=first.address)
+                wait_until(lambda: rank.tensors.pools[-1][0] not in pools, "another pool is attached")
+                self.is_over = True
+            return True
+
+    meanwhile = AttachMeanwhile()
+    logger = logging.getLogger("kvtier_client.worker")
+    logger.addFilter(meanwhile)
+    try:
+        with rank:
+            wait_until(lambda: meanwhile.is_over, "it was refused")
+            rank.wait_attached()
+            second = rank.pool
+            wait_until(lambda: (second, True) in rank.tensors.pools, "the second one refuses too")
+            wait_until(
+                lambda: sum(thread.name == "kvtier-transfers" for thread in threading.enumerate()) == 0,
+                "nobody registers any more",
+            )
+            used = [pool for pool, _ in rank.tensors.pools]
+            assert all(pool is second for pool in used[used.index(second) :])
+            rank.shim.close()
+            rank.remote.on_refused("too late")
+            assert rank.tensors.pools[-1] == (None, False)
+    finally:
+        logger.removeFilter(meanwhile)
+
+
+def test_a_session_that_ends_while_its_memory_is_registered_leaves_no_gate_open(
+    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    rank = RemoteRank(daemon.address)
+    opened: list[CopyGate] = []
+    open_gate = CopyGate.open
+
+    def open_late(directory: Path, name: str) -> CopyGate:
+        """Return the first one when the next session has begun."""
+        opened.append(open_gate(directory, name))
+        if len(opened) == 1:
+            stream, session = rank.remote._stream, rank.worker.session
+            assert session is not None
+            rank.worker.reattach(session.session_id, "a test")
+            wait_until(lambda: rank.remote._stream not in (None, stream), "the next session")
+            return opened[0]
+        return opened[-1]
+
+    monkeypatch.setattr(CopyGate, "open", open_late)
+    with rank:
+        wait_until(lambda: len(opened) == 2 and rank.remote.ready, "the daemon copies for it")
+        wait_until(lambda: len(open_gates(daemon)) == 1, "only the gate of the open session is left")
+        rank.store_all(range(4), [0, 1, 2, 3])
+    rank.shim.close()
+    rank.memory.close()
+
+
+@pytest.mark.parametrize("wrong", [{"block_ids": (8, 9, 10, 1 << 32)}, {"keys": ("a", "b", "c", "d")}])
+def test_a_job_that_no_message_can_hold_fails_and_the_next_one_succeeds(
+    start_daemon: StartDaemon, wrong: dict[str, tuple[int | str, ...]]
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    with remote_rank(daemon) as rank:
+        rank.blocks[:4] = 7
+        rank.store_all(range(4), [0, 1, 2, 3])
+        job = replace(rank.prepared_load(range(4), [8, 9, 10, 11]), **wrong)  # type: ignore[arg-type]
+        rank.shim.submit_load(job)
+        rank.shim.wait([job.job_id])
+        (ended,) = rank.shim.get_finished()
+        assert not ended.ok
+        assert ended.failures == {"error": 4}
+        assert rank.result(rank.load(range(4), [8, 9, 10, 11])).ok
+        assert (rank.blocks[8:12] == 7).all()

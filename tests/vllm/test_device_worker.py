@@ -24,7 +24,9 @@ from tests.stall import Stall
 from tests.vllm.device_rank import POOL_BYTES, DeviceRank
 
 from kvtier_client import transfers
-from kvtier_client.vllm.tensors import UnsupportedTensors
+from kvtier_client.tls import TlsFiles
+from kvtier_client.vllm.paths import choose_path
+from kvtier_client.vllm.tensors import BoundTensors, UnsupportedTensors
 from kvtier_ops.ipc import MemoryHandle
 
 
@@ -179,6 +181,18 @@ def test_who_insists_on_cuda_ipc_hears_at_the_start_why_it_cannot_be(start_daemo
         DeviceRank(daemon.address, device, transfer="cuda_ipc")
     with pytest.raises(UnsupportedTensors, match=r"they are in host memory; use \"auto\" or \"shm\""):
         DeviceRank(daemon.address, device, transfer="cuda_ipc", on_device=False)
+    device.close()
+
+
+def test_the_daemon_copies_for_an_engine_that_reaches_it_with_certificates() -> None:
+    device = SharedDevice()
+    bound = BoundTensors(((device.tensor(8, 4096),),), ())
+    tls = TlsFiles("ca.pem", "cert.pem", "key.pem")
+    path = choose_path("auto", bound, "kvtier.example:8443", tls, device)
+    assert path.remote is not None
+    assert path.problem == ""
+    with pytest.raises(UnsupportedTensors, match="with certificates"):
+        choose_path("cuda_ipc", bound, "kvtier.example:8443", None, device)
     device.close()
 
 

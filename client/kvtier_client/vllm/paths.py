@@ -57,7 +57,7 @@ def choose_path(
     if transfer == "shm":
         return Path(tensors)
     try:
-        remote = RemoteCopies(parse_address(address), bound.export(device), device.compute_event(), tls)
+        remote = RemoteCopies(parse_address(address, tls), bound.export(device), device.compute_event(), tls)
     except HandleError as error:
         if transfer == "cuda_ipc":
             raise UnsupportedTensors(f'transfer: "cuda_ipc" is not possible: {error}') from error
@@ -68,6 +68,8 @@ def choose_path(
         )
         return Path(tensors, problem=str(error))
     except Exception as error:
+        if transfer == "cuda_ipc":
+            raise UnsupportedTensors(f'transfer: "cuda_ipc" is not possible: {error}') from error
         # Of torch or a driver: it must not keep the engine from starting.
         logger.warning(
             "kvtier: this worker's KV cache could not be exported, so the engine copies through shared "

@@ -229,13 +229,14 @@ class RegisterMemoryResponse(_message.Message):
     """Names the registration in Transfer."""
     lock_file: _builtins.str
     """Lock file of the process that copies, like AttachRequest.lock_file: who has lost the stream during a load
-    may not use its blocks before this lock is free, or the one of gate_file is its own, or a new session is
-    attached.
+    may not use its blocks before this lock is free, or the one of gate_file is its own, or a new session of the
+    same daemon (boot_id) is attached.
     """
     gate_file: _builtins.str
     """File in `gates` of the pool's directory, which the process that copies holds shared (flock) while it copies
     for this registration. Who has lost the stream takes it alone: nothing is copied from then on, whatever is
-    with the daemon. Keep it until a new session is attached.
+    with the daemon. Keep it until a new session of the same daemon (boot_id) is attached, or the lock
+    of lock_file is free.
     """
     max_jobs: _builtins.int
     """Jobs that one stream may have under way; more wait, unread."""
@@ -259,7 +260,8 @@ Global___RegisterMemoryResponse: _TypeAlias = RegisterMemoryResponse  # noqa: Y0
 @_typing.final
 class TransferRequest(_message.Message):
     """One job. The first message of a stream has job_id 0 and only opens it. Later ones with job_id 0 are answered
-    at once, whatever is under way: who hears nothing then has a daemon that stands still.
+    at once, whatever is under way, and also when the session is over: who hears nothing then has a daemon that
+    stands still.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

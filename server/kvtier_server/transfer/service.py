@@ -322,12 +322,13 @@ class TransferService:
             async for raw in requests:
                 request = pb.TransferRequest.FromString(raw)
                 await self._make_room(stream, is_job=bool(request.job_id))
+                if not request.job_id:
+                    # Whatever has become of the session: its copies may still run, and are waited for.
+                    stream.answers.put_nowait(pb.TransferResponse(ok=True))
+                    continue
                 session = self._session(request.session_id)
                 self._core.transfers.check_worker(session)
-                if request.job_id:
-                    self._begin(session, request, stream)
-                else:
-                    stream.answers.put_nowait(pb.TransferResponse(ok=True))
+                self._begin(session, request, stream)
         finally:
             stream.is_read = True
             if not stream.jobs:
