@@ -88,7 +88,8 @@ class CopyResult:
     nbytes: int
     """Bytes that the job names; 0 where it failed."""
     seconds: float
-    """From its begin to its end, without the time in the queue; 0 where it never began."""
+    """Time spent copying: without the queue, the copies before it, and the wait for the engine's compute; 0
+    where it failed."""
 
 
 @dataclass(slots=True)
@@ -118,10 +119,14 @@ class Admitted:
 
 @dataclass(slots=True)
 class _Lane:
-    """One direction: its queue and whether its thread is to end."""
+    """One direction: its queue, and what of it is under way."""
 
     ready: threading.Condition
     jobs: deque[Admitted] = field(default_factory=deque)
+    begun: dict[int, float] = field(default_factory=dict)
+    """When each job under way was begun, by id; on a device it may still be behind others."""
+    ended: float = 0.0
+    """When the last job under way ended; the next one had the device from then on."""
 
 
 class CopyEngine(ABC):
@@ -138,7 +143,6 @@ class CopyEngine(ABC):
         self._ended = threading.Condition(self._lock)
         self._finished: list[CopyResult] = []
         self._unfinished: set[int] = set()
-        self._begun: dict[int, float] = {}
         self._memories: dict[int, Memory] = {}
         self._lanes = {direction: _Lane(threading.Condition(self._lock)) for direction in Direction}
         self._threads: list[threading.Thread] = []
@@ -161,13 +165,15 @@ class CopyEngine(ABC):
         return self._broken
 
     def oldest_s(self) -> float:
-        """Return for how many seconds the oldest job that has begun is under way; 0 where there is none.
+        """Return for how many seconds a direction is at the job that it has begun; 0 where there is none.
 
-        A job has no deadline here: a device that waits for the event of an engine that hangs cannot be told
-        to stop. Whoever owns this process ends it instead.
+        The wait for the engine's compute is included, the jobs of the direction before it are not. A job has
+        no deadline here: a device that waits for the event of an engine that hangs cannot be told to stop.
+        Whoever owns this process ends it instead.
         """
         with self._lock:
-            return time.monotonic() - min(self._begun.values()) if self._begun else 0.0
+            since = [max(min(lane.begun.values()), lane.ended) for lane in self._lanes.values() if lane.begun]
+            return time.monotonic() - min(since) if since else 0.0
 
     def open_memory(
         self,
@@ -333,7 +339,7 @@ class CopyEngine(ABC):
                 if not lane.jobs:
                     return
                 admitted = lane.jobs.popleft()
-                self._begun[admitted.job.job_id] = time.monotonic()
+                lane.begun[admitted.job.job_id] = time.monotonic()
             if self._broken:
                 self._finish(admitted, self._broken)
                 continue
@@ -353,7 +359,7 @@ class CopyEngine(ABC):
 
     def _finish(self, admitted: Admitted, message: str = "", seconds: float = 0.0) -> None:
         """Report the end of a job; with a message it has failed."""
-        memory, job_id = admitted.memory, admitted.job.job_id
+        memory, job_id, lane = admitted.memory, admitted.job.job_id, self._lanes[admitted.job.direction]
         with self._lock:
             memory.unfinished -= 1
             is_last = memory.closing and memory.unfinished == 0
@@ -362,7 +368,8 @@ class CopyEngine(ABC):
         nbytes = 0 if message else admitted.fragments.total_bytes
         with self._lock:
             self._unfinished.discard(job_id)
-            self._begun.pop(job_id, None)
+            if lane.begun.pop(job_id, None) is not None:
+                lane.ended = time.monotonic()
             self._finished.append(CopyResult(job_id, not message, message, nbytes, seconds))
             self._ended.notify_all()
 
@@ -447,8 +454,8 @@ class HostCopyEngine(CopyEngine):
             remove_orphan(handle)
 
     def _copy(self, admitted: Admitted) -> None:
-        began = time.monotonic()
         self._await_compute(admitted)
+        began = time.monotonic()
         self._move(admitted)
         self._finish(admitted, seconds=time.monotonic() - began)
 

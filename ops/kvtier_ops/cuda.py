@@ -80,8 +80,10 @@ class _UnderWay:
     """A job that the device has."""
 
     admitted: Admitted
-    began: float
-    event: int
+    began: int
+    """The event between the wait for the engine's compute and the first copy."""
+    ended: int
+    """The event behind the last copy."""
     held: tuple[object, ...]
     """What the device reads until the job ends."""
 
@@ -262,23 +264,33 @@ class CudaCopyEngine(CopyEngine):
         self._on_thread[direction].use()
 
     def _copy(self, admitted: Admitted) -> None:
-        began = time.monotonic()
         way = admitted.job.direction
         stream = self._streams[way]
         work = assign_means(admitted.fragments, self._means, self.pinned.ready_bytes, self.pinned.boundaries)
+        events: list[int] = []
         try:
             if admitted.memory.event:
                 self._runtime.streamWaitEvent(stream, admitted.memory.event, 0)
+            self._record(stream, events)
             held = self._give(work, way, stream)
-            event = self._runtime.eventCreateWithFlags(
-                self._runtime.eventBlockingSync | self._runtime.eventDisableTiming
-            )
-            self._runtime.eventRecord(event, stream)
+            self._record(stream, events)
         except Exception:
             # Some of the job may be under way: it must not be reported while its bytes still move.
             self._settle(stream)
+            self._destroy(*events)
             raise
-        self._under_way[way].put(_UnderWay(admitted, began, int(event), held))
+        began, ended = events
+        self._under_way[way].put(_UnderWay(admitted, began, ended, held))
+
+    def _record(self, stream: int, events: list[int]) -> None:
+        """Record an event with its time on the stream, and append it."""
+        events.append(int(self._runtime.eventCreateWithFlags(self._runtime.eventBlockingSync)))
+        self._runtime.eventRecord(events[-1], stream)
+
+    def _destroy(self, *events: int) -> None:
+        for event in events:
+            with contextlib.suppress(self._runtime.CUDARuntimeError):
+                self._runtime.eventDestroy(event)
 
     def _settle(self, stream: int) -> None:
         try:
@@ -348,18 +360,18 @@ class CudaCopyEngine(CopyEngine):
         """Wait, without the GIL, for each job's event in the order of the stream, and report it."""
         self._runtime.setDevice(self._device)
         while (given := self._under_way[way].get()) is not None:
-            message = ""
+            message, seconds = "", 0.0
             try:
-                self._runtime.eventSynchronize(given.event)
-                self._runtime.eventDestroy(given.event)
+                self._runtime.eventSynchronize(given.ended)
+                seconds = self._runtime.eventElapsedTime(given.began, given.ended) / 1e3
             except self._runtime.CUDARuntimeError as error:
                 # An error that shows here is the context's, and every later call has it too.
                 message = f"the context is lost: {error}"
                 self._break(message)
-            seconds = time.monotonic() - given.began
+            self._destroy(given.began, given.ended)
             admitted = given.admitted
             del given  # its staging memory is free before the job is reported
-            self._finish(admitted, message, 0.0 if message else seconds)
+            self._finish(admitted, message, seconds)
 
 
 class _Allocations:

@@ -133,6 +133,8 @@ def cuda_registrar(device: int) -> Registrar:
         check(runtime.cudaHostRegister(address, nbytes, HOST_REGISTER_FLAGS))
 
     def unregister(address: int) -> None:
+        # Without it a thread that has not chosen a device makes a context on the first one.
+        check(runtime.cudaSetDevice(device))
         check(runtime.cudaHostUnregister(address))
 
     return Registrar(register, unregister)

@@ -116,7 +116,7 @@ class Metrics:
         )
         duration = Histogram(
             "kvtier_transfer_duration_seconds",
-            "Time of one rank's copies of one job.",
+            "Time of one rank's copies of one job; the daemon's without waits in queues and for compute.",
             labels,
             buckets=TRANSFER_BUCKETS_S,
             registry=self.registry,

@@ -289,6 +289,43 @@ def test_a_helper_that_dies_fails_its_jobs_and_the_next_one_knows_all_memory(
     assert helper_pid(daemon) != helper
 
 
+def test_where_no_helper_can_be_begun_any_more_engines_are_told_that_they_have_to_copy_themselves(
+    start_daemon: StartDaemon, make_transfer: MakeTransfer
+) -> None:
+    daemon = start_daemon(pool_bytes=POOL_BYTES)
+    own = make_transfer(daemon)
+    own.fill([0], 9)
+    own.store(to_keys([61]), [0])
+    found = own.engine.lookup(to_keys([61]), lease_id=own.engine.new_lease_id())
+    helper = helper_pid(daemon)
+    hidden = daemon.pool_file.rename(daemon.pool_file.with_name("hidden"))  # a helper cannot map it
+    os.kill(helper, signal.SIGKILL)
+
+    def load() -> None:
+        for _ in range(1000):  # until the end of the helper, and of the one that cannot be begun, is seen
+            assert list(own.copy(LOAD, found.slot_ids, found.generations, [1]).failures) == [
+                tpb.TRANSFER_FAILURE_ERROR
+            ]
+
+    refused = refusal(load)
+    assert refused.reason == "BAD_REQUEST"
+    assert "has not registered it" in refused.message
+    refused = refusal(own.register)
+    assert refused.reason == "CUDA_IPC_IMPORT"
+    assert "copies through shared memory" in refused.message
+    hidden.rename(daemon.pool_file)
+    wait_until(lambda: registers(own), "a later helper can be begun")
+
+
+def registers(own: TransferEngine) -> bool:
+    """Try to register memory; tell whether the daemon has opened it."""
+    try:
+        own.register()
+    except grpc.RpcError:
+        return False
+    return True
+
+
 def test_a_device_that_this_machine_lacks_is_refused_with_the_reason(
     daemon: DaemonProcess, make_transfer: MakeTransfer
 ) -> None:

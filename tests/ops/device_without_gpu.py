@@ -39,6 +39,12 @@ class Memory(bytearray):
         return ctypes.addressof((ctypes.c_char * len(self)).from_buffer(self))
 
 
+class Event(threading.Event):
+    """An event with the time of the device's clock at which a stream came to it."""
+
+    at_ms = 0.0
+
+
 class Stream:
     """Does what it is given, in order, on a thread."""
 
@@ -69,7 +75,7 @@ class Runtime:
 
     CUDARuntimeError = CUDARuntimeError
     memcpyHostToDevice, memcpyDeviceToHost = 1, 2  # noqa: N815 - cupy's names
-    eventBlockingSync, eventDisableTiming = 1, 2  # noqa: N815
+    eventBlockingSync = 1  # noqa: N815
     streamNonBlocking = 1  # noqa: N815
     cudaDevAttrCanUseHostPointerForRegisteredMem, cudaDevAttrMaxPitch = 91, 11  # noqa: N815
 
@@ -82,6 +88,8 @@ class Runtime:
         self.registered: dict[int, int] = {}
         self.streams: dict[int, Stream] = {}
         self.events: dict[int, threading.Event] = {}
+        self.clock_ms = 0.0
+        """The device's clock: a plain copy takes a second, and a wait for another's event an hour."""
         self.copies: list[str] = []
         self.fail_copy_number = -1
         self.lost = False
@@ -113,15 +121,27 @@ class Runtime:
     def streamWaitEvent(self, stream: int, event: int, flags: int) -> None:  # noqa: N802
         assert flags == 0
         waited = self.events[event]
-        self.streams[stream].give(lambda: self._await(waited))
+        self.streams[stream].give(lambda: self._pass(3_600_000.0, partial(self._await, waited)))
         self.told_to_wait.release()
 
     def eventCreateWithFlags(self, flags: int) -> int:  # noqa: N802
-        assert flags == self.eventBlockingSync | self.eventDisableTiming
-        return self._keep(self.events, threading.Event())
+        assert flags == self.eventBlockingSync, "with its time"
+        return self._keep(self.events, Event())
 
     def eventRecord(self, event: int, stream: int) -> None:  # noqa: N802
-        self.streams[stream].give(self.events[event].set)
+        recorded = self.events[event]
+        assert isinstance(recorded, Event)
+
+        def record() -> None:
+            recorded.at_ms = self.clock_ms
+            recorded.set()
+
+        self.streams[stream].give(record)
+
+    def eventElapsedTime(self, first: int, second: int) -> float:  # noqa: N802
+        events = self.events[first], self.events[second]
+        assert all(isinstance(event, Event) and event.is_set() for event in events)
+        return events[1].at_ms - events[0].at_ms  # type: ignore[attr-defined, no-any-return]
 
     def eventSynchronize(self, event: int) -> None:  # noqa: N802
         self._await(self.events[event])
@@ -156,9 +176,8 @@ class Runtime:
         del self.registered[address]
 
     def memcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:  # noqa: N802
-        self._copy(
-            "plain", target, source, nbytes, kind, stream, partial(ctypes.memmove, target, source, nbytes)
-        )
+        move = partial(self._pass, 1000.0, partial(ctypes.memmove, target, source, nbytes))
+        self._copy("plain", target, source, nbytes, kind, stream, move)
 
     def memcpy2DAsync(  # noqa: N802
         self,
@@ -200,6 +219,11 @@ class Runtime:
         assert len(pieces) <= 1, "a copy names one registered piece only"
         self.copies.append(what)
         self.streams[stream].give(move)
+
+    def _pass(self, ms: float, work: Work) -> None:
+        """Do what takes so long by the device's clock."""
+        work()
+        self.clock_ms += ms
 
     def _keep(self, where: dict[int, Thing], thing: Thing) -> int:
         self._number += 1

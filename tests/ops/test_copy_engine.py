@@ -4,15 +4,17 @@ import os
 import random
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from tests.ops.copy_jobs import RandomMemory, copy_slowly, random_copies, random_memory
 
-from kvtier_ops import faults
+from kvtier_ops import copy_engine, faults
 from kvtier_ops.copy_engine import CopyEngineBroken, CopyJob, CopyResult, HostCopyEngine
 from kvtier_ops.fragments import CopyRefused, Direction, PlacedCopy
 from kvtier_ops.ipc import HandleError, MemoryHandle, MemoryKind, SharedAllocation, export_shared
@@ -227,6 +229,37 @@ def test_a_copy_waits_until_the_engines_compute_has_come_to_its_value(
         engine.close_memory(1)
         (closed,) = wait_for(engine, 1)
         assert "closed" in closed.message, "memory that is closed waits for nothing"
+    finally:
+        timeline.close()
+
+
+def test_a_jobs_time_is_that_of_its_copies_without_the_wait_for_compute(
+    engine: HostCopyEngine, memory_of: Callable[[int], SharedAllocation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    waits = threading.Semaphore(0)
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += 100
+        waits.release()
+        time.sleep(seconds)
+
+    def copy() -> None:
+        nonlocal now
+        now += 3
+
+    timeline = SharedTimeline()
+    try:
+        engine.open_memory(1, [handles_of(memory_of(2048))], [LAYOUT], timeline.handle)
+        value = timeline.record()
+        monkeypatch.setattr(copy_engine, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+        faults.arm("copy_engine.before_chunk", copy)
+        engine.submit(replace(job(1, Direction.STORE, 0), wait_value=value))
+        assert waits.acquire(timeout=WAIT_S)
+        timeline.reach(value)
+        (result,) = wait_for(engine, 1)
+        assert result.seconds == 3
     finally:
         timeline.close()
 

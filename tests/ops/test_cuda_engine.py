@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import pytest
 from tests.ops.copy_jobs import copy_slowly, random_copies, random_memory
 from tests.ops.device_without_gpu import DEVICE_UUID, WAIT_S, Bindings, Cupy, Driver, Runtime
 
-from kvtier_ops import cuda
+from kvtier_ops import copy_engine, cuda
 from kvtier_ops.copy_engine import CopyEngineBroken, CopyJob, CopyResult
 from kvtier_ops.cuda import CudaCopyEngine
 from kvtier_ops.fragments import CopyRefused, Direction, Means, PlacedCopy
@@ -148,6 +149,46 @@ def test_a_copy_begins_after_the_engines_event(engine: CudaCopyEngine, runtime: 
     recorded.set()
     assert all(result.ok for result in wait_for(engine, 2))
     assert (pool[:128] == 5).all()
+
+
+def test_a_jobs_time_is_its_copies_without_the_wait_for_compute_and_the_jobs_before_it(
+    runtime: Runtime, pool: Bytes
+) -> None:
+    engine = open_engine(pool, Means(kernel_below_bytes=0, max_pitch_bytes=0))  # each block a plain copy
+    recorded = runtime.events_of_others[EVENT] = threading.Event()
+    engine.open_memory(1, [[export(runtime, np.zeros(1024, np.uint8))]], [LAYOUT], EVENT)
+    engine.open_memory(2, [[export(runtime, np.zeros(1024, np.uint8))]], [LAYOUT])
+    engine.submit(job(1, Direction.STORE, 0, 2))
+    assert runtime.told_to_wait.acquire(timeout=WAIT_S)
+    engine.submit(job(2, Direction.STORE, 0, 2, 4, part=4096, memory_id=2))
+    recorded.set()
+    results = wait_for(engine, 2)
+    assert [(result.job_id, result.seconds) for result in results] == [(1, 2.0), (2, 3.0)]
+    assert engine.close(WAIT_S)
+
+
+def test_the_job_under_way_is_as_old_as_the_end_of_the_one_before_it(
+    engine: CudaCopyEngine, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(copy_engine, "time", SimpleNamespace(monotonic=lambda: now))
+    events = [threading.Event(), threading.Event()]
+    for index, event in enumerate(events):
+        name = bytes([index]) * 64
+        runtime.events_of_others[name] = event
+        engine.open_memory(index, [[export(runtime, np.zeros(1024, np.uint8))]], [LAYOUT], name)
+        engine.submit(job(index, Direction.STORE, index, part=4096 * index, memory_id=index))
+        assert runtime.told_to_wait.acquire(timeout=WAIT_S)
+    now += 25
+    assert engine.oldest_s() == 25, "the wait for compute is the job's"
+    events[0].set()
+    assert [result.job_id for result in wait_for(engine, 1)] == [0]
+    now += 10
+    assert engine.oldest_s() == 10
+    events[1].set()
+    wait_for(engine, 1)
+    assert engine.oldest_s() == 0
+    monkeypatch.undo()  # closing looks at the clock
 
 
 def test_closing_waits_with_the_mapping_for_the_last_job(engine: CudaCopyEngine, runtime: Runtime) -> None:

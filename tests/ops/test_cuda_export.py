@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -101,9 +102,11 @@ class Runtime(ModuleType):
         super().__init__("cuda.bindings.runtime")
         self.registered: dict[int, int] = {}
         self.devices: list[int] = []
+        self._thread = threading.local()
 
     def cudaSetDevice(self, device: int) -> tuple[int]:  # noqa: N802
         self.devices.append(device)
+        self._thread.device = device
         return (0,)
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> tuple[int]:  # noqa: N802
@@ -114,6 +117,7 @@ class Runtime(ModuleType):
         return (0,)
 
     def cudaHostUnregister(self, address: int) -> tuple[int]:  # noqa: N802
+        assert self._thread.device == 3, "the thread that closes may have another device, or none"
         del self.registered[address]
         return (0,)
 

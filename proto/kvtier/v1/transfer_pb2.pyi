@@ -373,7 +373,7 @@ class TransferResponse(_message.Message):
     bytes: _builtins.int
     """Bytes copied."""
     seconds: _builtins.float
-    """Time spent copying."""
+    """Time spent copying: without the time in the queue, of the jobs before it, and of the wait for wait_value."""
     @_builtins.property
     def failed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indexes of slots that failed."""

@@ -141,7 +141,6 @@ class Completions:
             found = self._reservation(instance, slot_id, generation, part)
             if isinstance(found, Reservation) and (slot_id, part) in self._books.being_written:
                 # Its copy is not over: what it reports cannot be true, and the slot cannot be let go.
-                self._books.counts["store:premature"] += 1
                 found = ItemStatus.UNKNOWN
             if isinstance(found, Reservation):
                 found = self._take_part(found, part, key, checksum, index in failed)

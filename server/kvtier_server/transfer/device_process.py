@@ -5,11 +5,13 @@ thread; what takes long runs in tasks of its own, which the end of a call does n
 does is `helper.py`'s.
 
 A job that fails because the helper died does so after the process is gone: until then it might still write.
+What comes between the helper's kill and its end fails at once, and a new helper is begun only after it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
@@ -22,6 +24,7 @@ import structlog
 
 from kvtier_ops.helper_lines import relay_lines
 from kvtier_server.transfer.wire import (
+    ALIVE_S,
     HANG_S,
     LAYOUT,
     LENGTH_BYTES,
@@ -46,6 +49,10 @@ START_S = 30.0
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 """Bounds of the pause after a start that failed; it doubles with each that fails again."""
+
+GRACE_S = ALIVE_S
+"""What a helper may take once more after it was too late by this process's clock: where this process stood
+still itself, the answer lies in the socket already."""
 
 POLL_S = 0.02
 """Between two looks whether a process that was ended is gone."""
@@ -75,7 +82,7 @@ class DeviceProcess:
         """Begin nothing yet. `device`: its UUID in hex, or HOST_DEVICE.
 
         `lock_fds`: what the helper holds until it ends. `on_lost` is told of memory that a new helper could
-        not open again.
+        not open again, and of all memory where none could be begun.
         """
         self.device = device
         self._pool_path = pool_path
@@ -86,6 +93,9 @@ class DeviceProcess:
         self._start: asyncio.Task[_Life] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._registers: dict[int, Register] = {}
+        """The memory that is open, for the next helper."""
+        self._registering: set[int] = set()
+        """The memory that is being opened, and is still wanted."""
         self._pause_s = FIRST_PAUSE_S
         self._begin_after = 0.0
         self._last_failure = ""
@@ -96,9 +106,11 @@ class DeviceProcess:
     @property
     def state(self) -> str:
         """What it does: "serving", "starting", or why there is no helper."""
-        if self._life is not None and not self._life.has_ended:
-            return "serving"
-        return "starting" if self._start is not None else self._last_failure or "ended"
+        if self._start is not None:
+            return "starting"
+        if self._life is None or self._life.has_ended:
+            return self._last_failure or "ended"
+        return "was killed, and is not gone yet" if self._life.is_killed else "serving"
 
     @property
     def pinned_bytes(self) -> int:
@@ -112,15 +124,24 @@ class DeviceProcess:
 
     async def register(self, register: Register) -> None:
         """Open memory, also if the caller stops waiting. Raises HelperLost, ImportFailed."""
+        self._registering.add(register.memory_id)
         await asyncio.shield(self._task(self._register(register)))
 
     async def _register(self, register: Register) -> None:
-        life = await self._alive()
-        await life.register(register)
-        self._registers[register.memory_id] = register
+        memory_id = register.memory_id
+        try:
+            life = await self._alive()
+            await life.register(register)
+            if memory_id in self._registering:
+                self._registers[memory_id] = register
+            else:
+                life.tell(Unregister(memory_id))  # given up meanwhile
+        finally:
+            self._registering.discard(memory_id)
 
     def unregister(self, memory_id: int) -> None:
-        """Close memory. Its jobs have ended."""
+        """Close memory, also what is being opened. Its jobs have ended."""
+        self._registering.discard(memory_id)
         if self._registers.pop(memory_id, None) is not None and self._life is not None:
             self._life.tell(Unregister(memory_id))
 
@@ -136,9 +157,10 @@ class DeviceProcess:
         """Return the helper, a new one with all that was registered if it has died. Raises HelperLost."""
         if self._closed:
             raise HelperLost("the daemon is stopping, or nobody used the device any more")
-        if self._life is not None and not self._life.has_ended:
-            return self._life
         if self._start is None:
+            if self._life is not None and not self._life.has_ended:
+                self._life.raise_if_killed()
+                return self._life
             if time.monotonic() < self._begin_after:
                 raise HelperLost(self._last_failure)
             self._start = self._task(self._begin())
@@ -147,19 +169,29 @@ class DeviceProcess:
     async def _begin(self) -> _Life:
         self.num_restarts += self._life is not None
         try:
-            life = await _Life.begin(self.device, self._pool_path, self._pool_id, self._lock_fds)
+            # Known before it works: what is closed meanwhile is closed in it too; none is begun beside it.
+            life = self._life = await _Life.begin(self.device, self._pool_path, self._pool_id, self._lock_fds)
+            await life.wait_ready()
             for memory_id in list(self._registers):
                 await self._open_again(life, memory_id)
         except HelperLost as error:
             self._last_failure = str(error)
             self._begin_after = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            self._lose_all()
             raise
         finally:
             self._start = None
         self._pause_s = FIRST_PAUSE_S
-        self._life = life
         return life
+
+    def _lose_all(self) -> None:
+        """Give up what was open: nobody has it open now, and engines that are told copy by themselves."""
+        lost, self._registers = list(self._registers), {}
+        if lost:
+            log.warning("memory_lost", device=self.device, memory=lost, why=self._last_failure)
+        for memory_id in lost:
+            self._on_lost(memory_id)
 
     async def _open_again(self, life: _Life, memory_id: int) -> None:
         register = self._registers.get(memory_id)
@@ -216,7 +248,10 @@ class _Life:
         self._jobs: dict[int, asyncio.Future[Done]] = {}
         self._next_job_id = 1
         self._closing = False
+        self.is_killed = False
+        """Whether it is to end, or has: it takes nothing any more."""
         self.has_ended = False
+        """Whether the process is gone."""
         self.said = Alive(0, "")
         """What it said last of itself."""
         self._problem = ""
@@ -225,7 +260,7 @@ class _Life:
 
     @classmethod
     async def begin(cls, device: str, pool_path: str, pool_id: int, lock_fds: tuple[int, ...]) -> _Life:
-        """Start a process and wait until it works. Raises HelperLost."""
+        """Start a process; see `wait_ready`. Raises HelperLost."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         settings = {
             "device": device,
@@ -250,30 +285,48 @@ class _Life:
             theirs.close()
         relay_lines(process.stderr, lambda said: log.warning("copy_process_said", device=device, text=said))
         reader, writer = await asyncio.open_connection(sock=ours)
-        life = cls(device, process, reader, writer)
-        await life._in_time(life._ready)
-        log.info("copy_process", device=device, pid=process.pid)
-        return life
+        return cls(device, process, reader, writer)
+
+    async def wait_ready(self) -> None:
+        """Wait until it works. Raises HelperLost."""
+        await self._in_time(self._ready)
+        log.info("copy_process", device=self._device, pid=self._process.pid)
 
     async def _in_time(self, future: asyncio.Future[None]) -> None:
-        """Wait for an answer; a helper that does not give it in START_S is ended. Raises HelperLost."""
+        """Wait for an answer; a helper that does not give it in START_S is killed. Raises HelperLost."""
         await asyncio.wait([future], timeout=START_S)
+        await asyncio.wait([future], timeout=GRACE_S)
         if not future.done():
-            self._process.kill()
+            self._kill()
+            raise HelperLost(f"it gave no answer for {START_S:.0f} s")
         await future
 
+    def _kill(self) -> None:
+        """End the process, which may take as long as the driver holds it; `has_ended` tells."""
+        self.is_killed = True
+        self._process.kill()
+
+    def raise_if_killed(self) -> None:
+        """Raise HelperLost if it takes nothing any more."""
+        if self.has_ended:
+            raise HelperLost("it has ended")
+        if self.is_killed:
+            raise HelperLost("it was killed, and is not gone yet")
+
     def tell(self, message: Unregister) -> None:
-        if not self.has_ended:
+        if not self.is_killed:
             self._writer.write(pack(message))
 
     async def register(self, register: Register) -> None:
         """Open memory. Raises HelperLost, ImportFailed."""
+        self.raise_if_killed()
         future = self._registering[register.memory_id] = asyncio.get_running_loop().create_future()
         self._send(register)
         await self._in_time(future)
 
     async def run(self, job: Job) -> Done:
         """Run a job under a number of its own: ids of several streams may be equal. Raises HelperLost."""
+        self.raise_if_killed()
         own_id, self._next_job_id = self._next_job_id, self._next_job_id + 1
         future = self._jobs[own_id] = asyncio.get_running_loop().create_future()
         self._send(job._replace(job_id=own_id))
@@ -281,28 +334,33 @@ class _Life:
         return done._replace(job_id=job.job_id)
 
     def _send(self, message: Message) -> None:
-        if self.has_ended:
-            raise HelperLost("it has ended")
         self._writer.write(pack(message))
 
     async def _read_to_the_end(self) -> None:
         try:
             while True:
-                # It says that it is there every few seconds, if nothing else.
-                async with asyncio.timeout(HANG_S):
-                    length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "little")
-                    body = await self._reader.readexactly(length)
-                self._take(unpack(body))
+                length = int.from_bytes(await self._read(LENGTH_BYTES), "little")
+                self._take(unpack(await self._read(length)))
         except TimeoutError:
             log.warning("copy_process_hangs", device=self._device, pid=self._process.pid, seconds=HANG_S)
         except (asyncio.IncompleteReadError, OSError):
             pass
         except Exception:
             log.exception("copy_process_misunderstood", device=self._device)
-        self._process.kill()
+        self._kill()
         while self._process.poll() is None:  # noqa: ASYNC110 - there is nothing to wait on
             await asyncio.sleep(POLL_S)
         self._ended()
+
+    async def _read(self, count: int) -> bytes:
+        """Read so many bytes. Raises TimeoutError where it says nothing: it says that it is there every few
+        seconds, if nothing else.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HANG_S):
+                return await self._reader.readexactly(count)
+        async with asyncio.timeout(GRACE_S):
+            return await self._reader.readexactly(count)
 
     def _ended(self) -> None:
         """Fail whoever waits: the process is gone."""
@@ -341,7 +399,7 @@ class _Life:
         self._writer.close()
         for kills in (False, True):
             if kills:
-                self._process.kill()
+                self._kill()
             give_up_at = time.monotonic() + timeout_s / 2
             while self._process.poll() is None and time.monotonic() < give_up_at:  # noqa: ASYNC110
                 await asyncio.sleep(POLL_S)

@@ -240,15 +240,21 @@ class Helper:
             _end_badly()
 
     def _watch(self) -> None:
-        """Say now and then that nothing hangs; end the process if something does, and its jobs with it."""
+        """Say now and then that nothing hangs; end the process if something does, and its jobs with it.
+
+        Two looks must say so: the first one after the whole process stood still counts that time too.
+        """
+        hung_before = False
         while True:
             time.sleep(ALIVE_S)
             since = self._taking_since
             taking_s = 0.0 if since is None else time.monotonic() - since
-            if max(taking_s, self._engine.oldest_s()) > HANG_S:
+            hangs = max(taking_s, self._engine.oldest_s()) > HANG_S
+            if hangs and hung_before:
                 with contextlib.suppress(OSError):
                     print("a copy hangs", file=sys.stderr)  # noqa: T201 - the daemon's log
                 os._exit(HUNG_STATUS)
+            hung_before = hangs
             self.send(Alive(self._engine.pinned_bytes, self._engine.pin_problem))
 
     def _finish(self, running: _Running, result: CopyResult, memory: _Memory | None) -> None:
