@@ -62,6 +62,10 @@ class RemoteRank(BlockClient):
         self.shim = WorkerShim(self.worker, self.tensors, [layout], 1, 0, remote=self.remote)
         self._job_ids = iter(range(1, 1_000))
 
+    def may_store(self, key: bytes) -> bool:
+        """Tell whether a store would be granted."""
+        return bool(self.scheduler.prepare_store(ReqContext("may-store", None), [key]).slot_ids)
+
     def prepared_store(self, numbers: range, block_ids: list[int]) -> StoreJob:
         """Make a job that stores blocks as chunks."""
         keys = [chunk_key(number) for number in numbers]
@@ -465,6 +469,7 @@ def test_a_session_that_ends_while_its_memory_is_registered_leaves_no_gate_open(
     with rank:
         wait_until(lambda: len(opened) == 2 and rank.remote.ready, "the daemon copies for it")
         wait_until(lambda: len(open_gates(daemon)) == 1, "only the gate of the open session is left")
+        wait_until(lambda: rank.may_store(chunk_key(99)), "the scheduler has attached again too")
         rank.store_all(range(4), [0, 1, 2, 3])
     rank.shim.close()
     rank.memory.close()
