@@ -218,7 +218,7 @@ def test_without_a_daemon_both_say_how_to_start_one(kvtier: Kvtier, tmp_path: Pa
     missing = f"unix://{tmp_path}/none.sock"
     refused = kvtier(command, "--address", missing)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == f"kvtier: no daemon at {missing}; start one: kvtier serve\n"
+    assert refused.stderr == f"kvtier: no daemon at {missing}; start one: kvtier serve --address {missing}\n"
 
 
 @pytest.mark.parametrize("command", ["status", "health"])
@@ -249,6 +249,7 @@ def test_a_daemon_that_hangs_is_down_after_the_timeout(kvtier: Kvtier, server: S
     [
         (grpc.StatusCode.UNIMPLEMENTED, 1, "compare the versions: kvtier version"),
         (grpc.StatusCode.UNAVAILABLE, 2, "is going away: said the test"),
+        (grpc.StatusCode.PERMISSION_DENIED, 2, "refuses: PERMISSION_DENIED: said the test"),
         (grpc.StatusCode.INTERNAL, 1, "refuses: INTERNAL: said the test"),
     ],
 )
