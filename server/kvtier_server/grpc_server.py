@@ -157,7 +157,7 @@ def _bind(server: grpc.aio.Server, listener: _Listener) -> str:
     except RuntimeError as error:
         if path is None and _is_in_use(address):
             message = f"{listener.setting} {address} is in use; choose another (who has it: ss -ltnp)"
-            raise StartError(message, 1) from error
+            raise StartError(message, 1, listener.setting) from error
         raise StartError(f"cannot listen on {address}: {error}; choose another address", 1) from error
     finally:
         os.umask(previous)

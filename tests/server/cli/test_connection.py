@@ -52,6 +52,14 @@ def test_the_default_address_needs_no_option_to_start_at(kvtier: Kvtier) -> None
     assert kvtier("status").stderr.endswith("; start one: kvtier serve\n")
 
 
+def test_serve_names_the_environment_that_gave_a_taken_address(kvtier: Kvtier, daemon: DaemonProcess) -> None:
+    refused = kvtier("serve", "--name", "other", KVTIER_ADDRESS=daemon.address)
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("choose another --address (server.address from KVTIER_ADDRESS)\n")
+    typed = kvtier("serve", "--name", "other", "--address", daemon.address)
+    assert typed.stderr.endswith("choose another --address\n")
+
+
 @pytest.fixture
 def page() -> Iterator[str]:
     """Something that speaks HTTP/1.1 and nothing else, as the page of metrics does."""

@@ -150,11 +150,11 @@ def test_who_copies_and_how_far_the_pool_is_pinned_are_shown(kvtier: Kvtier, ser
         memories=8,
         jobs=3,
         pinned_bytes=1 << 30,
-        problem="64 bytes of the pool at 1073741824 cannot be registered: check `ulimit -l`; it is the limit of the user",
+        problem="64 bytes of the pool at 1073741824 cannot be registered: check `ulimit -l` of the user",
     )
     server.admin.status.copy_devices.add(device="host", state="it cannot be begun: no memory")
     shown = kvtier("status", "--address", server.address).stdout
-    problem = "  64 bytes of the pool at 1073741824 cannot be registered: check `ulimit -l`; it is the limit of the user"
+    problem = "  64 bytes of the pool at 1073741824 cannot be registered: check `ulimit -l` of the user"
     assert problem in shown.splitlines(), "no line is broken off a terminal"
     as_one_line = " ".join(shown.split())
     assert "copied by cuda_ipc" in as_one_line
