@@ -41,15 +41,15 @@ def socket_path(address: str) -> Path | None:
     return Path(address.removeprefix(UNIX_PREFIX)) if address.startswith(UNIX_PREFIX) else None
 
 
-def parse_host_port(text: str) -> tuple[str, int]:
+def parse_host_port(text: str, example_port: int = 9470) -> tuple[str, int]:
     """Split `host:port` or `[v6]:port`. Port 0 = any free one. Raise AddressError."""
     host, colon, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise AddressError(f"{text!r} is ambiguous; write an IPv6 address as [::1]:9471")
+        raise AddressError(f"{text!r} is ambiguous; write an IPv6 address as [::1]:{example_port}")
     if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise AddressError(f"{text!r} is not host:port; for example 127.0.0.1:9471")
+        raise AddressError(f"{text!r} is not host:port; for example 127.0.0.1:{example_port}")
     return host, int(port)
 
 
@@ -66,23 +66,36 @@ def is_remote(address: str) -> bool:
     return socket_path(address) is None and not is_loopback(parse_host_port(address)[0])
 
 
+def parse_address(address: str) -> Path | tuple[str, int]:
+    """Return a unix socket's absolute path, or host and port. Raise AddressError, which names a slip."""
+    path = socket_path(address)
+    if path is not None:
+        if not path.is_absolute() or path.name in ("", ".."):
+            raise AddressError(f"{address!r} is no address; {_ABSOLUTE}")
+        return path
+    if "://" in address:
+        raise AddressError(
+            f"{address!r} is a URL, and the service speaks gRPC at host:port; for example 127.0.0.1:9470"
+        )
+    rest = address.removeprefix("unix:")
+    if rest.startswith("/"):
+        raise AddressError(f"{address!r} is no address; did you mean {UNIX_PREFIX}{rest}?")
+    if rest != address or "/" in address:
+        raise AddressError(f"{address!r} is no address; {_ABSOLUTE}")
+    return parse_host_port(address)
+
+
+_ABSOLUTE = f"write an absolute path: {UNIX_PREFIX}/run/kvtier/kvtier.sock"
+
+
 def check_listen_address(address: str) -> None:
     """Raise AddressError unless a daemon can listen there: a short unix socket path, or host:port.
 
     Whether it may, where other machines reach it, depends on [tls].
     """
-    path = socket_path(address)
-    if path is None:
-        if address.startswith("unix:"):
-            raise AddressError(
-                f"{address!r} must name an absolute path; for example unix:///run/kvtier/kvtier.sock"
-            )
-        parse_host_port(address)
+    path = parse_address(address)
+    if not isinstance(path, Path):
         return
-    if not path.is_absolute() or path.name in ("", ".."):
-        raise AddressError(
-            f"{address!r} must name an absolute path; for example unix:///run/kvtier/kvtier.sock"
-        )
     size = len(os.fsencode(path))
     if size > MAX_SOCKET_PATH_BYTES:
         raise AddressError(

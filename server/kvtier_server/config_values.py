@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from kvtier_ops.directory import PoolDirectoryError, default_pool_directory
 from kvtier_server.address import AddressError, check_listen_address, parse_host_port, socket_path
+from kvtier_server.policies.loader import check_policy_name
 from kvtier_server.units import UnitError, exact_bytes, exact_duration, parse_bytes, parse_duration
 
 
@@ -82,7 +83,7 @@ def _check_admin_address(address: str) -> str:
 
 def _check_metrics_address(address: str) -> str:
     if address:
-        parse_host_port(address)
+        parse_host_port(address, example_port=9471)
     return address
 
 
@@ -98,6 +99,8 @@ _POLICY = re.compile(r"[a-z][a-z0-9_]*|[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 def _check_policy(policy: str) -> str:
     if not _POLICY.fullmatch(policy):
         raise ValueError(f'{policy!r} is neither a policy\'s name ("lru", "arc") nor "package.module:Class"')
+    if ":" not in policy:  # a class of somebody else is imported by the daemon alone
+        check_policy_name(policy)
     return policy
 
 

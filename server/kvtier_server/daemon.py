@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
@@ -68,10 +68,10 @@ FLUSH_POLL_S = 0.01
 """Between two looks at what goes down while the daemon stops."""
 
 
-def run(config: Config, reread: Callable[[], Config]) -> int:
+def run(config: Config, reread: Callable[[], Config], given: Mapping[str, str]) -> int:
     """Serve in the foreground until SIGTERM, SIGINT or a Drain. Returns the exit code of `kvtier serve`.
 
-    `reread` reads the configuration's sources again, for SIGHUP.
+    `reread` reads the configuration's sources again, for SIGHUP. `given`: where each setting is from.
     """
     limiter = logs.setup(config.server.log_level, config.server.log_format)
     hangups = Hangups()
@@ -80,16 +80,23 @@ def run(config: Config, reread: Callable[[], Config]) -> int:
     try:
         daemon = Daemon(config, reread, hangups)
     except StartError as error:
-        print(f"kvtier serve: {error}", file=sys.stderr)  # noqa: T201 for the person at the terminal
+        _tell(error, given)
         return error.exit_code
     try:
         asyncio.run(daemon.serve(limiter))
     except StartError as error:
-        print(f"kvtier serve: {error}", file=sys.stderr)  # noqa: T201
+        _tell(error, given)
         return error.exit_code
     finally:
         daemon.close()
     return 0
+
+
+def _tell(error: StartError, given: Mapping[str, str]) -> None:
+    """Say to the person at the terminal why it does not start, and whether the environment is why."""
+    kind, _, variable = given.get(error.setting, "").partition(" ")
+    origin = f" ({error.setting} from {variable})" if kind == "environment" else ""
+    print(f"kvtier serve: {error}{origin}", file=sys.stderr)  # noqa: T201
 
 
 class Daemon:
@@ -102,7 +109,7 @@ class Daemon:
         self.boot_id = secrets.token_hex(8)
         self._socket_locks = [SocketLock.of(config.server.address)]
         if config.server.admin_address:
-            self._socket_locks.append(SocketLock.of(config.server.admin_address))
+            self._socket_locks.append(SocketLock.of(config.server.admin_address, "server.admin_address"))
         self._pool = open_pool(config)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tiers = make_tiers(config, self._pool, self._on_tier_finished)

@@ -10,8 +10,10 @@ Owns the sockets' modes, the message limit, and who is let in where. Handlers ar
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,7 +24,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvtier_server.access import Gatekeeper, Identify
-from kvtier_server.address import is_remote, socket_path
+from kvtier_server.address import is_remote, parse_host_port, socket_path
 from kvtier_server.callers import ENGINES, Caller, CertificateHolders
 from kvtier_server.certificates import Certificates
 from kvtier_server.config import Config
@@ -45,6 +47,7 @@ log = structlog.get_logger("kvtier.grpc")
 class _Listener:
     """One place to listen at. `identify`: how callers are told apart there, None = all may do everything."""
 
+    setting: str
     address: str
     credentials: grpc.ServerCredentials | None = None
     identify: Identify | None = None
@@ -123,18 +126,18 @@ def _listeners(config: Config, certificates: Certificates | None) -> list[_Liste
 
     local = _engines if server.admin_address else None
 
-    def tcp(address: str) -> _Listener:
-        return _Listener(address, credentials, local if credentials is None else by_certificate)
+    def tcp(setting: str, address: str) -> _Listener:
+        return _Listener(setting, address, credentials, local if credentials is None else by_certificate)
 
     listeners = []
     if socket_path(server.address) is None:
-        listeners.append(tcp(server.address))
+        listeners.append(tcp("server.address", server.address))
     else:
-        listeners.append(_Listener(server.address, identify=local))
+        listeners.append(_Listener("server.address", server.address, identify=local))
     if server.tcp_address:
-        listeners.append(tcp(server.tcp_address))
+        listeners.append(tcp("server.tcp_address", server.tcp_address))
     if server.admin_address:
-        listeners.append(_Listener(server.admin_address))
+        listeners.append(_Listener("server.admin_address", server.admin_address))
     return listeners
 
 
@@ -157,9 +160,25 @@ def _bind(server: grpc.aio.Server, listener: _Listener) -> str:
             port = server.add_secure_port(address, listener.credentials)
         return f"{address.rpartition(':')[0]}:{port}"
     except RuntimeError as error:
+        if path is None and _is_in_use(address):
+            message = f"{listener.setting} {address} is in use; choose another (who has it: ss -ltnp)"
+            raise StartError(message, 1, listener.setting) from error
         raise StartError(f"cannot listen on {address}: {error}; choose another address", 1) from error
     finally:
         os.umask(previous)
+
+
+def _is_in_use(address: str) -> bool:
+    """Tell whether somebody listens at a TCP address: gRPC's error does not say."""
+    host, port = parse_host_port(address)
+    try:
+        for family, kind, protocol, _, where in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC: only listeners count
+                trial.bind(where)
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def raise_file_limit() -> int:

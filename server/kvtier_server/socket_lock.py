@@ -17,9 +17,11 @@ from kvtier_server.address import socket_path
 class StartError(Exception):
     """The daemon cannot start; the message says why and what to type. `exit_code` is the process's."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int, setting: str = "") -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.setting = setting
+        """The address that is taken, by its dotted path; "" where it is something else."""
 
 
 class SocketLock:
@@ -30,7 +32,7 @@ class SocketLock:
         self._fd = fd
 
     @classmethod
-    def of(cls, address: str) -> SocketLock:
+    def of(cls, address: str, setting: str = "server.address") -> SocketLock:
         """Lock a unix socket's address, making its directory (0700); addresses of TCP need none."""
         path = socket_path(address)
         if path is None:
@@ -59,7 +61,9 @@ class SocketLock:
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(fd)
             raise StartError(
-                f"the daemon with pid {holder} listens on {address}; stop it or choose another --address", 1
+                f"the daemon with pid {holder} listens on {address}; stop it or choose another --address",
+                1,
+                setting,
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

@@ -74,7 +74,8 @@ class Tracing:
             from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
         except ImportError as error:
             raise StartError(
-                f"otel.endpoint needs OpenTelemetry ({error}): pip install 'kvtier[server,otel]'",
+                f"otel.endpoint needs OpenTelemetry ({error}); run in kvtier's directory: "
+                "pip install '.[server,otel]'",
                 2,
             ) from error
         from kvtier_server.span_export import SpanQueue

@@ -297,6 +297,25 @@ def test_commands_reach_the_daemon_by_options_and_by_the_environment(
     assert "--tls-cert (or KVTIER_TLS_CERT) is missing" in half.stderr
 
 
+def test_a_certificate_or_an_authority_that_is_not_the_right_one_is_told_in_one_line(
+    served: DaemonProcess, issued: dict[str, Issued], tmp_path: Path
+) -> None:
+    address = f"localhost:{served.tcp_port}"
+    for command in ("health", "status"):
+        unknown = kvtier(command, "--address", address, *issued["stranger"].options())
+        assert unknown.returncode == 2
+        assert "PERMISSION_DENIED" in unknown.stderr
+    other = CertificateAuthority(tmp_path / "other").issue("ops")
+    ops = issued["ops"]
+    distrusted = kvtier("health", "--address", address, *Issued(other.ca, ops.cert, ops.key).options())
+    said = f"kvtier: --tls-ca: {other.ca} does not vouch for the daemon at {address}"
+    assert distrusted.stderr.startswith(said)
+    refused = kvtier("health", "--address", address, *Issued(ops.ca, other.cert, other.key).options())
+    assert "it may refuse your certificate" in refused.stderr
+    for each in (unknown, distrusted, refused):
+        assert (each.returncode, len(each.stderr.splitlines())) == (2, 1), each.stderr
+
+
 def presented(port: int, issued: Issued) -> bytes:
     """The certificate that a new connection is shown."""
     context = ssl.create_default_context(cafile=issued.ca)
@@ -467,8 +486,8 @@ def test_a_port_that_is_taken_ends_the_start_and_is_named(served: DaemonProcess,
     config = f'[server]\ntcp_address = "localhost:{served.tcp_port}"\n'
     with DaemonProcess(tmp_path, config=config) as daemon:
         assert daemon.launch().wait() == 1
-        assert f"cannot listen on localhost:{served.tcp_port}" in daemon.log_text()
-        assert "choose another address" in daemon.log_text()
+        said = f"server.tcp_address localhost:{served.tcp_port} is in use; choose another"
+        assert f"{said} (who has it: ss -ltnp)" in daemon.log_text()
 
 
 def test_what_a_caller_claims_is_not_repeated_at_length(

@@ -210,7 +210,7 @@ def without_opentelemetry(tmp_path: Path) -> dict[str, str]:
 def test_without_the_extra_an_endpoint_ends_the_start_with_what_to_install(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path, config=otel(1), env=without_opentelemetry(tmp_path)) as daemon:
         assert daemon.launch().wait() == 2
-        assert "pip install 'kvtier[server,otel]'" in daemon.log_text()
+        assert "pip install '.[server,otel]'" in daemon.log_text()
         assert "Traceback" not in daemon.log_text()
 
 

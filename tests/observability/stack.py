@@ -45,6 +45,10 @@ SHOW_EVERY_S = 15.0
 POLL_S = 1.0
 
 
+class DaemonEnded(Exception):
+    """The daemon has ended, and with it what is shown."""
+
+
 class Stack:
     """All of it. On leaving, every process has ended and the pool is removed."""
 
@@ -86,9 +90,11 @@ class Stack:
         return [self.daemon.pid, self.prometheus.pid, *self.load.pids()]
 
     def ask(self) -> None:
-        """Ask every query of the dashboard. Raises AssertionError if a part has ended."""
+        """Ask every query of the dashboard. Raises DaemonEnded, AssertionError if another part has ended."""
+        code = self.daemon.exit_code()
+        if code is not None:
+            raise DaemonEnded(f"the daemon has ended (exit code {code}); the stack ends")
         assert not self.load.trouble, self.load.trouble
-        assert self.daemon.exit_code() is None, f"the daemon has ended:\n{self.daemon.log_text()}"
         for query in dashboard.queries():
             found = self.prometheus.query(query.filled(RATE_WINDOW, self.shown_range))
             if found:
@@ -128,9 +134,10 @@ def with_unit(value: float, unit: str) -> str:
 
 def say_where(stack: Stack) -> None:
     """Print where everything is, and what to look at."""
+    address = stack.daemon.address
     lines = (
         f"daemon      {stack.daemon.address}",
-        f"            kvtier status --address {stack.daemon.address}",
+        f"            try: kvtier status --address {address}; kvtier admin sessions --address {address}",
         f"pool        {stack.daemon.pool_directory}",
         f"metrics     http://127.0.0.1:{stack.daemon.metrics_port}/metrics",
         f"Prometheus  {stack.prometheus.address}, with /alerts",
@@ -188,6 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NoPrometheus as error:
         print(f"make stack: {error}", file=sys.stderr)
         return 2
+    except DaemonEnded as error:
+        print(f"make stack: {error}", file=sys.stderr)
+        return 1
     for query in unanswered:
         print(f"no answer to {query.panel}: {query.expression}", file=sys.stderr)
     print("everything has ended, the pool is removed", flush=True)

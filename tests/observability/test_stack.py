@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +110,31 @@ def test_ctrl_c_ends_every_process_and_removes_the_pool() -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.timeout(120)
+def test_the_stack_ends_with_its_daemon_and_says_so() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.observability.stack"],
+        env=child_environment(),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(7)]
+        (pool,) = [Path(line.split()[1]) for line in said if line.startswith("pool ")]
+        started = descendants(process.pid)
+        lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in started}
+        daemon = min(pid for pid, line in lines.items() if b"serve" in line)
+        os.kill(daemon, signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert told == "make stack: the daemon has ended (exit code 0); the stack ends\n"
+    wait_until(lambda: not any(state_of(pid) for pid in started), "nothing of it runs")
+    assert not pool.exists()
+
+
 def test_a_stack_that_ends_too_early_says_which_queries_have_no_answer() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "tests.observability.stack", "--seconds", "1"],

@@ -154,12 +154,35 @@ def test_values_that_are_right_alone_and_wrong_together_are_mistakes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("policy", "problem"),
+    [
+        ("arcc", "no policy is called 'arcc', did you mean 'arc'?"),
+        ("fifo", "write arc, lru, or package.module:ClassName"),
+        ("package.module:", "neither a policy's name"),
+    ],
+)
+def test_a_policy_that_there_is_not_is_refused_with_all_other_mistakes(policy: str, problem: str) -> None:
+    found = mistakes({"pool.policy": policy, "pool.bytes": "1"})
+    assert problem in found["pool.policy (--policy)"]
+    assert "pool.bytes (--pool-bytes)" in found
+
+
+def test_a_policy_of_somebody_else_is_not_imported_while_the_settings_are_read() -> None:
+    assert (
+        load_config({"pool.policy": "no_such.module:Policy"}, None, {}).pool.policy == "no_such.module:Policy"
+    )
+
+
+@pytest.mark.parametrize(
     ("address", "problem"),
     [
         ("unix:///" + "x" * MAX_SOCKET_PATH_BYTES, f"{MAX_SOCKET_PATH_BYTES + 1} bytes"),
         ("unix://" + "/ü" * 40, "120 bytes"),
         ("unix://relative.sock", "absolute"),
         ("unix:relative.sock", "absolute"),
+        ("/tmp/x.sock", "did you mean unix:///tmp/x.sock?"),
+        ("unix:/tmp/x.sock", "did you mean unix:///tmp/x.sock?"),
+        ("http://127.0.0.1:9470", "is a URL"),
         ("unix:///", "absolute"),
         ("0.0.0.0:9470", "needs mTLS: set tls.certificate_file"),
         ("node7:9470", "or a loopback address such as 127.0.0.1:9470"),

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from kvtier_server import __version__
 from kvtier_server.cli import (
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"kvtier: {error.name} is missing, this installation is for engines only; "
-            "run: pip install 'kvtier[server]'",
+            "run in kvtier's directory: pip install '.[server]'",
             file=sys.stderr,
         )
         return 2
@@ -96,6 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class GroupedParser(argparse.ArgumentParser):
     """The parser of `kvtier` itself: its help lists the commands by what they are for."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2; a command that is nearly one is answered with that."""
+        typed = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
+        if typed is not None:
+            import difflib
+
+            close = difflib.get_close_matches(typed[1], COMMANDS, n=1)
+            if close:
+                message = f"{typed[1]!r} is no command; did you mean {close[0]!r}?"
+        super().error(message)
 
     def format_help(self) -> str:
         """Return usage, commands by group, options, and the first things to type."""

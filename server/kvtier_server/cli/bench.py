@@ -93,7 +93,12 @@ def _add(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kind.add_argument("--address", metavar="ADDRESS", help="of a daemon that runs (default: one of its own)")
+    kind.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="of a daemon that runs (default: one of its own); its hit rate and what its alerts compare a "
+        "day with count what is measured",
+    )
     kind.add_argument("--seed", type=_seed, default=0, metavar="N", help="of what is made up (default: 0)")
     kind.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default: table")
     kind.add_argument("--json", dest="output", action="store_const", const="json", help="the same as -o json")

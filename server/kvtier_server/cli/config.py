@@ -11,11 +11,15 @@ do. Exit code: 0 right, 2 mistakes, or `check` sees that the pool does not fit h
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtier_server.cli import serve
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"kvtier config: {error}", file=sys.stderr)
         return MISTAKES
     if args.action == "check":
-        return _check(config, args)
+        return _check(config, given, args)
     rows = list(effective(config, given, str(args.config)))
     if args.output == "json":
         print(json.dumps({"settings": [asdict(row) for row in rows]}, indent=2, default=str))
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(config: Config, args: argparse.Namespace) -> int:
+def _check(config: Config, given: dict[str, str], args: argparse.Namespace) -> int:
     """Print what is right; what this machine has no room for is a mistake too."""
     from kvtier_ops.capacity import PoolTooLarge, check_capacity
     from kvtier_ops.directory import PoolError
@@ -96,11 +100,36 @@ def _check(config: Config, args: argparse.Namespace) -> int:
         return MISTAKES
     except (OSError, PoolError) as error:
         raise Failure(f"{config.pool_directory} cannot be looked into: {error}", MISTAKES) from None
+    if config.tls.is_on:
+        from kvtier_server.certificates import Certificates
+        from kvtier_server.socket_lock import StartError
+
+        try:
+            Certificates(config.tls)
+        except StartError as error:
+            print(f"kvtier config: {error}", file=sys.stderr)
+            return MISTAKES
+    for path, source in overridden(args.config, given):
+        message = f"{path} of {args.config} does not count: {source} says otherwise"
+        print(f"kvtier config: {message}", file=sys.stderr)
     tiers = ", ".join(common.name for common, _ in config.tiers) or "none"
     what = str(args.config) if args.config else "no file, the defaults"
     print(f"{what}: right; pool of {format_bytes(config.pool.bytes)}, tiers below it: {tiers}")
-    print("kvtier config: for the rest of this machine: kvtier doctor", file=sys.stderr)
+    doctor = f"kvtier doctor --config {shlex.quote(str(args.config))}" if args.config else "kvtier doctor"
+    print(f"kvtier config: for the rest of this machine: {doctor}", file=sys.stderr)
     return 0
+
+
+def overridden(file: Path | None, given: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Return what the file has and the environment overrides: dotted path, source."""
+    if file is None:
+        return
+    with contextlib.suppress(OSError, ValueError):  # it has been read before: whoever changes it asks again
+        for section, body in tomllib.loads(file.read_text(encoding="utf-8")).items():
+            for key in body if isinstance(body, dict) else ():
+                source = given.get(f"{section}.{key}", "")
+                if source.startswith("environment "):
+                    yield f"{section}.{key}", source
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtier_server.address import AddressError, client_address, parse_host_port, socket_path
+from kvtier_server.address import (
+    AddressError,
+    client_address,
+    default_address,
+    parse_address,
+    parse_host_port,
+    socket_path,
+)
+from kvtier_server.cli.client_tls import (
+    add_tls_arguments,
+    check_signer,
+    given_paths,
+    read_tls_files,
+    server_name,
+)
 from kvtier_server.cli.failure import Failure
 
 if TYPE_CHECKING:
@@ -22,14 +36,6 @@ DOWN = 2
 
 MISTAKE = 2
 """Exit code where what was asked makes no sense."""
-
-
-_TLS = (
-    ("ca", "KVTIER_TLS_CA", "who signed the daemon's certificate"),
-    ("cert", "KVTIER_TLS_CERT", "your certificate"),
-    ("key", "KVTIER_TLS_KEY", "its key"),
-)
-_SERVER_NAME = "KVTIER_TLS_SERVER_NAME"
 
 
 def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,13 +52,7 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="longest wait for an answer (default: 5)",
     )
-    for name, variable, text in _TLS:
-        parser.add_argument(f"--tls-{name}", metavar="FILE", help=f"over TCP: {text}, PEM (else {variable})")
-    parser.add_argument(
-        "--tls-server-name",
-        metavar="NAME",
-        help=f"what the daemon's certificate is called, if not the address' host (else {_SERVER_NAME})",
-    )
+    add_tls_arguments(parser)
 
 
 def open_channel(args: argparse.Namespace) -> tuple[str, grpc.Channel]:
@@ -62,36 +62,19 @@ def open_channel(args: argparse.Namespace) -> tuple[str, grpc.Channel]:
     quicker than importing gRPC.
     """
     address = client_address(args.address, os.environ)
-    tls = _tls_files(args, address)
-    knock(address, args.timeout)
+    tls = read_tls_files(args, address)
+    knock(address, args.timeout, "--address" if args.address else "KVTIER_ADDRESS")
+    if tls is not None:
+        check_signer(tls, address, args.timeout)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines are not for the person at the terminal
     import grpc
 
     if tls is None:
         return address, grpc.insecure_channel(address)
-    name = getattr(args, "tls_server_name", None) or os.environ.get(_SERVER_NAME)
+    name = server_name(args)
     options = [("grpc.ssl_target_name_override", name)] if name else []
-    return address, grpc.secure_channel(address, grpc.ssl_channel_credentials(*tls), options)
-
-
-def _tls_files(args: argparse.Namespace, address: str) -> tuple[bytes, bytes, bytes] | None:
-    """Read authority, key and certificate; None where none are given, and for a unix socket."""
-    if socket_path(address) is not None:
-        return None
-    paths = {
-        name: getattr(args, f"tls_{name}", None) or os.environ.get(variable) for name, variable, _ in _TLS
-    }
-    if not any(paths.values()):
-        return None
-    contents: dict[str, bytes] = {}
-    for name, variable, text in _TLS:
-        path = paths[name]
-        if not path:
-            raise Failure(f"--tls-{name} (or {variable}) is missing: {text}", MISTAKE)
-        try:
-            contents[name] = Path(path).read_bytes()
-        except OSError as error:
-            raise Failure(f"--tls-{name}: {path} cannot be read: {error.strerror}", MISTAKE) from None
-    return contents["ca"], contents["key"], contents["cert"]
+    credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.cert)
+    return address, grpc.secure_channel(address, credentials, options)
 
 
 def ask_status(args: argparse.Namespace) -> GetStatusResponse:
@@ -107,44 +90,65 @@ def ask_status(args: argparse.Namespace) -> GetStatusResponse:
                 admin_pb2.GetStatusRequest(), timeout=args.timeout
             )
         except grpc.RpcError as error:
-            raise explain(error, address) from None
+            failure = explain(error, address, args)
+            if error.code() is grpc.StatusCode.PERMISSION_DENIED:  # 1 would say that it is degraded
+                failure.code = MISTAKE
+            raise failure from None
 
 
-def knock(address: str, timeout_s: float) -> None:
-    """Raise Failure if nobody listens at an address."""
+def knock(address: str, timeout_s: float, origin: str = "--address") -> None:
+    """Raise Failure if nobody listens at an address. `origin`: who named it, if it is not the default."""
     try:
-        path = socket_path(address)
-        if path is None:
-            socket.create_connection(parse_host_port(address), timeout_s).close()
-        else:
+        where = parse_address(address)
+    except AddressError as error:
+        raise Failure(f"{origin}: {error}", DOWN) from None
+    is_default = address == default_address(os.environ)
+    named = f"{address} (from {origin})" if origin != "--address" and not is_default else address
+    try:
+        if isinstance(where, Path):
             with socket.socket(socket.AF_UNIX) as unix:
                 unix.settimeout(timeout_s)
-                unix.connect(os.fspath(path))
-    except AddressError as error:
-        raise Failure(f"--address: {error}", DOWN) from None
+                unix.connect(os.fspath(where))
+        else:
+            socket.create_connection(where, timeout_s).close()
     except PermissionError:
         raise Failure(
-            f"the socket {address} may not be opened: the daemon runs as another user; run this as that user",
+            f"the socket {named} may not be opened: the daemon runs as another user; run this as that user",
             DOWN,
         ) from None
     except OSError as error:
+        if isinstance(where, Path) and where.exists() and not where.is_socket():
+            raise Failure(f"{named} is not a socket", DOWN) from None
         reason = "" if isinstance(error, FileNotFoundError | ConnectionRefusedError) else f" ({error})"
-        raise Failure(f"no daemon at {address}{reason}; start one: kvtier serve", DOWN) from None
+        start = "kvtier serve" if is_default else f"kvtier serve --address {address}"
+        raise Failure(f"no daemon at {named}{reason}; start one: {start}", DOWN) from None
 
 
-def explain(error: grpc.RpcError, address: str) -> Failure:
-    """Turn an RPC that failed into a message."""
+def speaks_http(address: str, timeout_s: float = 1.0) -> bool:
+    """Tell whether a TCP address answers plain HTTP, as a daemon's page of metrics does."""
+    try:
+        with socket.create_connection(parse_host_port(address), timeout_s) as asking:
+            asking.settimeout(timeout_s)
+            asking.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            return asking.recv(5) == b"HTTP/"
+    except OSError:
+        return False
+
+
+def explain(error: grpc.RpcError, address: str, args: argparse.Namespace) -> Failure:
+    """Turn an RPC that failed into a message. `args`: of the command, for its certificates."""
     import grpc
 
     code, details = error.code(), error.details()
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Failure(f"the daemon at {address} does not answer in time; its log may say why", DOWN)
     if code is grpc.StatusCode.UNAVAILABLE and _is_transport(error) and socket_path(address) is None:
-        return Failure(
-            f"the daemon at {address} ends the connection: {details}; over TCP it may want certificates "
-            "(--tls-ca, --tls-cert, --tls-key), or refuse these",
-            DOWN,
-        )
+        if speaks_http(address):
+            return Failure(f"{address} speaks HTTP, not gRPC; is it the daemon's metrics_address?", DOWN)
+        hint = "over TCP it may want certificates (--tls-ca, --tls-cert, --tls-key)"
+        if given_paths(args, address):
+            hint = "it may refuse your certificate, or have another name than the address (--tls-server-name)"
+        return Failure(f"the daemon at {address} ends the connection: {details}; {hint}", DOWN)
     if code is grpc.StatusCode.UNAVAILABLE:
         return Failure(f"the daemon at {address} is going away: {details}; ask again: kvtier health", DOWN)
     if code is grpc.StatusCode.UNIMPLEMENTED:

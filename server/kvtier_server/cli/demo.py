@@ -30,6 +30,20 @@ OPTIONS = {
 """The demo's own options with their metavars, for completion; it parses them itself."""
 
 
+HELP = """\
+usage: kvtier demo [options]
+
+Start a daemon and small real engines, and show hits against recomputing.
+
+options: {options}
+
+The engines compute with torch, which is missing here; run in kvtier's directory: pip install '.[demo]'
+With it, this help explains each option.""".format(
+    options=", ".join(f"{option} {metavar}" if metavar else option for option, metavar in OPTIONS.items())
+)
+"""What --help says where the demo itself cannot be loaded."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Name the options; everything behind `demo` belongs to the demo, which explains them."""
     for option, metavar in OPTIONS.items():
@@ -45,15 +59,24 @@ def run(_: argparse.Namespace) -> int:
 
 
 def start(options: Sequence[str]) -> int:
+    """Start it, or print its help, which needs no torch."""
+    if importlib.util.find_spec("torch") is None:
+        if {"-h", "--help"} & set(options):
+            print(HELP)
+            return 0
+        raise Failure(
+            "the demo's engine computes with torch, which is missing; run in kvtier's directory: "
+            "pip install '.[demo]'"
+        )
+    if importlib.util.find_spec(f"{MODULE}.__main__") is None:
+        raise Failure(f"this installation has no {MODULE}; run in kvtier's directory: pip install '.[demo]'")
+    return _become(options)
+
+
+def _become(options: Sequence[str]) -> int:
     """Become the demo's process, so that its signals and its exit code are those of this command.
 
     A process of its own, because the client's side and the server's side never meet in one program.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise Failure(
-            "the demo's engine computes with torch, which is missing; run: pip install 'kvtier[demo]'"
-        )
-    if importlib.util.find_spec(f"{MODULE}.__main__") is None:
-        raise Failure(f"this installation has no {MODULE}; run: pip install 'kvtier[demo]'")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", MODULE, *options])  # noqa: S606 - no shell is wanted

@@ -161,8 +161,9 @@ def _asker(timeout_s: float) -> Callable[[str], GetStatusResponse | Silence]:
     from kvtier_server.doctor.serving import Silence
 
     def ask(address: str) -> GetStatusResponse | Silence:
+        args = argparse.Namespace(address=address, timeout=timeout_s)
         try:
-            _, channel = open_channel(argparse.Namespace(address=address, timeout=timeout_s))
+            _, channel = open_channel(args)
         except Failure as failure:
             return Silence(str(failure), is_listening=False)
         import grpc
@@ -174,6 +175,6 @@ def _asker(timeout_s: float) -> Callable[[str], GetStatusResponse | Silence]:
             try:
                 return stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s)
             except grpc.RpcError as error:
-                return Silence(str(explain(error, address)), is_listening=True)
+                return Silence(str(explain(error, address, args)), is_listening=True)
 
     return ask

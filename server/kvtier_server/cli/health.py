@@ -3,14 +3,14 @@
   kvtier health                  for a probe: under 300 ms
   kvtier health --tier disk      a tier below the pool
 
-Prints the answer. Exit code: 0 SERVING, 1 another answer, 2 no daemon.
+Prints the answer. Exit code: 0 SERVING, 1 another answer, 2 no daemon, or it refuses to say.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from kvtier_server.cli.connection import add_connection_arguments, explain, open_channel
+from kvtier_server.cli.connection import DOWN, add_connection_arguments, explain, open_channel
 from kvtier_server.cli.failure import Failure
 
 SUMMARY = "ask whether the daemon serves: exit code 0, 1 or 2"
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
                 raise Failure(
                     f"there is no tier {args.tier!r}; kvtier status names those there are", 2
                 ) from None
-            raise explain(error, address) from None
+            raise Failure(str(explain(error, address, args)), DOWN) from None
     if args.output == "json":
         import json
 

@@ -50,11 +50,11 @@ def given_flags(args: argparse.Namespace) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     """Read the settings, then serve."""
-    from kvtier_server.config import ConfigErrors, load_config
+    from kvtier_server.config import ConfigErrors, load_config, read_config
 
-    read = functools.partial(load_config, given_flags(args), args.config, os.environ)
+    sources = given_flags(args), args.config, os.environ
     try:
-        config = read()
+        config, given = read_config(*sources)
     except ConfigErrors as errors:
         for error in errors.errors:
             print(f"kvtier serve: {error}", file=sys.stderr)
@@ -63,4 +63,4 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from kvtier_server.daemon import run as serve_daemon
 
-    return serve_daemon(config, read)
+    return serve_daemon(config, functools.partial(load_config, *sources), given)

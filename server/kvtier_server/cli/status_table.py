@@ -1,4 +1,4 @@
-"""The status for a person, in 80 columns."""
+"""The status for a person: its tables and lines of engines fit 80 columns."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from rich.text import Text
 from kvtier.v1.admin_pb2 import GetStatusResponse, SessionStatus
 from kvtier_server.units import format_bytes, format_seconds
 
-COLUMNS = 80
+UNBOUNDED_COLUMNS = 4096
+"""Off a terminal, where a line that is broken could not be searched for."""
 STATE_STYLES = {"serving": "green", "starting": "yellow", "draining": "yellow", "degraded": "red"}
 
 
 def print_status(status: GetStatusResponse) -> None:
-    """Print to stdout; wider than 80 columns only on a terminal that is."""
+    """Print to stdout; off a terminal no line is broken."""
     console = Console(
         file=sys.stdout,
-        width=None if sys.stdout.isatty() else COLUMNS,
+        width=None if sys.stdout.isatty() else UNBOUNDED_COLUMNS,
         no_color=bool(os.environ.get("NO_COLOR")),
         highlight=False,
         emoji=False,

@@ -212,6 +212,9 @@ def check_visibility(machine: Machine, gpus: Gpus, env: Mapping[str, str]) -> Fi
     return warned(name, f"{text}; engines on the others cannot use CUDA IPC", "unset CUDA_VISIBLE_DEVICES")
 
 
+HERE = "in kvtier's directory: "
+
+
 def check_libraries(gpus: Gpus) -> Finding:
     """Check that cupy is there, once, and of a CUDA that the driver can serve."""
     name = "gpu.libraries"
@@ -221,19 +224,19 @@ def check_libraries(gpus: Gpus) -> Finding:
     if not gpus.devices:
         return skipped(name, f"{text}; only needed beside a device")
     major = gpus.version // 1000
-    install = f"pip install 'kvtier[cuda{min(max(major, MIN_CUDA), max(CUPY.values()))}]'"
+    install = f"pip install '.[cuda{min(max(major, MIN_CUDA), max(CUPY.values()))}]'"
     if not cupy:
-        return warned(name, f"{text}: without cupy the daemon cannot copy by CUDA IPC", install)
+        return warned(name, f"{text}: without cupy the daemon cannot copy by CUDA IPC", f"{HERE}{install}")
     if len(cupy) > 1:
         return failed(
             name,
             f"{text}: two builds of cupy break each other",
-            f"pip uninstall -y {' '.join(cupy)} && {install}",
+            f"{HERE}pip uninstall -y {' '.join(cupy)} && {install}",
         )
     (build,) = cupy
     if CUPY.get(build, 0) > major:
         text = f"{text}: {build} needs a driver of CUDA {CUPY[build]}, here is {format_version(gpus.version)}"
-        return failed(name, text, f"pip uninstall -y {build} && {install}")
+        return failed(name, text, f"{HERE}pip uninstall -y {build} && {install}")
     return passed(name, text)
 
 

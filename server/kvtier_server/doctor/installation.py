@@ -126,7 +126,7 @@ def _check(name: str, extra: str, needed: Sequence[Requirement], *, missing: str
             unfit.append(f"{requirement.name} {version}, needed is {requirement.versions}")
         else:
             there.append(f"{requirement.name} {version}")
-    fix = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
+    fix = f"in kvtier's directory: pip install '.{f'[{extra}]' if extra else ''}'"
     if unfit:
         return failed(name, f"of a wrong version: {'; '.join(unfit)}", fix)
     if not absent:

@@ -135,7 +135,9 @@ def _check_package(name: str, extra: str) -> Finding:
     package = PACKAGES[extra]
     version = installed_version(package)
     if version is None:
-        return failed(name, f"{package} is not installed", f"pip install 'kvtier[server,{extra}]'")
+        return failed(
+            name, f"{package} is not installed", f"in kvtier's directory: pip install '.[server,{extra}]'"
+        )
     return passed(name, f"{package} {version}")
 
 

@@ -20,6 +20,12 @@ class PolicyLoadError(ValueError):
     """The configured policy cannot be used; the text says why and what could be written instead."""
 
 
+def check_policy_name(name: str) -> None:
+    """Raise PolicyLoadError unless a built-in policy has this name."""
+    if name not in BUILTIN_POLICIES:
+        raise PolicyLoadError(f"no policy is called {name!r}{_did_you_mean(name)}; {_choices()}")
+
+
 def load_policy_class(name_or_path: str) -> type[CachePolicy]:
     """Find a policy: a built-in name, `package.module:ClassName` or `package.module.ClassName`."""
     if name_or_path in BUILTIN_POLICIES:
@@ -27,9 +33,7 @@ def load_policy_class(name_or_path: str) -> type[CachePolicy]:
     separator = ":" if ":" in name_or_path else "."
     module_name, found, class_name = name_or_path.rpartition(separator)
     if not found:
-        raise PolicyLoadError(
-            f"no policy is called {name_or_path!r}{_did_you_mean(name_or_path)}; {_choices()}"
-        )
+        check_policy_name(name_or_path)
     if not module_name or not class_name:
         raise PolicyLoadError(f"policy {name_or_path!r} is not a module path; {_choices()}")
     return _load_out_of_tree(name_or_path, module_name, class_name)

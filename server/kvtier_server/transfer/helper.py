@@ -348,7 +348,9 @@ def _engine(device: str, pool: MappedPool) -> CopyEngine:
     try:
         return CudaCopyEngine(pool, bytes.fromhex(device))
     except ImportError as error:
-        raise ImportError(f"{error}; install it: pip install 'kvtier[cuda12]' or 'kvtier[cuda13]'") from error
+        raise ImportError(
+            f"{error}; install it, in kvtier's directory: pip install '.[cuda12]' or '.[cuda13]'"
+        ) from error
 
 
 if __name__ == "__main__":

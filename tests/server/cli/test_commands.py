@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvtier_server import __version__
-from kvtier_server.cli import COMMANDS, serve
+from kvtier_server.cli import COMMANDS, main, serve
 from kvtier_server.config import OPTIONS
 
 from ...daemon_process import DaemonProcess
@@ -143,6 +144,31 @@ def test_the_demo_gets_all_that_stands_behind_its_name(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (7, "['--seed', '3', '--help', 'x']\n", "")
+
+
+def test_the_demo_explains_itself_where_torch_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["demo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "usage: kvtier demo" in shown
+    assert "--sliding-window TOKENS" in shown
+    assert main(["demo"]) == 1
+    assert "run in kvtier's directory: pip install '.[demo]'" in capsys.readouterr().err
+
+
+def test_a_key_with_half_a_byte_is_told_so(kvtier: Kvtier) -> None:
+    refused = kvtier("admin", "explain", "--namespace", "ab", "--key", "abc")
+    assert refused.returncode == 2
+    assert "'abc' has an odd number of digits" in refused.stderr
+    assert "is not a key in hex" in kvtier("admin", "explain", "--namespace", "ab", "--key", "xyz").stderr
+
+
+def test_a_command_that_is_nearly_one_is_answered_with_it(kvtier: Kvtier) -> None:
+    refused = kvtier("statsu")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "'statsu' is no command; did you mean 'status'?" in refused.stderr
 
 
 def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:

@@ -127,6 +127,27 @@ def test_check_says_that_a_configuration_is_right_and_what_it_means(kvtier: Kvti
     assert checked.stdout == f"{file}: right; pool of 8MiB, tiers below it: near\n"
 
 
+def test_check_tells_what_the_environment_overrides(kvtier: Kvtier, tmp_path: Path) -> None:
+    file = write(tmp_path, '[pool]\nbytes = "8MiB"\n[server]\nname = "a"\n')
+    checked = kvtier("config", "check", "--config", str(file), KVTIER_POOL__BYTES="16MiB")
+    source = "environment KVTIER_POOL__BYTES"
+    assert checked.returncode == 0
+    assert checked.stderr.splitlines() == [
+        f"kvtier config: pool.bytes of {file} does not count: {source} says otherwise",
+        f"kvtier config: for the rest of this machine: kvtier doctor --config {file}",
+    ]
+
+
+def test_check_reads_the_certificates(kvtier: Kvtier, tmp_path: Path) -> None:
+    missing = tmp_path / "none.pem"
+    tls = "".join(f'{name} = "{missing}"\n' for name in ("certificate_file", "key_file", "client_ca_file"))
+    text = f'[server]\ntcp_address = "127.0.0.1:0"\n[tls]\n{tls}admins = ["ops"]\n[pool]\nbytes = "8MiB"\n'
+    checked = kvtier("config", "check", "--config", str(write(tmp_path, text)))
+    assert checked.returncode == 2
+    said = f"tls: certificate_file {missing} cannot be read: No such file or directory"
+    assert checked.stderr == f"kvtier config: {said}\n"
+
+
 def test_check_knows_that_a_pool_does_not_fit_this_machine(kvtier: Kvtier) -> None:
     refused = kvtier("config", "check", "--pool-bytes", "100TiB")
     assert (refused.returncode, refused.stdout) == (2, "")

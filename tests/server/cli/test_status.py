@@ -150,11 +150,12 @@ def test_who_copies_and_how_far_the_pool_is_pinned_are_shown(kvtier: Kvtier, ser
         memories=8,
         jobs=3,
         pinned_bytes=1 << 30,
-        problem="64 bytes of the pool at 1073741824 cannot be registered: check `ulimit -l`",
+        problem="64 bytes of the pool at 1073741824 cannot be registered: check `ulimit -l` of the user",
     )
     server.admin.status.copy_devices.add(device="host", state="it cannot be begun: no memory")
     shown = kvtier("status", "--address", server.address).stdout
-    assert max(map(len, shown.splitlines())) <= 80
+    problem = "  64 bytes of the pool at 1073741824 cannot be registered: check `ulimit -l` of the user"
+    assert problem in shown.splitlines(), "no line is broken off a terminal"
     as_one_line = " ".join(shown.split())
     assert "copied by cuda_ipc" in as_one_line
     assert "copies by device 00112233445566778899aabbccddeeff serving 8 memories, 3 jobs" in as_one_line
@@ -218,7 +219,7 @@ def test_without_a_daemon_both_say_how_to_start_one(kvtier: Kvtier, tmp_path: Pa
     missing = f"unix://{tmp_path}/none.sock"
     refused = kvtier(command, "--address", missing)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == f"kvtier: no daemon at {missing}; start one: kvtier serve\n"
+    assert refused.stderr == f"kvtier: no daemon at {missing}; start one: kvtier serve --address {missing}\n"
 
 
 @pytest.mark.parametrize("command", ["status", "health"])
@@ -249,6 +250,7 @@ def test_a_daemon_that_hangs_is_down_after_the_timeout(kvtier: Kvtier, server: S
     [
         (grpc.StatusCode.UNIMPLEMENTED, 1, "compare the versions: kvtier version"),
         (grpc.StatusCode.UNAVAILABLE, 2, "is going away: said the test"),
+        (grpc.StatusCode.PERMISSION_DENIED, 2, "refuses: PERMISSION_DENIED: said the test"),
         (grpc.StatusCode.INTERNAL, 1, "refuses: INTERNAL: said the test"),
     ],
 )

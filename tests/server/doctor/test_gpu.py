@@ -128,22 +128,22 @@ def test_without_a_device_no_library_is_missing(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("version", "there", "verdict", "fix"),
     [
-        (13000, {}, Verdict.WARN, "pip install 'kvtier[cuda13]'"),
-        (12080, {}, Verdict.WARN, "pip install 'kvtier[cuda12]'"),
-        (14010, {}, Verdict.WARN, "pip install 'kvtier[cuda13]'"),
+        (13000, {}, Verdict.WARN, "in kvtier's directory: pip install '.[cuda13]'"),
+        (12080, {}, Verdict.WARN, "in kvtier's directory: pip install '.[cuda12]'"),
+        (14010, {}, Verdict.WARN, "in kvtier's directory: pip install '.[cuda13]'"),
         (13000, {"cupy_cuda13x": "14.0"}, Verdict.PASS, ""),
         (13000, {"cupy_cuda12x": "13.6", "torch": "2.11"}, Verdict.PASS, ""),
         (
             12080,
             {"cupy_cuda13x": "14.0"},
             Verdict.FAIL,
-            "pip uninstall -y cupy-cuda13x && pip install 'kvtier[cuda12]'",
+            "in kvtier's directory: pip uninstall -y cupy-cuda13x && pip install '.[cuda12]'",
         ),
         (
             13000,
             {"cupy_cuda12x": "13.6", "cupy_cuda13x": "14.0"},
             Verdict.FAIL,
-            "pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install 'kvtier[cuda13]'",
+            "in kvtier's directory: pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install '.[cuda13]'",
         ),
     ],
 )

@@ -37,7 +37,7 @@ def test_every_library_is_told_with_its_version(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_engines_installation_is_a_warning_only(monkeypatch: pytest.MonkeyPatch) -> None:
     found = look(monkeypatch, {**THERE, "pydantic": None})["installation.server"]  # type: ignore[dict-item]
-    assert (found.verdict, found.fix) == (Verdict.WARN, "pip install 'kvtier[server]'")
+    assert (found.verdict, found.fix) == (Verdict.WARN, "in kvtier's directory: pip install '.[server]'")
 
 
 def test_what_every_part_needs_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_what_every_part_needs_must_be_there(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_version_out_of_bounds_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     found = look(monkeypatch, {**THERE, "protobuf": "6.30.2"})["installation"]
-    assert (found.verdict, found.fix) == (Verdict.FAIL, "pip install kvtier")
+    assert (found.verdict, found.fix) == (Verdict.FAIL, "in kvtier's directory: pip install '.'")
     assert found.text == "of a wrong version: protobuf 6.30.2, needed is <8,>=6.33.5"
 
 

@@ -105,7 +105,7 @@ def test_the_object_tiers_package_and_secrets_are_looked_for(
     assert (there.verdict, missing.verdict) == (Verdict.PASS, Verdict.FAIL)
     assert missing.fix == f"ls -l {tmp_path}/none"
     monkeypatch.setattr(tiers, "installed_version", {}.get)
-    assert check(tmp_path, table)[0].fix == "pip install 'kvtier[server,object]'"
+    assert check(tmp_path, table)[0].fix == "in kvtier's directory: pip install '.[server,object]'"
 
 
 @pytest.fixture

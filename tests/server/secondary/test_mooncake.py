@@ -325,7 +325,7 @@ def test_what_is_wrong_is_said(key: str, value: object, problem: str) -> None:
 
 def test_without_the_package_the_error_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TierError, match=re.escape("pip install 'kvtier[server,mooncake]'")):
+    with pytest.raises(TierError, match=re.escape("pip install '.[server,mooncake]'")):
         MooncakeTier(
             OffloadingSpec(0, 4096, 128),
             memoryview(b""),

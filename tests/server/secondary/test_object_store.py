@@ -469,7 +469,7 @@ class TestMaking:
         parameters = BUILTIN_TIERS.parameters(
             "object", {"url": "memory:///", "capacity": "1MiB", "state_directory": str(tmp_path)}
         )
-        with pytest.raises(TierError, match=r"pip install 'kvtier\[object\]'"):
+        with pytest.raises(TierError, match=r"pip install '\.\[server,object\]'"):
             BUILTIN_TIERS.create(
                 "object",
                 parameters,

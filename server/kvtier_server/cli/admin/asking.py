@@ -42,7 +42,7 @@ def ask(
         try:
             reply = getattr(admin_pb2_grpc.AdminServiceStub(channel), method)(request, timeout=args.timeout)
         except grpc.RpcError as error:
-            raise explain(error, address) from None
+            raise explain(error, address, args) from None
     assert isinstance(reply, reply_type), f"{method} answered {type(reply)}"
     return reply
 

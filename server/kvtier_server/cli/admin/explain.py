@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import string
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -97,4 +98,6 @@ def _key(text: str) -> bytes:
     try:
         return bytes.fromhex(text.removeprefix("0x"))
     except ValueError:
+        if set(text.removeprefix("0x")) <= set(string.hexdigits):
+            raise Failure(f"--key: {text!r} has an odd number of digits; a byte is two of them", 2) from None
         raise Failure(f"--key: {text!r} is not a key in hex; write its bytes as digits 0-9a-f", 2) from None

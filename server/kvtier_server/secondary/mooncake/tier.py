@@ -302,6 +302,6 @@ def check_installed() -> None:
     """Raise TierError if Mooncake's client is not installed here."""
     if importlib.util.find_spec("mooncake") is None:
         raise TierError(
-            "Mooncake's client is not installed in the daemon's environment; type: pip install "
-            "'kvtier[server,mooncake]', or with CUDA: pip install mooncake-transfer-engine"
+            "Mooncake's client is not installed in the daemon's environment; type in kvtier's directory: "
+            "pip install '.[server,mooncake]', or with CUDA: pip install mooncake-transfer-engine"
         )

@@ -51,7 +51,8 @@ class Bucket:
             import obstore
         except ImportError as error:
             raise TierError(
-                "the object tier needs the package obstore; type: pip install 'kvtier[object]'"
+                "the object tier needs the package obstore; type in kvtier's directory: "
+                "pip install '.[server,object]'"
             ) from error
         self._obstore = obstore
         self._errors = (obstore.exceptions.BaseError, OSError)
