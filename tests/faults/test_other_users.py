@@ -41,7 +41,7 @@ attempt("list", lambda: os.listdir(os.path.dirname(pool)))
 
 @pytest.fixture
 def open_dir() -> Iterator[Path]:
-    """A directory that everybody may use, as /tmp."""
+    """A directory that everybody may use, as /tmp. To be asked for before a daemon that writes to it."""
     directory = Path(tempfile.mkdtemp(prefix="kvtier-run-"))
     directory.chmod(0o1777)
     yield directory
@@ -62,7 +62,7 @@ REFUSED = [f"{what} refused" for what in ("connect", "replace", "read", "write",
 
 @as_root
 def test_another_user_can_neither_call_the_daemon_nor_open_its_pool(
-    start_daemon: StartDaemon, make_engine: MakeEngine, open_dir: Path
+    open_dir: Path, start_daemon: StartDaemon, make_engine: MakeEngine
 ) -> None:
     daemon = start_daemon(address=f"unix://{open_dir}/s/kvtier.sock")
     make_engine(daemon).attach().store(to_keys([1]))
@@ -184,7 +184,7 @@ def test_a_tier_in_a_place_that_another_user_decides_about_is_refused(
 
 @as_root
 def test_links_that_are_planted_below_a_root_while_it_is_used_lead_nowhere(
-    start_daemon: StartDaemon, make_engine: MakeEngine, open_dir: Path
+    open_dir: Path, start_daemon: StartDaemon, make_engine: MakeEngine
 ) -> None:
     root, target = open_dir / "root", open_dir / "target"
     target.mkdir()
