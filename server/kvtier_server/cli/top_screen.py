@@ -124,12 +124,13 @@ def _bar(tier: TierStatus, width: int) -> Text:
 
 def _legend(pool: TierStatus, status: GetStatusResponse) -> Text:
     free = max(pool.usable_bytes - pool.used_bytes - pool.reserved_bytes, 0)
-    parts = [
-        f"# {format_bytes(pool.used_bytes)} published",
-        f"= {format_bytes(pool.reserved_bytes)} reserved",
-        f"! {format_bytes(pool.quarantined_bytes)} quarantined",
-        f". {format_bytes(free)} free",
-    ]
+    parts = [f"# {format_bytes(pool.used_bytes)} published"]
+    if pool.reserved_bytes:
+        parts.append(f"= {format_bytes(pool.reserved_bytes)} reserved")
+    if pool.quarantined_bytes:  # with the others' words it would not fit
+        parts = [part.rpartition(" ")[0] for part in parts]
+        parts.append(f"! {format_bytes(pool.quarantined_bytes)} quarantined")
+    parts.append(f". {format_bytes(free)} free")
     label = shorten(status.pool.policy, LABEL_COLUMNS)
     return Text(f"{label:<{LABEL_COLUMNS}} {'  '.join(parts)}", "dim")
 
