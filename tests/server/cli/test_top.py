@@ -134,6 +134,18 @@ def test_one_quarantined_slot_is_seen_in_the_bar_of_a_large_pool() -> None:
     assert bar.count("!") == 1
 
 
+@pytest.mark.parametrize("quarantined", [0, 1023 << 20])
+def test_the_legend_fits_whatever_the_pool_holds(quarantined: int) -> None:
+    status = full_status()
+    pool = status.tiers[0]
+    pool.capacity_bytes = pool.usable_bytes = 9999 << 20
+    pool.used_bytes, pool.reserved_bytes, pool.quarantined_bytes = 1023 << 20, 1022 << 20, quarantined
+    picture = "\n".join(line.plain for line in screen(None, status, [], address="x", columns=80, rows=24))
+    assert "# 1023MiB" in picture
+    assert ("quarantined" in picture) == bool(quarantined)
+    assert re.search(r"\. .* free$", picture, re.MULTILINE)
+
+
 @contextmanager
 def traffic(daemon: DaemonProcess) -> Iterator[None]:
     """An engine that stores and loads all the time, and begins again when its daemon does."""
