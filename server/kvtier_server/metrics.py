@@ -23,12 +23,12 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from kvtier_server.core.books import OTHER_TENANTS
+from kvtier_server.core.events import KINDS
 from kvtier_server.metric_families import by_name as _by_name
 from kvtier_server.metric_families import counter as _counter
 from kvtier_server.metric_families import gauge as _gauge
 from kvtier_server.metrics_below import tiers_below
 from kvtier_server.stats import (
-    EVENT_KINDS,
     EVICTION_REASONS,
     LEASE_KINDS,
     LOOKUP_RESULTS,
@@ -387,7 +387,7 @@ def _events(snapshot: StatsSnapshot) -> Iterator[Metric]:
         "event_keys",
         "Chunks that came into a tier or left it, as events tell.",
         ("kind",),
-        _by_name(snapshot.event_keys, EVENT_KINDS),
+        _by_name(snapshot.event_keys, KINDS),
     )
     yield _counter(
         "event_overflows",

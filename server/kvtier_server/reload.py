@@ -32,10 +32,7 @@ class _NoAnswer(Exception):
 
 
 class Reloads:
-    """Reloads of one daemon, one at a time. All on the loop's thread, but for reading the file.
-
-    `on_begin` and `on_end` are called around each, whatever comes of it: for whoever supervises the daemon.
-    """
+    """Reloads of one daemon, one at a time. All on the loop's thread, but for reading the file."""
 
     def __init__(
         self,
@@ -43,27 +40,27 @@ class Reloads:
         reread: Callable[[], Config],
         apply: Callable[[Config], None],
         metrics: Metrics,
-        on_begin: Callable[[], None] = lambda: None,
-        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         """`reread` reads all sources again and raises ConfigErrors. `apply` must not fail half way."""
         self._config = config
         self._reread = reread
         self._apply = apply
         self._metrics = metrics
-        self._on_begin = on_begin
-        self._on_end = on_end
         self._task: asyncio.Task[None] | None = None
         self._again = False
         self._reading: Future[Config] | None = None
 
-    def ask(self) -> None:
-        """Begin a reload; one that is asked for during another comes after it, and stands for all such."""
+    def ask(self) -> asyncio.Task[None]:
+        """Begin a reload; one that is asked for during another comes after it, and stands for all such.
+
+        Returns the one that runs.
+        """
         if self._task is not None:
             self._again = True
-            return
-        self._task = asyncio.get_running_loop().create_task(self._reload())
-        self._task.add_done_callback(self._ended)
+            return self._task
+        self._task = task = asyncio.get_running_loop().create_task(self._reload())
+        task.add_done_callback(self._ended)
+        return task
 
     def stop(self) -> None:
         """Give up the one that runs and those that were asked for."""
@@ -78,7 +75,6 @@ class Reloads:
             self.ask()
 
     async def _reload(self) -> None:
-        self._on_begin()
         try:
             self._take(compare(self._config, await self._read()))
         except ConfigErrors as errors:
@@ -88,8 +84,6 @@ class Reloads:
         except Exception:  # a bug of ours must be seen, and the daemon goes on as it was
             self._metrics.config_reloaded("failed", None)
             log.exception("config_reload_failed", effect="the daemon goes on with its configuration")
-        finally:
-            self._on_end()
 
     async def _read(self) -> Config:
         """Read on a thread that nobody waits for at the end. Raises ConfigErrors, _NoAnswer."""

@@ -65,7 +65,6 @@ log = structlog.get_logger("kvtier.rpc")
 
 RequestT = TypeVar("RequestT", bound=Message)
 ServicerContext = grpc.aio.ServicerContext[bytes, bytes]
-RawHandler = Callable[[bytes, ServicerContext], Awaitable[bytes]]
 
 
 class TooManyCalls(Refused):

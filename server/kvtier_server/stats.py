@@ -22,7 +22,6 @@ PRIMARY_TIER = "primary"
 PROMOTION_RESULTS = ("done", "missing", "corrupt", "failed", "no_slot", "refused", "probe_late", "late")
 """`no_slot`: the share of the pool for promotions was taken; `refused`: the tier had too much to do;
 `probe_late`: a request went on before it was known whether the chunk is there; `late`: before it was."""
-EVENT_KINDS = ("stored", "removed")
 CASCADE_RESULTS = ("done", "corrupt", "failed", "refused")
 """Of chunks that a tier was given to write; `refused`: it found no room, or them not worth it."""
 DROP_REASONS = ("queue_full", "evicted", "refused", "unknown_shape", "cleared")

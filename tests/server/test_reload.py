@@ -38,17 +38,12 @@ def file() -> Iterator[SlowFile]:
     slow.answers.set()
 
 
-def reloads_of(file: SlowFile, metrics: Metrics) -> tuple[Reloads, asyncio.Event]:
-    """Reloads, and what is set at the end of each."""
-    ended = asyncio.Event()
-    return Reloads(CONFIG, file.read, lambda _: None, metrics, on_end=ended.set), ended
+def reloads_of(file: SlowFile, metrics: Metrics) -> Reloads:
+    return Reloads(CONFIG, file.read, lambda _: None, metrics)
 
 
-async def one(reloads: Reloads, ended: asyncio.Event) -> None:
-    ended.clear()
-    reloads.ask()
-    await asyncio.wait_for(ended.wait(), WAIT_S)
-    await asyncio.sleep(0)  # the task itself is over now too
+async def one(reloads: Reloads) -> None:
+    await asyncio.wait_for(reloads.ask(), WAIT_S)
 
 
 def count(metrics: Metrics, result: str) -> float | None:
@@ -61,17 +56,17 @@ def test_a_file_that_does_not_answer_fails_the_reload_and_may_answer_the_next(
     metrics = Metrics(version="0", limits={})
 
     async def scenario() -> list[list[str]]:
-        reloads, ended = reloads_of(file, metrics)
+        reloads = reloads_of(file, metrics)
         with capture_logs() as lines:
-            await one(reloads, ended)
-            await one(reloads, ended)
+            await one(reloads)
+            await one(reloads)
         assert count(metrics, "failed") == 2
         assert metrics.registry.get_sample_value("kvtier_config_last_reload_successful") == 0
         file.answers.set()
         await asyncio.to_thread(file.has_answered.wait, WAIT_S)
         monkeypatch.setattr(reload, "READ_S", WAIT_S)
         while not count(metrics, "unchanged"):  # the thread that was late may need an instant to end
-            await one(reloads, ended)
+            await one(reloads)
         return [line["mistakes"] for line in lines]
 
     monkeypatch.setattr(reload, "READ_S", 0.01)
@@ -85,12 +80,12 @@ def test_a_stop_waits_for_no_reading(file: SlowFile) -> None:
     metrics = Metrics(version="0", limits={})
 
     async def scenario() -> None:
-        reloads, ended = reloads_of(file, metrics)
-        reloads.ask()
-        reloads.ask()
+        reloads = reloads_of(file, metrics)
+        running = reloads.ask()
+        assert reloads.ask() is running, "the second one comes after it"
         await asyncio.sleep(0)  # it reads now
         reloads.stop()
-        await asyncio.wait_for(ended.wait(), WAIT_S)
+        await asyncio.wait([running], timeout=WAIT_S)
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == {asyncio.current_task()}, "none of both goes on"
 

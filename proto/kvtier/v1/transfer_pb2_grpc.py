@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class TransferServiceStub(object):
-    """Copies made by the daemon's helper process of each device. UNIMPLEMENTED in servers without CUDA support.
+    """Copies made by the daemon's helper process of each device; where none can be begun for a device, RegisterMemory
+    fails with CUDA_IPC_IMPORT and the engine copies itself.
     """
 
     def __init__(self, channel):
@@ -48,7 +49,8 @@ class TransferServiceStub(object):
 
 
 class TransferServiceServicer(object):
-    """Copies made by the daemon's helper process of each device. UNIMPLEMENTED in servers without CUDA support.
+    """Copies made by the daemon's helper process of each device; where none can be begun for a device, RegisterMemory
+    fails with CUDA_IPC_IMPORT and the engine copies itself.
     """
 
     def RegisterMemory(self, request, context):
@@ -93,7 +95,8 @@ def add_TransferServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TransferService(object):
-    """Copies made by the daemon's helper process of each device. UNIMPLEMENTED in servers without CUDA support.
+    """Copies made by the daemon's helper process of each device; where none can be begun for a device, RegisterMemory
+    fails with CUDA_IPC_IMPORT and the engine copies itself.
     """
 
     @staticmethod

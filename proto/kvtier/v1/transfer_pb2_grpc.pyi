@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TransferServiceStub:
-    """Copies made by the daemon's helper process of each device. UNIMPLEMENTED in servers without CUDA support."""
+    """Copies made by the daemon's helper process of each device; where none can be begun for a device, RegisterMemory
+    fails with CUDA_IPC_IMPORT and the engine copies itself.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -48,7 +50,9 @@ class TransferServiceStub:
 
 @_typing.type_check_only
 class TransferServiceAsyncStub(TransferServiceStub):
-    """Copies made by the daemon's helper process of each device. UNIMPLEMENTED in servers without CUDA support."""
+    """Copies made by the daemon's helper process of each device; where none can be begun for a device, RegisterMemory
+    fails with CUDA_IPC_IMPORT and the engine copies itself.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterMemory: _aio.UnaryUnaryMultiCallable[_transfer_pb2.RegisterMemoryRequest, _transfer_pb2.RegisterMemoryResponse]  # type: ignore[assignment]
@@ -65,7 +69,9 @@ class TransferServiceAsyncStub(TransferServiceStub):
     """
 
 class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Copies made by the daemon's helper process of each device. UNIMPLEMENTED in servers without CUDA support."""
+    """Copies made by the daemon's helper process of each device; where none can be begun for a device, RegisterMemory
+    fails with CUDA_IPC_IMPORT and the engine copies itself.
+    """
 
     @_abc_1.abstractmethod
     def RegisterMemory(
