@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from tests.client.vllm.shared_device import SharedDevice
-from tests.daemon_process import wait_until
+from tests.daemon_process import WAIT_S, wait_until
 from vllm.v1.kv_offload.base import (
     CanonicalKVCacheRef,
     CanonicalKVCaches,
@@ -99,7 +99,12 @@ class DeviceRank:
         self.device.close()
 
     def wait_attached(self) -> None:
-        """Wait until both halves are attached and know of each other."""
+        """Wait until both halves are attached and know of each other.
+
+        The scheduler hears of its worker before the worker has mapped the pool, and what is stored in between
+        is not copied.
+        """
+        assert self.worker._client.wait_attached(WAIT_S), "the worker is not attached"
         wait_until(lambda: self.scheduler.ready, "scheduler and worker are attached")
 
     @property

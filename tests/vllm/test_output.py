@@ -15,6 +15,13 @@ from tests.vllm.workload import Answers, chat
 CHUNK_BYTES = 32 * 2 * 2 * 64 * 4 * 4  # tokens, K and V, kv heads, head size, fp32, layers
 POOL_CHUNKS = 256
 
+AS_GOOD = 4 / 32
+"""Log probability by which two tokens may differ and be as good in bf16: four steps of a logit in [4, 8).
+
+A prefix that is loaded is computed on from another place than one that is computed whole, and what comes out
+is rounded otherwise: with vLLM's own manager exactly as with kvtier.
+"""
+
 
 def test_output_is_identical_and_hits_are_those_of_vllms_own_manager(
     tiny_model: Path, expected: Answers, start_daemon: StartDaemon, tmp_path: Path
@@ -119,7 +126,7 @@ def test_bf16_loads_what_was_stored_and_differs_only_where_two_tokens_were_as_go
         first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if first is not None:
             differing += 1
-            assert gaps[first] < 1e-2, f"token {first} differs where the gap was {gaps[first]}"
+            assert gaps[first] <= AS_GOOD, f"token {first} differs where the gap was {gaps[first]}"
     print(  # noqa: T201 - a figure for people
         f"bf16: {loaded} chunks loaded byte for byte; {differing} of {len(answers.tokens)} answers differ"
     )
