@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in MARK_OF_FOLDER:
             item.add_marker(MARK_OF_FOLDER[folder])
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the device memory of engines that were killed together with whoever would have removed it."""
+    for path in Path("/dev/shm").glob("kvtier-mem-*"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # its exporter lives as long as this is refused
+            path.unlink()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
