@@ -485,10 +485,12 @@ class WorkerShim(ClientListener):
             failure or CopyFailure.SESSION_LOST if kind is JobKind.STORE and not same_session else failure
             for failure in progress.failures
         ]
+        # A load that has blocks and no slots for them has nothing to fail, and has filled none of them.
+        has_nowhere_to_read = kind is JobKind.LOAD and bool(job.block_ids) and not job.slot_ids
         return JobResult(
             job.job_id,
             kind,
-            not any(failures),
+            not any(failures) and not has_nowhere_to_read,
             frozenset(key for key, failure in zip(job.keys, failures, strict=True) if failure),
             num_bytes,
             seconds,

@@ -397,6 +397,22 @@ def test_a_job_that_contradicts_itself_fails_and_harms_nothing(rank: Rank) -> No
     assert list(rank.client.told.store_reports[0].failed) == [0]
 
 
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_load_of_blocks_without_any_slot_is_never_a_good_one(rank: Rank, is_away: bool) -> None:
+    job = load_job(rank, [], [], [10, 11])
+    if is_away:
+        rank.client.detach()
+    rank.shim.submit_load(job)
+    assert not rank.result().ok
+    rank.shim.submit_load(replace(job, pool_id=0))
+    assert not rank.result().ok
+
+
+def test_a_store_without_any_slot_has_stored_all_that_it_was_to(rank: Rank) -> None:
+    rank.shim.submit_store(replace(store_job(rank, [], [], []), pool_id=0))
+    assert rank.result().ok
+
+
 # Waiting and ending
 
 
