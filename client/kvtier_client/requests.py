@@ -150,6 +150,8 @@ class RequestState:
     """Per group, how many chunks it is expected to store yet."""
     version: int = 0
     """Raised whenever what is known of a chunk changes."""
+    _places: list[dict[bytes, int]] | None = None
+    """Per group, where each key is; made when it is first needed, until keys are appended."""
     _present: frozenset[ChunkStatus] | None = None
     _tokens: dict[int, int] = field(default_factory=dict)
     """What follows from the chunks, until one changes: a waiting request is asked about in every step."""
@@ -177,6 +179,7 @@ class RequestState:
         chunks.keys.extend(keys)
         chunks.status.extend([ChunkStatus.UNKNOWN] * len(keys))
         chunks.pinned.extend([None] * len(keys))
+        self._places = None
         self._chunks_changed()
 
     @property
@@ -285,12 +288,11 @@ class RequestState:
         self._tokens.clear()
 
     def find(self, key: bytes) -> list[ChunkRef]:
-        """Return the places of a key. A scan: only for the few keys of events."""
-        return [
-            ChunkRef(group, chunks.keys.index(key))
-            for group, chunks in enumerate(self.groups)
-            if key in chunks.keys
-        ]
+        """Return the places of a key, one per group that has it."""
+        if self._places is None:
+            # Events come by the thousand, for every promoted chunk of a long prompt: no scan for each.
+            self._places = [{key: chunk for chunk, key in enumerate(chunks.keys)} for chunks in self.groups]
+        return [ChunkRef(group, places[key]) for group, places in enumerate(self._places) if key in places]
 
     # What can be loaded
 
