@@ -156,6 +156,19 @@ def test_slots_for_what_is_missing_come_with_the_answer() -> None:
     assert engine.client.told.returned == []
 
 
+def test_slots_that_come_before_the_shim_has_heard_of_the_session_go_back() -> None:
+    engine = Engine(attached=False)
+    engine.shim.add_request("r", [keys(2)])
+    engine.client.lookups[-1].arrive("MM", slots=[7, 8])
+    engine.shim.begin_attempt("r", 0)
+    engine.shim.on_credits(0, [9], [3], LATER_LEASE)
+
+    assert engine.client.told.returned == [7, 8, 9]
+    engine.client.attach(session([4096]))
+    engine.shim.end_step()
+    assert engine.client.told.asked_credits == [(0, 2)]
+
+
 def test_slots_of_an_answer_from_before_a_reset_go_back() -> None:
     engine = Engine()
     engine.shim.add_request("r", [keys(1)])
