@@ -259,9 +259,11 @@ class RequestState:
         What is known for stores stays: a chunk that was there is most likely still there.
         """
         lease_id, self.lease_id, self.answered = self.lease_id, 0, False
-        for chunks in self.groups:
+        pinned = [chunks for chunks in self.groups if chunks.pinned.count(None) < len(chunks.pinned)]
+        for chunks in pinned:
             chunks.pinned = [None] * len(chunks.keys)
-        self._chunks_changed()
+        if pinned:
+            self._chunks_changed()
         return lease_id
 
     def forget(self) -> None:

@@ -180,6 +180,19 @@ def test_a_chunk_that_arrives_later_extends_the_prefix() -> None:
     assert state.pinned_tokens(0) == 3 * CHUNK
 
 
+def test_letting_go_of_pins_changes_what_is_known_only_where_there_are_any() -> None:
+    state = request(2, 1)
+    answer(state, "MHM")
+    version = state.version
+    assert state.drop_pins() == 9
+    assert state.version > version
+    assert state.pinned_tokens(0) == 0
+
+    version = state.version
+    assert state.drop_pins() == 0
+    assert state.version == version
+
+
 def test_a_chunk_whose_key_became_known_after_the_first_event_is_found_by_its_event() -> None:
     state = request(2, 1)
     answer(state, "PPP")
