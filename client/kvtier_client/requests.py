@@ -153,7 +153,7 @@ class RequestState:
     _places: list[dict[bytes, int]] | None = None
     """Per group, where each key is; made when it is first needed, until keys are appended."""
     _present: frozenset[ChunkStatus] | None = None
-    _tokens: dict[int, int] = field(default_factory=dict)
+    _tokens: dict[tuple[int, tuple[ChunkStatus, ...]], int] = field(default_factory=dict)
     """What follows from the chunks, until one changes: a waiting request is asked about in every step."""
 
     @classmethod
@@ -306,22 +306,25 @@ class RequestState:
 
     def pinned_tokens(self, num_computed_tokens: int) -> int:
         """Return the prefix, in tokens, that all groups can use with what is pinned."""
-        tokens = self._tokens.get(num_computed_tokens)
+        tokens = self._tokens.get((num_computed_tokens, ()))
         if tokens is None:
             tokens = self._prefix([chunks.pinned for chunks in self.groups], num_computed_tokens)
-            self._tokens[num_computed_tokens] = tokens
+            self._tokens[num_computed_tokens, ()] = tokens
         return tokens
 
     def hoped_tokens(self, num_computed_tokens: int, *also: ChunkStatus) -> int:
         """Return the prefix that all groups could use if chunks of these statuses were pinned too."""
-        present: list[list[object | None]] = [
-            [
-                pin or (status in also and key not in self.failed) or None
-                for pin, status, key in zip(chunks.pinned, chunks.status, chunks.keys, strict=True)
+        tokens = self._tokens.get((num_computed_tokens, also))
+        if tokens is None:
+            present: list[list[object | None]] = [
+                [
+                    pin or (status in also and key not in self.failed) or None
+                    for pin, status, key in zip(chunks.pinned, chunks.status, chunks.keys, strict=True)
+                ]
+                for chunks in self.groups
             ]
-            for chunks in self.groups
-        ]
-        return self._prefix(present, num_computed_tokens)
+            tokens = self._tokens[num_computed_tokens, also] = self._prefix(present, num_computed_tokens)
+        return tokens
 
     def _prefix(self, present: Sequence[Sequence[object | None]], num_computed_tokens: int) -> int:
         groups: list[GroupPresence] = []

@@ -180,6 +180,32 @@ def test_a_chunk_that_arrives_later_extends_the_prefix() -> None:
     assert state.pinned_tokens(0) == 3 * CHUNK
 
 
+def test_what_could_be_loaded_is_worked_out_once_until_a_chunk_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worked_out = 0
+    prefix = RequestState._prefix
+
+    def counted(
+        state: RequestState, present: Sequence[Sequence[object | None]], num_computed_tokens: int
+    ) -> int:
+        nonlocal worked_out
+        worked_out += 1
+        return prefix(state, present, num_computed_tokens)
+
+    monkeypatch.setattr(RequestState, "_prefix", counted)
+    state = request(4)
+    answer(state, "HPUM", leased=[0])
+    hopes = [(), (ChunkStatus.PENDING,), (ChunkStatus.PENDING, ChunkStatus.HIT_UNLEASED)]
+    for _ in range(3):
+        assert [state.hoped_tokens(0, *also) // CHUNK for also in hopes] == [1, 2, 3]
+        assert state.pinned_tokens(0) == CHUNK
+    assert worked_out == 3
+
+    state.mark_failed([state.groups[0].keys[2]])
+    assert [state.hoped_tokens(0, *also) // CHUNK for also in hopes] == [1, 2, 2]
+
+
 def test_letting_go_of_pins_changes_what_is_known_only_where_there_are_any() -> None:
     state = request(2, 1)
     answer(state, "MHM")
