@@ -22,6 +22,10 @@ from kvtier_client.stats import ClientStats
 
 logger = logging.getLogger(__name__)
 
+MIN_RENEW_S = 0.05
+"""Renewals come no faster, whatever the daemon says of its leases: no time at all would cost a full core.
+Leases that need it faster run out, which is a miss."""
+
 _jitter = random.Random()
 # Of its own: an engine that seeded the process's generator must draw the numbers it expects.
 
@@ -48,7 +52,7 @@ class Chores:
         self._sender = sender
         self._options = options
         self._stats = stats
-        self._renew_at = time.monotonic() + link.leases.ttl_s / 3
+        self._renew_at = time.monotonic() + self._third_s
         self._probe_at: float | None = None
         self._closed_at = 0.0
         self._pauses = pauses_s(options)
@@ -63,6 +67,10 @@ class Chores:
                 if self._is_over():
                     return
             self._do_what_is_due()
+
+    @property
+    def _third_s(self) -> float:
+        return max(self._link.leases.ttl_s / 3, MIN_RENEW_S)
 
     def _is_over(self) -> bool:
         return self._gate.closing or self._gate.link is not self._link
@@ -86,9 +94,8 @@ class Chores:
             return
         self._probe_at = None
         if now >= self._renew_at:
-            third_s = self._link.leases.ttl_s / 3
-            retry_s = min(third_s / 4, self._options.reconnect_max_ms / 1000)
-            self._renew_at = now + (third_s if self._renew() else retry_s)
+            retry_s = max(min(self._third_s / 4, self._options.reconnect_max_ms / 1000), MIN_RENEW_S)
+            self._renew_at = now + (self._third_s if self._renew() else retry_s)
         if self._link.retry_at is not None and now >= self._link.retry_at:
             self._sender.send(self._link)
         if self._link.flush_at is not None and now >= self._link.flush_at:

@@ -102,16 +102,12 @@ class CreditBook:
     ) -> list[Credit]:
         """Add the answer to one request; fewer than asked means that the daemon had no more.
 
-        Returns what must go back at once: what was asked for, under `lease_id`, before a reset.
+        Returns what must go back at once: what was asked for, under `lease_id`, before a reset, and what
+        comes while the book is closed, because the session's answers may be faster than `open`.
         """
         with self._lock:
-            if group >= len(self._groups):
-                return []
-            granted = [
-                Credit(slot_id, generation, self._pool_id)
-                for slot_id, generation in zip(slot_ids, generations, strict=True)
-            ]
-            if granted and lease_id < self._first_lease_id:
+            granted = self._credits(slot_ids, generations)
+            if group >= len(self._groups) or (granted and lease_id < self._first_lease_id):
                 return granted
             entry = self._groups[group]
             if len(granted) < entry.asked:
@@ -136,13 +132,8 @@ class CreditBook:
         Fewer means that the daemon had no more. Returns what must go back at once, as `grant` does.
         """
         with self._lock:
-            if group >= len(self._groups):
-                return []
-            added = [
-                Credit(slot_id, generation, self._pool_id)
-                for slot_id, generation in zip(slot_ids, generations, strict=True)
-            ]
-            if added and lease_id < self._first_lease_id:
+            added = self._credits(slot_ids, generations)
+            if group >= len(self._groups) or (added and lease_id < self._first_lease_id):
                 return added
             entry = self._groups[group]
             if len(added) < needed:
@@ -254,6 +245,12 @@ class CreditBook:
             for entry in self._groups:
                 entry.asked = 0
             return self._take_newest(sum(len(entry.held) for entry in self._groups))
+
+    def _credits(self, slot_ids: Sequence[int], generations: Sequence[int]) -> list[Credit]:
+        return [
+            Credit(slot_id, generation, self._pool_id)
+            for slot_id, generation in zip(slot_ids, generations, strict=True)
+        ]
 
     def _measure(self) -> None:
         for group, entry in enumerate(self._groups):

@@ -127,13 +127,19 @@ class Gate:
                 "the daemon does not answer %s in time; the engine goes on without it until it does", call
             )
 
-    def install(self, link: Link) -> None:
-        """Let calls through to a new session."""
+    def install(self, link: Link) -> bool:
+        """Let calls through to a new session; False, and nothing is changed, while new weights need a reset.
+
+        Whoever asks for one from now on finds this session to do it in.
+        """
         with self.lock:
+            if self.resetting:
+                return False
             self.link = link
             self.away_reason = ""
             self.breaker.reset()
             self.changed.notify_all()
+        return True
 
     def lose(self, link: Link, reason: str) -> None:
         """End a session as far as calls are concerned; the background thread does the rest."""

@@ -222,16 +222,22 @@ class SessionKeeper:
                     "in containers, the same mount"
                 ) from None
         link = Link(session_info(attached, pool), stub, self._options, self._stats)
-        if not self._weights.restore(link, self._options.attach_deadline_ms / 1000):
-            raise CannotAttach("the epoch of the engine's new weights could not be set")
+        self._restore_weights(link)
         return link
 
+    def _restore_weights(self, link: Link) -> None:
+        if not self._weights.restore(link, self._options.attach_deadline_ms / 1000):
+            raise CannotAttach("the epoch of the engine's new weights could not be set")
+
     def _announce(self, link: Link) -> None:
+        """Let the engine use the session. Raises CannotAttach."""
         self._stats.add("attaches")
         self._logged_reason = ""
         logger.info("attached to %s as session %s", self._address, link.session_id)
         gate = self._gate
-        gate.install(link)
+        while not gate.install(link):
+            # The weights have changed since their epoch was restored, when there was no session to tell.
+            self._restore_weights(link)
         gate.deliver(link, self._gate.listener.on_attached, link.info)
         self._place.retire()
         with gate.lock:

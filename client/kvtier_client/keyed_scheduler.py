@@ -299,7 +299,10 @@ class KeyedSchedulerShim(SchedulerBase):
     # Stores
 
     def prepare_store(self, req_id: str, keys: Sequence[bytes]) -> StoreSlots:
-        """Take a slot for each of these chunks that is worth one. What finds no credit now is given up."""
+        """Take a slot for each of these chunks that is worth one. What finds no credit now is given up.
+
+        A key that is named twice is stored once.
+        """
         self._notice_fork()
         self.num_events += 1
         view = self._views[req_id]
@@ -319,9 +322,13 @@ class KeyedSchedulerShim(SchedulerBase):
                 wanted[self._group_of(key)].append(key)
             else:
                 self.stats.skipped[reason] += 1
-        taken = dict(self._spend(state, wanted))
+        spent = self._spend(state, wanted)
+        taken = dict(spent)
         if not taken:
             return NOTHING_TO_STORE
+        if len(taken) < len(spent):  # a key was named twice; looked for here, where others pay nothing for it
+            self._return([slot for key, slot in spent if slot != taken[key]])
+            keys = list(dict.fromkeys(keys))
         ordered = tuple([key for key in keys if key in taken])
         slots = [taken[key] for key in ordered]
         store = StoreSlots(

@@ -150,8 +150,10 @@ class RequestState:
     """Per group, how many chunks it is expected to store yet."""
     version: int = 0
     """Raised whenever what is known of a chunk changes."""
+    _places: list[dict[bytes, int]] | None = None
+    """Per group, where each key is; made when it is first needed, until keys are appended."""
     _present: frozenset[ChunkStatus] | None = None
-    _tokens: dict[int, int] = field(default_factory=dict)
+    _tokens: dict[tuple[int, tuple[ChunkStatus, ...]], int] = field(default_factory=dict)
     """What follows from the chunks, until one changes: a waiting request is asked about in every step."""
 
     @classmethod
@@ -177,6 +179,7 @@ class RequestState:
         chunks.keys.extend(keys)
         chunks.status.extend([ChunkStatus.UNKNOWN] * len(keys))
         chunks.pinned.extend([None] * len(keys))
+        self._places = None
         self._chunks_changed()
 
     @property
@@ -256,9 +259,11 @@ class RequestState:
         What is known for stores stays: a chunk that was there is most likely still there.
         """
         lease_id, self.lease_id, self.answered = self.lease_id, 0, False
-        for chunks in self.groups:
+        pinned = [chunks for chunks in self.groups if chunks.pinned.count(None) < len(chunks.pinned)]
+        for chunks in pinned:
             chunks.pinned = [None] * len(chunks.keys)
-        self._chunks_changed()
+        if pinned:
+            self._chunks_changed()
         return lease_id
 
     def forget(self) -> None:
@@ -285,12 +290,11 @@ class RequestState:
         self._tokens.clear()
 
     def find(self, key: bytes) -> list[ChunkRef]:
-        """Return the places of a key. A scan: only for the few keys of events."""
-        return [
-            ChunkRef(group, chunks.keys.index(key))
-            for group, chunks in enumerate(self.groups)
-            if key in chunks.keys
-        ]
+        """Return the places of a key, one per group that has it."""
+        if self._places is None:
+            # Events come by the thousand, for every promoted chunk of a long prompt: no scan for each.
+            self._places = [{key: chunk for chunk, key in enumerate(chunks.keys)} for chunks in self.groups]
+        return [ChunkRef(group, places[key]) for group, places in enumerate(self._places) if key in places]
 
     # What can be loaded
 
@@ -302,22 +306,25 @@ class RequestState:
 
     def pinned_tokens(self, num_computed_tokens: int) -> int:
         """Return the prefix, in tokens, that all groups can use with what is pinned."""
-        tokens = self._tokens.get(num_computed_tokens)
+        tokens = self._tokens.get((num_computed_tokens, ()))
         if tokens is None:
             tokens = self._prefix([chunks.pinned for chunks in self.groups], num_computed_tokens)
-            self._tokens[num_computed_tokens] = tokens
+            self._tokens[num_computed_tokens, ()] = tokens
         return tokens
 
     def hoped_tokens(self, num_computed_tokens: int, *also: ChunkStatus) -> int:
         """Return the prefix that all groups could use if chunks of these statuses were pinned too."""
-        present: list[list[object | None]] = [
-            [
-                pin or (status in also and key not in self.failed) or None
-                for pin, status, key in zip(chunks.pinned, chunks.status, chunks.keys, strict=True)
+        tokens = self._tokens.get((num_computed_tokens, also))
+        if tokens is None:
+            present: list[list[object | None]] = [
+                [
+                    pin or (status in also and key not in self.failed) or None
+                    for pin, status, key in zip(chunks.pinned, chunks.status, chunks.keys, strict=True)
+                ]
+                for chunks in self.groups
             ]
-            for chunks in self.groups
-        ]
-        return self._prefix(present, num_computed_tokens)
+            tokens = self._tokens[num_computed_tokens, also] = self._prefix(present, num_computed_tokens)
+        return tokens
 
     def _prefix(self, present: Sequence[Sequence[object | None]], num_computed_tokens: int) -> int:
         groups: list[GroupPresence] = []

@@ -104,6 +104,7 @@ class SchedulerBase(ClientListener):
 
     def finish(self, req_id: str) -> None:
         """End a request, however it ended. Its jobs go on; report their ends all the same."""
+        self._notice_fork()
         state = self._requests.pop(req_id, None)
         if state is None:
             return

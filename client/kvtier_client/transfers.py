@@ -43,7 +43,7 @@ from kvtier_client.jobs import NO_SLOT, CopyFailure, Job, JobKind
 from kvtier_client.tls import TlsFiles
 from kvtier_ops.directory import PoolError
 from kvtier_ops.ipc import MemoryHandle
-from kvtier_ops.locks import CopyGate, owner_lock_is_free
+from kvtier_ops.locks import CopyGate, is_lock_name, owner_lock_is_free
 from kvtier_ops.timeline import ComputeEvent
 
 logger = logging.getLogger(__name__)
@@ -270,13 +270,16 @@ class _Stream:
     def close_gate_if_alone(self) -> bool:
         """Let go of the gate if no process is left that could copy; False while there is one."""
         if self._gate is not None:
-            try:
-                if not owner_lock_is_free(self._pool_directory, self._lock_file):
-                    return False
-            except PoolError:  # the daemon's lock has no proper name: nothing will prove its end
+            if not self._copier_is_gone():
                 return False
             self._gate.close()
         return True
+
+    def _copier_is_gone(self) -> bool:
+        try:
+            return owner_lock_is_free(self._pool_directory, self._lock_file)
+        except PoolError:  # the daemon's lock has no proper name: nothing will prove its end
+            return False
 
     def _run(self) -> None:
         channel = None
@@ -316,11 +319,19 @@ class _Stream:
 
     def _refused(self, failure: RpcFailure) -> None:
         if failure.reason != "session_unknown":
-            self._owner.problem = failure.details
-            self._owner.on_refused(failure.details)
+            self._give_up(failure.details)
+
+    def _give_up(self, problem: str) -> None:
+        self._owner.problem = problem
+        self._owner.on_refused(problem)
 
     def _take_registration(self, answer: transfer_pb2.RegisterMemoryResponse) -> bool:
-        """Take jobs from now on; False if the session is over meanwhile, and nothing is kept."""
+        """Take jobs from now on; False if the session is over meanwhile, or the end of copies could not be
+        told, and nothing is kept.
+        """
+        if not is_lock_name(answer.lock_file):
+            self._give_up(f"lock_file: {answer.lock_file!r} is no name of a lock, only lower-case hex is")
+            return False
         gate = None
         if answer.gate_file:
             try:
@@ -408,7 +419,7 @@ class _Stream:
     def _nothing_is_copied(self) -> bool:
         if self._gate is not None and self._gate.take():
             return True
-        return owner_lock_is_free(self._pool_directory, self._lock_file)
+        return self._copier_is_gone()
 
 
 def _message_of(handle: MemoryHandle) -> transfer_pb2.MemoryHandle:

@@ -238,11 +238,7 @@ class WorkerShim(ClientListener):
                 self._tensors.use_pool(session.pool, pin=self._remote is None)
             with self._changed:
                 self._pool = session.pool
-                untold = [
-                    progress
-                    for progress in self._untold
-                    if session.pool is not None and progress.job.pool_id == session.pool.pool_id
-                ]
+                untold = [progress for progress in self._untold if self._pool_is_open(progress.job.pool_id)]
                 self._untold.clear()
         if self._remote is not None and session.pool is not None and not self._closed:
             self._remote.begin(session, session.pool.path.parent)
@@ -274,7 +270,7 @@ class WorkerShim(ClientListener):
         """
         with self._changed:
             assert job.job_id not in self._jobs, f"job {job.job_id} was submitted twice"
-            is_of_session = self._pool is not None and self._pool.pool_id == job.pool_id
+            is_of_session = self._pool_is_open(job.pool_id)
             pool = self._pool if is_of_session and not self._closed else None
             progress = _Progress(job, kind, self._session if is_of_session else _NO_SESSION)
             # What is not copied for another reason keeps this one.
@@ -285,6 +281,10 @@ class WorkerShim(ClientListener):
             if pool is not None and self._begin_copies(progress, pool):
                 return
         self._end(progress)
+
+    def _pool_is_open(self, pool_id: int) -> bool:
+        """Tell whether the open session is one of this pool. With the lock held."""
+        return self._pool is not None and self._pool.pool_id == pool_id
 
     def _begin_copies(self, progress: _Progress, pool: MappedPool) -> bool:
         """Have a job copied, by the daemon or the threads; False where nobody does, and it has failed."""
@@ -474,9 +474,13 @@ class WorkerShim(ClientListener):
         num_bytes = self._copied_bytes(progress)
         with self._changed:
             same_session = progress.session == self._session
+            reports = same_session
             if progress.session == _NO_SESSION and job.pool_id:
-                self._untold.append(progress)
-        if same_session:
+                # The session of its pool may have opened since the job was looked at.
+                reports = self._pool_is_open(job.pool_id)
+                if not reports:
+                    self._untold.append(progress)
+        if reports:
             figures = (0, 0.0) if progress.is_remote else (num_bytes, seconds)  # the daemon counts its own
             self._report(progress, *figures)
             self._client.flush()
@@ -485,10 +489,12 @@ class WorkerShim(ClientListener):
             failure or CopyFailure.SESSION_LOST if kind is JobKind.STORE and not same_session else failure
             for failure in progress.failures
         ]
+        # A load that has blocks and no slots for them has nothing to fail, and has filled none of them.
+        has_nowhere_to_read = kind is JobKind.LOAD and bool(job.block_ids) and not job.slot_ids
         return JobResult(
             job.job_id,
             kind,
-            not any(failures),
+            not any(failures) and not has_nowhere_to_read,
             frozenset(key for key, failure in zip(job.keys, failures, strict=True) if failure),
             num_bytes,
             seconds,

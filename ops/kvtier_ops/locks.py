@@ -105,6 +105,11 @@ class OwnerLock:
         owner_lock_is_free(self._directory, self.name)
 
 
+def is_lock_name(name: str) -> bool:
+    """Tell whether a name that another process gave can be one of an owner lock or a gate."""
+    return _OWNER_NAME.fullmatch(name) is not None
+
+
 def owner_lock_is_free(directory: Path, name: str) -> bool:
     """Tell whether no process is left that holds the owner lock `name`; unlinks its file if so.
 
@@ -112,7 +117,7 @@ def owner_lock_is_free(directory: Path, name: str) -> bool:
     not, because nothing proves it: ask again. Never waits. Raises PoolDirectoryError for a name that is not
     lower-case hex (it comes from a client and becomes part of a path), and nothing else.
     """
-    if not _OWNER_NAME.fullmatch(name):
+    if not is_lock_name(name):
         raise PoolDirectoryError(f"{name!r} is not the name of an owner lock: only lower-case hex is")
     path = directory / OWNERS_DIRECTORY / name
     try:
@@ -142,7 +147,7 @@ def held_owner_locks(directory: Path) -> list[str]:
     owners = directory / OWNERS_DIRECTORY
     if not owners.is_dir():
         return []
-    names = [path.name for path in owners.iterdir() if _OWNER_NAME.fullmatch(path.name)]
+    names = [path.name for path in owners.iterdir() if is_lock_name(path.name)]
     return [name for name in names if not owner_lock_is_free(directory, name)]
 
 
@@ -178,7 +183,7 @@ class CopyGate:
     @classmethod
     def open(cls, directory: Path, name: str) -> CopyGate:
         """Open a gate that is there. Raises PoolDirectoryError for what is no name of one, and OSError."""
-        if not _OWNER_NAME.fullmatch(name):
+        if not is_lock_name(name):
             raise PoolDirectoryError(f"{name!r} is not the name of a gate: only lower-case hex is")
         path = directory / GATES_DIRECTORY / name
         return cls(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))

@@ -183,13 +183,14 @@ def test_after_a_reset_credits_that_were_on_their_way_go_back_whichever_reply_co
     assert [credit.slot_id for credit in made.take(0, 9, now=1.0)] == [4]
 
 
-def test_a_voided_book_has_nothing_and_takes_nothing() -> None:
+def test_a_voided_book_has_nothing_and_gives_back_what_comes() -> None:
     made = book()
     step(made, 8)
     made.grant(0, [1], [1], 5, now=0.0)
     made.void()
-    made.grant(0, [2], [1], 5, now=0.0)
+    back = made.grant(0, [2], [1], 5, now=0.0) + made.add(0, [3], [1], 5, needed=1, now=0.0)
 
+    assert [credit.slot_id for credit in back] == [2, 3]
     assert made.take(0, 1, now=0.0) == []
     assert made.shortfall(now=0.0) == []
     assert made.held(0) == 0

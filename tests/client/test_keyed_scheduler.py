@@ -156,6 +156,31 @@ def test_slots_for_what_is_missing_come_with_the_answer() -> None:
     assert engine.client.told.returned == []
 
 
+def test_a_key_that_is_named_twice_takes_one_slot() -> None:
+    engine = Engine()
+    engine.ask("MM")
+    engine.grant(1, first=600)
+    first, second = keys(2)
+    store = engine.shim.prepare_store("r", [first, first, second])
+
+    assert store.keys == (first, second)
+    assert sorted([*store.slot_ids, *engine.client.told.returned]) == [500, 501, 600]
+    assert len(engine.client.told.returned) == 1
+
+
+def test_slots_that_come_before_the_shim_has_heard_of_the_session_go_back() -> None:
+    engine = Engine(attached=False)
+    engine.shim.add_request("r", [keys(2)])
+    engine.client.lookups[-1].arrive("MM", slots=[7, 8])
+    engine.shim.begin_attempt("r", 0)
+    engine.shim.on_credits(0, [9], [3], LATER_LEASE)
+
+    assert engine.client.told.returned == [7, 8, 9]
+    engine.client.attach(session([4096]))
+    engine.shim.end_step()
+    assert engine.client.told.asked_credits == [(0, 2)]
+
+
 def test_slots_of_an_answer_from_before_a_reset_go_back() -> None:
     engine = Engine()
     engine.shim.add_request("r", [keys(1)])

@@ -180,6 +180,80 @@ def test_a_chunk_that_arrives_later_extends_the_prefix() -> None:
     assert state.pinned_tokens(0) == 3 * CHUNK
 
 
+def test_what_could_be_loaded_is_worked_out_once_until_a_chunk_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worked_out = 0
+    prefix = RequestState._prefix
+
+    def counted(
+        state: RequestState, present: Sequence[Sequence[object | None]], num_computed_tokens: int
+    ) -> int:
+        nonlocal worked_out
+        worked_out += 1
+        return prefix(state, present, num_computed_tokens)
+
+    monkeypatch.setattr(RequestState, "_prefix", counted)
+    state = request(4)
+    answer(state, "HPUM", leased=[0])
+    hopes = [(), (ChunkStatus.PENDING,), (ChunkStatus.PENDING, ChunkStatus.HIT_UNLEASED)]
+    for _ in range(3):
+        assert [state.hoped_tokens(0, *also) // CHUNK for also in hopes] == [1, 2, 3]
+        assert state.pinned_tokens(0) == CHUNK
+    assert worked_out == 3
+
+    state.mark_failed([state.groups[0].keys[2]])
+    assert [state.hoped_tokens(0, *also) // CHUNK for also in hopes] == [1, 2, 2]
+
+
+def test_letting_go_of_pins_changes_what_is_known_only_where_there_are_any() -> None:
+    state = request(2, 1)
+    answer(state, "MHM")
+    version = state.version
+    assert state.drop_pins() == 9
+    assert state.version > version
+    assert state.pinned_tokens(0) == 0
+
+    version = state.version
+    assert state.drop_pins() == 0
+    assert state.version == version
+
+
+def test_a_chunk_whose_key_became_known_after_the_first_event_is_found_by_its_event() -> None:
+    state = request(2, 1)
+    answer(state, "PPP")
+    state.resolve(state.groups[1].keys[0], ChunkStatus.MISS, None)
+    state.extend(0, [b"later"])
+    answer(state, "PPPM")
+
+    state.resolve(b"later", ChunkStatus.HIT, SlotRef(5, 1))
+    assert state.groups[0].pinned == [None, None, SlotRef(5, 1)]
+    state.resolve(b"nobody's", ChunkStatus.HIT, SlotRef(6, 1))
+    assert state.groups[1].pinned == [None]
+
+
+def test_the_events_of_a_long_prompt_do_not_scan_its_keys_each() -> None:
+    compared = 0
+
+    class CountedKey(bytes):
+        __hash__ = bytes.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return super().__eq__(other)
+
+    num_keys = 256
+    state = request(0)
+    state.extend(0, [CountedKey(key) for key in keys(num_keys)])
+    answer(state, "P" * num_keys)
+    for chunk, key in enumerate(keys(num_keys)):
+        state.resolve(CountedKey(key), ChunkStatus.HIT, SlotRef(chunk, 1))
+
+    assert state.pinned_tokens(0) == num_keys * CHUNK
+    assert compared <= 8 * num_keys
+
+
 def test_more_keys_than_one_call_takes_are_cut_to_the_leading_tokens_of_all_groups() -> None:
     state = request(100, 100)
 

@@ -698,6 +698,23 @@ def test_in_the_child_of_a_fork_there_are_no_pins_and_no_credits() -> None:
     assert engine.shim.prepare_store("r", 2 * CHUNK, [TABLE]) is not None
 
 
+def test_the_child_of_a_fork_ends_its_parents_requests_whoever_held_the_credits() -> None:
+    engine = Engine()
+    engine.grant(4)
+    engine.ask("MM")
+    assert engine.shim.lookup("r", 0) == 0
+    with engine.shim._credits._lock:  # as one of the client's threads may at the fork
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                engine.shim.finish("r")
+                status = 0
+            finally:
+                os._exit(status)
+    assert wait_for_child(child, timeout_s=5) == 0
+
+
 def test_credits_asked_for_before_a_reset_go_back_when_they_come() -> None:
     engine = Engine()
     early, late = engine.client.new_lease_id(), engine.client.new_lease_id

@@ -13,6 +13,8 @@ import pytest
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_client import ClientOptions, LookupStatus, OffloadClient, ReqContext, Role, StoreVerdict
 from kvtier_client.answers import StoreGrant
+from kvtier_client.gate import Gate
+from kvtier_client.link import Link
 from kvtier_client.reports import LoadReportItem, StoreReportItem
 from kvtier_ops.locks import owner_lock_is_free
 
@@ -628,6 +630,33 @@ def test_only_an_end_that_nobody_meant_is_a_warning(
         assert client.wait_attached(LONG_S)
     told = [record for record in caplog.records if reason in record.getMessage()]
     assert [record.levelno for record in told] == [logging.WARNING if warns else logging.INFO]
+
+
+def test_a_reset_just_before_a_session_is_let_through_is_done_in_that_session(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install = Gate.install
+    resets: list[bool] = []
+
+    def reset_first(gate: Gate, link: Link) -> bool:
+        if not resets:  # the engine's thread is faster here
+            resets.append(client.reset())
+        return install(gate, link)
+
+    monkeypatch.setattr(Gate, "install", reset_first)
+    options = ClientOptions(lookup_deadline_ms=5000, prepare_deadline_ms=5000)
+    client = make_client(peer.address, options=options)
+    try:
+        client.start()
+        assert client.wait_attached(LONG_S)
+        assert resets == [False]
+        assert client.ready
+        assert client.lookup(CTX, KEYS).reason == ""
+        assert len(peer.asked("Reset")) == len(peer.asked("Attach")) == 1
+        assert client.session is not None
+        assert client.session.epoch == peer.epoch
+    finally:
+        client.close()
 
 
 def test_until_a_reset_is_confirmed_everything_misses(peer: Peer, attach: Attach) -> None:

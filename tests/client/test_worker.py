@@ -397,6 +397,22 @@ def test_a_job_that_contradicts_itself_fails_and_harms_nothing(rank: Rank) -> No
     assert list(rank.client.told.store_reports[0].failed) == [0]
 
 
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_load_of_blocks_without_any_slot_is_never_a_good_one(rank: Rank, is_away: bool) -> None:
+    job = load_job(rank, [], [], [10, 11])
+    if is_away:
+        rank.client.detach()
+    rank.shim.submit_load(job)
+    assert not rank.result().ok
+    rank.shim.submit_load(replace(job, pool_id=0))
+    assert not rank.result().ok
+
+
+def test_a_store_without_any_slot_has_stored_all_that_it_was_to(rank: Rank) -> None:
+    rank.shim.submit_store(replace(store_job(rank, [], [], []), pool_id=0))
+    assert rank.result().ok
+
+
 # Waiting and ending
 
 
@@ -478,6 +494,27 @@ def test_a_job_that_came_before_the_rank_was_attached_is_reported_failed_when_it
     rank.client.detach()
     rank.client.attach(session([rank.slot_bytes], rank.pool))
     assert len(rank.client.told.store_reports) == 1
+
+
+@pytest.mark.parametrize("is_its_pool", [True, False])
+def test_a_job_that_its_session_overtakes_is_reported_failed_in_that_session(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, is_its_pool: bool
+) -> None:
+    slots, generations = reserve(rank, 1)
+    rank.client.detach()
+    end = rank.shim._end
+
+    def attach_first(progress: worker_module._Progress) -> None:
+        rank.client.attach(session([rank.slot_bytes], rank.pool))  # the client's thread is faster here
+        end(progress)
+
+    monkeypatch.setattr(rank.shim, "_end", attach_first)
+    job = store_job(rank, slots, generations, [3, 7])
+    rank.shim.submit_store(job if is_its_pool else replace(job, pool_id=rank.pool.pool_id ^ 1))
+
+    assert not rank.result().ok
+    told = [(list(report.slot_ids), list(report.failed)) for report in rank.client.told.store_reports]
+    assert told == ([(list(slots), [0])] if is_its_pool else [])
 
 
 def test_after_attaching_again_jobs_are_copied_again(rank: Rank) -> None:

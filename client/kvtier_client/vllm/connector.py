@@ -209,7 +209,7 @@ class KVTierConnector(OffloadingConnector):
             return
         self._unreported += tuple(failed)
         for load in failed:
-            if load.expedited or not _REPORTS_REQUESTS:
+            if load.expedited or not _REPORTS_REQUESTS or not load.req_id:
                 self._failed_blocks |= frozenset(load.block_ids)
             else:
                 self._failed_requests |= {load.req_id}

@@ -2,7 +2,9 @@
 
 Owns the translation of jobs, and which loads brought nothing. vLLM asserts that every job succeeds, so every
 job is reported as a success; KVTierConnector asks `take_failed_loads` in the same step and tells the
-scheduler. No call raises into the engine. Runs on the worker's main thread only.
+scheduler. No call raises into the engine, with one exception: a load whose blocks nobody can name. It could
+not be told as failed, and an engine that ends is better than one that computes with what the blocks held
+before. Runs on the worker's main thread only.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
@@ -39,6 +42,7 @@ class FailedLoad:
     """A load that was reported as ended and did not bring all its bytes: none of its blocks is of use."""
 
     req_id: str
+    """"" where the job named no request; then only the blocks tell whose it was."""
     keys: frozenset[bytes]
     block_ids: tuple[int, ...]
     expedited: bool
@@ -49,9 +53,19 @@ class FailedLoad:
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    spec: KVTierLoadSpec
+    """What a load that fails is told with."""
+
+    req_id: str
+    keys: tuple[bytes, ...]
     block_ids: tuple[int, ...]
     expedited: bool
+
+    @classmethod
+    def of(cls, source: LoadStoreSpec, blocks: GPULoadStoreSpec, expedited: bool) -> _Load:
+        """Read what the specs say, however odd they are. Raises where they name no blocks."""
+        is_ours = isinstance(source, KVTierLoadSpec)
+        req_id, keys = (source.req_id, source.keys) if is_ours else ("", ())
+        return cls(req_id, keys, _block_ids(blocks), expedited)
 
 
 class KVTierOffloadingWorker(OffloadingWorker):
@@ -90,15 +104,15 @@ class KVTierOffloadingWorker(OffloadingWorker):
         )
         self._loads: dict[int, _Load] = {}
         self._failed: list[FailedLoad] = []
-        self._refused: list[int] = []
-        """Jobs that could not even be submitted. They are over."""
+        self._refused: list[tuple[int, _Load | None]] = []
+        """Jobs that could not even be submitted, None for a store. They are over."""
         self._bugs: set[str] = set()
         self._client.start()
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         try:
             assert isinstance(dst_spec, KVTierStoreSpec), f"{type(dst_spec).__name__} is no KVTierStoreSpec"
-            block_ids, sizes, indices = _blocks(src_spec)
+            sizes, indices = _groups(src_spec)
             self._shim.submit_store(
                 StoreJob(
                     job_id=JobId(job_id),
@@ -106,14 +120,14 @@ class KVTierOffloadingWorker(OffloadingWorker):
                     slot_ids=dst_spec.slot_ids,
                     generations=dst_spec.generations,
                     keys=dst_spec.keys,
-                    block_ids=block_ids,
+                    block_ids=_block_ids(src_spec),
                     group_sizes=sizes,
                     block_indices=indices,
                     group_slots=dst_spec.group_slots,
                 )
             )
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not kill the engine
-            self._refuse(job_id, "submit_store", error)
+            self._refuse(job_id, None, "submit_store", error)
         return True
 
     def submit_load(
@@ -123,10 +137,10 @@ class KVTierOffloadingWorker(OffloadingWorker):
         dst_spec: GPULoadStoreSpec,
         expedited: bool = False,
     ) -> bool:
+        load = _Load.of(src_spec, dst_spec, expedited)  # not in the `try`: see the top of this file
         try:
             assert isinstance(src_spec, KVTierLoadSpec), f"{type(src_spec).__name__} is no KVTierLoadSpec"
-            block_ids, sizes, indices = _blocks(dst_spec)
-            self._loads[job_id] = _Load(src_spec, block_ids, expedited)
+            sizes, indices = _groups(dst_spec)
             self._shim.submit_load(
                 LoadJob(
                     job_id=JobId(job_id),
@@ -134,49 +148,52 @@ class KVTierOffloadingWorker(OffloadingWorker):
                     slot_ids=src_spec.slot_ids,
                     generations=src_spec.generations,
                     keys=src_spec.keys,
-                    block_ids=block_ids,
+                    block_ids=load.block_ids,
                     group_sizes=sizes,
                     block_indices=indices,
                     group_slots=src_spec.group_slots,
                     load_lease_id=src_spec.lease_id,
                 )
             )
+            self._loads[job_id] = load
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not kill the engine
-            self._refuse(job_id, "submit_load", error)
+            self._refuse(job_id, load, "submit_load", error)
         return True
 
     def get_finished(self) -> list[TransferResult]:
         results = [self._result(result) for result in self._shim.get_finished()]
         if self._refused:
-            for job_id in self._refused:
-                self._fail_load(job_id, None)
+            for job_id, load in self._refused:
+                self._fail_load(load, None)
                 results.append(TransferResult(job_id=job_id, success=True))
             self._refused.clear()
         return results
 
     def _result(self, result: JobResult) -> TransferResult:
         job_id = int(result.job_id)
+        load = self._loads.pop(job_id, None)
         if not result.ok:
-            self._fail_load(job_id, result)
+            self._fail_load(load, result)
             return TransferResult(job_id=job_id, success=True)
-        self._loads.pop(job_id, None)
         return TransferResult(
             job_id=job_id, success=True, transfer_size=result.bytes, transfer_time=result.seconds
         )
 
-    def _fail_load(self, job_id: int, result: JobResult | None) -> None:
-        """Note a failed load; failed stores have been reported to the daemon, and vLLM need not know."""
-        load = self._loads.pop(job_id, None)
+    def _fail_load(self, load: _Load | None, result: JobResult | None) -> None:
+        """Note a failed load, None for a failed store: the daemon was told of it, and vLLM need not know.
+
+        `result`: None where the load was never submitted.
+        """
         if load is None:
             return
-        keys = load.spec.keys
         self._failed.append(
             FailedLoad(
-                req_id=load.spec.req_id,
-                keys=frozenset(keys) if result is None else result.failed_keys,
+                req_id=load.req_id,
+                keys=frozenset(load.keys) if result is None else result.failed_keys,
                 block_ids=load.block_ids,
                 expedited=load.expedited,
-                reasons={CopyFailure.ERROR.value: len(keys)} if result is None else result.failures,
+                # Without keys nobody knows how many chunks it was; counted it is all the same.
+                reasons={CopyFailure.ERROR.value: len(load.keys) or 1} if result is None else result.failures,
             )
         )
 
@@ -204,8 +221,8 @@ class KVTierOffloadingWorker(OffloadingWorker):
         self._shim.close()
         self._client.close()
 
-    def _refuse(self, job_id: int, where: str, error: Exception) -> None:
-        self._refused.append(job_id)
+    def _refuse(self, job_id: int, load: _Load | None, where: str, error: Exception) -> None:
+        self._refused.append((job_id, load))
         if where not in self._bugs:
             self._bugs.add(where)
             logger.error(
@@ -215,10 +232,11 @@ class KVTierOffloadingWorker(OffloadingWorker):
             )
 
 
-def _blocks(spec: GPULoadStoreSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the block ids, group sizes and block indices of vLLM's side of a job, as plain ints."""
-    return (
-        tuple(spec.block_ids.tolist()),
-        tuple(int(size) for size in spec.group_sizes),
-        tuple(int(index) for index in spec.block_indices),
-    )
+def _block_ids(spec: GPULoadStoreSpec) -> tuple[int, ...]:
+    """Return the block ids of vLLM's side of a job, as plain ints, whatever holds them."""
+    return tuple(np.asarray(spec.block_ids).tolist())
+
+
+def _groups(spec: GPULoadStoreSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the group sizes and block indices of vLLM's side of a job, as plain ints."""
+    return tuple(int(size) for size in spec.group_sizes), tuple(int(index) for index in spec.block_indices)
