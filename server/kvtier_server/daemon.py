@@ -194,6 +194,7 @@ class Daemon:
         self._stopping = Stopping(lambda: self._config.drain.copies)
         self._reloads = Reloads(config, reread, self._apply, self._metrics)
         self._copies_hang = False
+        self._connections_hang = False
 
     def _make_tracing(self, config: Config) -> Tracing | None:
         if not config.otel.endpoint:
@@ -330,6 +331,11 @@ class Daemon:
             self._threads.shutdown(cancel_futures=True)
             if http is not None:
                 http.stop()
+        if self._connections_hang:
+            # The loop, when it is closed, waits for gRPC's threads, and these for the connections.
+            self.close()
+            log.warning("connections_hang", effect="the process ends without them")
+            os._exit(0)
 
     def _start_http(self) -> HttpServer | None:
         address = self._config.server.metrics_address
@@ -397,7 +403,7 @@ class Daemon:
         left_copies = held(self.core).copies  # asked before the sessions end, and their leases with them
         self._sessions.end_all()
         await self._flush_tiers()
-        await servers.stop(grace_s=1.0)
+        self._connections_hang = not await servers.stop(grace_s=1.0)
         log.info("stopped", left_copies=left_copies)
         directory = self._config.pool.directory
         which = f"--directory {shlex.quote(directory)}" if directory else f"--name {self._config.server.name}"
