@@ -41,6 +41,7 @@ from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
 from kvtier_server.notify import Notifier
 from kvtier_server.observer import Observer
+from kvtier_server.output import drop_output
 from kvtier_server.policies.loader import load_policy_class
 from kvtier_server.pool_slots import Backing, PoolSlots
 from kvtier_server.pool_start import open_pool
@@ -360,7 +361,7 @@ class Daemon:
             f"  tiers    primary (the pool){''.join(f', {b.rules.name}' for b in self.core.below.tiers)}",
             f"  metrics  {metrics}",
         )
-        print("\n".join(lines), flush=True)  # noqa: T201 this is the command's output
+        _say("\n".join(lines))
         log.info("serving", boot=self.boot_id, address=self._config.server.address, pool=str(pool.path))
 
     def _status(self) -> str:
@@ -407,12 +408,11 @@ class Daemon:
         log.info("stopped", left_copies=left_copies)
         directory = self._config.pool.directory
         which = f"--directory {shlex.quote(directory)}" if directory else f"--name {self._config.server.name}"
-        with contextlib.suppress(OSError):  # its terminal may be what was closed
-            print(  # noqa: T201 the person who stopped it should know where the memory went
-                "kvtier stopped. The pool keeps its memory for the next start; to free it: "
-                f"kvtier pool remove {which}",
-                flush=True,
-            )
+        # The person who stopped it should know where the memory went.
+        _say(
+            "kvtier stopped. The pool keeps its memory for the next start; to free it: "
+            f"kvtier pool remove {which}"
+        )
 
     async def _flush_tiers(self) -> None:
         """Let what is on its way down arrive, as far as `drain.tiers` allows."""
@@ -439,6 +439,15 @@ class Daemon:
         self._pool.close()
         for lock in self._socket_locks:
             lock.release()
+
+
+def _say(text: str) -> None:
+    """Print the command's output. No daemon ends because its disk is full or its terminal was closed."""
+    try:
+        print(text, flush=True)  # noqa: T201
+    except OSError as error:
+        drop_output()
+        log.warning("output_not_written", error=error.strerror, effect="nothing more is printed")
 
 
 async def _let_tasks_end() -> None:

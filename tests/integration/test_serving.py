@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import grpc
+import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.conftest import MakeEngine, StartDaemon
 from tests.daemon_process import DaemonProcess, wait_until
@@ -95,6 +96,20 @@ def test_sigterm_stops_an_idle_daemon_with_0_and_tells_how_to_free_the_pool(
     assert f"kvtier pool remove --name {daemon.name}" in daemon.out_text()
     assert daemon.pool_file.exists()
     assert not daemon.socket.exists()
+
+
+@pytest.mark.parametrize("full", [["daemon.out"], ["daemon.out", "daemon.log"]], ids=["out", "both"])
+def test_a_daemon_whose_output_cannot_be_written_serves_and_stops(tmp_path: Path, full: list[str]) -> None:
+    with DaemonProcess(tmp_path) as daemon:
+        for name in full:
+            (tmp_path / daemon.name / name).symlink_to("/dev/full")
+        daemon.launch()
+        wait_until(lambda: daemon.exit_code() is not None or daemon.health() == "SERVING", "it serves")
+        assert daemon.stop() == 0
+        if "daemon.log" not in full:
+            assert daemon.log_text().count("output_not_written") == 1
+            assert "Traceback" not in daemon.log_text()
+            assert "Exception ignored" not in daemon.log_text()
 
 
 def test_a_stopped_daemon_names_the_directory_of_a_pool_that_has_one_of_its_own(
