@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(arguments)
         args.parser = parser  # completion is made of it
         code: int = COMMANDS[args.command].run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # not flush(): there is no stdout where it was closed
         return code
     except Failure as failure:
         print(f"kvtier: {failure}", file=sys.stderr)

@@ -187,6 +187,18 @@ def test_output_that_cannot_be_written_is_one_line_and_exit_1(tmp_path: Path, ar
     assert (ended.returncode, ended.stderr) == (1, said)
 
 
+def test_a_stdout_that_was_closed_is_no_error(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "kvtier_server", "version"],
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "kvtier_server", "version"],
