@@ -167,6 +167,21 @@ def test_a_copy_that_does_not_end_holds_up_the_stop_only_so_long(
     assert '"left_copies": 1' in daemon.log_text()
 
 
+def catches_sigterm(daemon: DaemonProcess) -> bool:
+    status = Path(f"/proc/{daemon.pid}/status").read_text()
+    caught = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_sigterm_while_it_starts_is_exit_0_and_the_next_one_starts(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path) as daemon:
+        for moment in (lambda: catches_sigterm(daemon), daemon.pool_file.exists):
+            daemon.launch()
+            wait_until(moment, "it starts")
+            assert daemon.stop() == 0, daemon.log_text()
+        daemon.start()
+
+
 def test_a_second_sigterm_stops_at_once(start_daemon: StartDaemon, make_engine: MakeEngine) -> None:
     daemon = start_daemon()
     begin_to_drain(daemon, make_engine(daemon).attach())
