@@ -44,6 +44,7 @@ from kvtier_server.config_values import (
     TcpAddress,
 )
 from kvtier_server.regular_file import FileUnusable, read_regular_file
+from kvtier_server.secondary.parameters import MAX_SUGGESTIONS
 
 ENV_PREFIX = "KVTIER_"
 ENV_SEPARATOR = "__"
@@ -295,7 +296,7 @@ def read_config(
         if key in KNOWN.get(section, {}):
             known.setdefault(section, {})[key] = given.raw
         else:
-            errors.append(ConfigError(f"{section}.{key}", given.source, _unknown(section, key)))
+            errors.append(ConfigError(f"{section}.{key}", given.source, _unknown(section, key, errors)))
     errors += _unprotected(values)
     config = _build(known, values, errors)
     if config is not None:
@@ -323,9 +324,10 @@ def _read_file(file: Path, errors: list[ConfigError]) -> tuple[_Values, Sequence
     values: _Values = {}
     for section, body in document.items():
         if not isinstance(body, dict):
-            errors.append(ConfigError(section, str(file), f"stands in no section; {_suggest_path(section)}"))
+            hint = _suggest_path(section, errors) or f"there are {_sections()}"
+            errors.append(ConfigError(section, str(file), f"stands in no section; {hint}"))
         elif section not in KNOWN and not body:
-            errors.append(ConfigError(section, str(file), _unknown(section, "")))
+            errors.append(ConfigError(section, str(file), _unknown(section, "", errors)))
         else:
             values |= {(section, key): _Given(raw, str(file)) for key, raw in body.items()}
     return values, tables
@@ -442,20 +444,32 @@ def _check_addresses(config: Config) -> Iterator[tuple[str, str]]:
         yield "server.admin_address", f"{problem}; put it into another one"
 
 
-def _unknown(section: str, key: str) -> str:
+def _unknown(section: str, key: str, errors: Sequence[ConfigError]) -> str:
+    """Say what is wrong with an unknown key. `errors`: those found so far."""
     if section in KNOWN:
-        close = difflib.get_close_matches(key, KNOWN[section], n=1)
+        close = _closest(key, KNOWN[section], errors)
         if close:
-            return f"unknown; did you mean {section}.{close[0]}?"
-        return f"unknown; {_suggest_path(key) or f'[{section}] has ' + ', '.join(KNOWN[section])}"
-    close = difflib.get_close_matches(section, KNOWN, n=1)
+            return f"unknown; did you mean {section}.{close}?"
+        return f"unknown; {_suggest_path(key, errors) or f'[{section}] has ' + ', '.join(KNOWN[section])}"
+    close = _closest(section, KNOWN, errors)
     if close:
-        return f"there is no section [{section}]; did you mean [{close[0]}]?"
-    return f"there is no section [{section}]; there are {', '.join(f'[{name}]' for name in KNOWN)}"
+        return f"there is no section [{section}]; did you mean [{close}]?"
+    return f"there is no section [{section}]; there are {_sections()}"
 
 
-def _suggest_path(key: str) -> str:
+def _sections() -> str:
+    return ", ".join(f"[{name}]" for name in KNOWN)
+
+
+def _suggest_path(key: str, errors: Sequence[ConfigError]) -> str:
     """Name the setting of any section that `key` looks like, for a key in the wrong place; else ""."""
     paths = {name: f"{section}.{name}" for section, keys in KNOWN.items() for name in keys}
-    close = difflib.get_close_matches(key, paths, n=1)
-    return f"did you mean {paths[close[0]]}?" if close else ""
+    close = _closest(key, paths, errors)
+    return f"did you mean {paths[close]}?" if close else ""
+
+
+def _closest(written: str, names: Iterable[str], errors: Sequence[ConfigError]) -> str:
+    """Return the name that is nearly what was written; "" if none is, or there are many mistakes already."""
+    if len(errors) >= MAX_SUGGESTIONS:
+        return ""
+    return next(iter(difflib.get_close_matches(written, list(names), n=1)), "")

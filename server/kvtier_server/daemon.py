@@ -41,6 +41,7 @@ from kvtier_server.http import HttpServer
 from kvtier_server.metrics import Metrics
 from kvtier_server.notify import Notifier
 from kvtier_server.observer import Observer
+from kvtier_server.output import drop_output
 from kvtier_server.policies.loader import load_policy_class
 from kvtier_server.pool_slots import Backing, PoolSlots
 from kvtier_server.pool_start import open_pool
@@ -194,6 +195,7 @@ class Daemon:
         self._stopping = Stopping(lambda: self._config.drain.copies)
         self._reloads = Reloads(config, reread, self._apply, self._metrics)
         self._copies_hang = False
+        self._connections_hang = False
 
     def _make_tracing(self, config: Config) -> Tracing | None:
         if not config.otel.endpoint:
@@ -330,6 +332,11 @@ class Daemon:
             self._threads.shutdown(cancel_futures=True)
             if http is not None:
                 http.stop()
+        if self._connections_hang:
+            # The loop, when it is closed, waits for gRPC's threads, and these for the connections.
+            self.close()
+            log.warning("connections_hang", effect="the process ends without them")
+            os._exit(0)
 
     def _start_http(self) -> HttpServer | None:
         address = self._config.server.metrics_address
@@ -354,7 +361,7 @@ class Daemon:
             f"  tiers    primary (the pool){''.join(f', {b.rules.name}' for b in self.core.below.tiers)}",
             f"  metrics  {metrics}",
         )
-        print("\n".join(lines), flush=True)  # noqa: T201 this is the command's output
+        _say("\n".join(lines))
         log.info("serving", boot=self.boot_id, address=self._config.server.address, pool=str(pool.path))
 
     def _status(self) -> str:
@@ -397,16 +404,15 @@ class Daemon:
         left_copies = held(self.core).copies  # asked before the sessions end, and their leases with them
         self._sessions.end_all()
         await self._flush_tiers()
-        await servers.stop(grace_s=1.0)
+        self._connections_hang = not await servers.stop(grace_s=1.0)
         log.info("stopped", left_copies=left_copies)
         directory = self._config.pool.directory
         which = f"--directory {shlex.quote(directory)}" if directory else f"--name {self._config.server.name}"
-        with contextlib.suppress(OSError):  # its terminal may be what was closed
-            print(  # noqa: T201 the person who stopped it should know where the memory went
-                "kvtier stopped. The pool keeps its memory for the next start; to free it: "
-                f"kvtier pool remove {which}",
-                flush=True,
-            )
+        # The person who stopped it should know where the memory went.
+        _say(
+            "kvtier stopped. The pool keeps its memory for the next start; to free it: "
+            f"kvtier pool remove {which}"
+        )
 
     async def _flush_tiers(self) -> None:
         """Let what is on its way down arrive, as far as `drain.tiers` allows."""
@@ -433,6 +439,15 @@ class Daemon:
         self._pool.close()
         for lock in self._socket_locks:
             lock.release()
+
+
+def _say(text: str) -> None:
+    """Print the command's output. No daemon ends because its disk is full or its terminal was closed."""
+    try:
+        print(text, flush=True)  # noqa: T201
+    except OSError as error:
+        drop_output()
+        log.warning("output_not_written", error=error.strerror, effect="nothing more is printed")
 
 
 async def _let_tasks_end() -> None:

@@ -28,6 +28,7 @@ from kvtier_server.address import is_remote, parse_host_port, socket_path
 from kvtier_server.callers import ENGINES, Caller, CertificateHolders
 from kvtier_server.certificates import Certificates
 from kvtier_server.config import Config
+from kvtier_server.connections import cut_connections
 from kvtier_server.rpc import CallScope
 from kvtier_server.socket_lock import StartError
 
@@ -39,6 +40,11 @@ HANDSHAKE_S = 10
 MAX_FILES = 65_536
 """Files that the daemon asks to have open at once: each connection is one, and 1,024 are soon taken."""
 
+CANCEL_S = 0.5
+"""Longest wait for gRPC, after the grace, to cancel the calls that are left and close their connections."""
+
+CUT_S = 2.0
+"""Longest wait for gRPC to notice that a connection was cut: it takes milliseconds."""
 
 log = structlog.get_logger("kvtier.grpc")
 
@@ -108,11 +114,32 @@ class Servers:
         for server in self._servers:
             await server.start()
 
-    async def stop(self, grace_s: float) -> None:
-        """Take no more calls, and wait for those that run, at most so long."""
+    async def stop(self, grace_s: float) -> bool:
+        """Take no more calls, wait for those that run, at most so long, and end all connections.
+
+        One whose peer does not read what it is sent is cut. False: something is left all the same, and gRPC's
+        threads wait for it as long as the process lives.
+        """
         if self._certificates is not None:
             self._certificates.stop()
-        await asyncio.gather(*[server.stop(grace=grace_s) for server in self._servers])
+        stops = [asyncio.ensure_future(server.stop(grace=grace_s)) for server in self._servers]
+        _, late = await asyncio.wait(stops, timeout=grace_s + CANCEL_S)
+        if late:
+            self._cut()
+            _, late = await asyncio.wait(late, timeout=CUT_S)
+        for stop in stops:
+            if stop not in late:
+                stop.result()
+        return not late
+
+    def _cut(self) -> None:
+        why = "their peers do not read what they are sent"
+        try:
+            num_cut = cut_connections(address for address, _ in self.listening)
+        except OSError as error:
+            log.warning("connections_not_cut", error=error.strerror, why=why)
+        else:
+            log.warning("connections_cut", connections=num_cut, why=why)
 
 
 def _listeners(config: Config, certificates: Certificates | None) -> list[_Listener]:

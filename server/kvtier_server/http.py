@@ -6,10 +6,12 @@ Read-only and without authentication: it listens on loopback unless it is told o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,9 +22,11 @@ from kvtier_server.metrics import CONTENT_TYPE, Metrics
 from kvtier_server.stats import PHASE_DEGRADED, PHASE_SERVING, DaemonState
 
 MAX_CONNECTIONS = 8
-"""Served at once; a scraper and two probes need three. More are closed unanswered."""
-CONNECTION_TIMEOUT_S = 5.0
-"""Longest silence of a client before its connection is closed."""
+"""Served at once; a scraper and two probes need three. For one more the oldest makes room."""
+REQUEST_S = 5.0
+"""Longest time from taking a connection to its last byte, whatever trickles in or out meanwhile."""
+ROOM_S = 1.0
+"""Longest wait for a connection that was cut to make room: a page that is being made is made to its end."""
 MAX_TICK_AGE_S = 5.0
 """A tick comes several times a second. One that is this late hangs, and only a restart helps."""
 
@@ -85,6 +89,19 @@ class HttpServer:
         self._server = self._thread = None
 
 
+class _Visit:
+    """One connection. `has_asked`: its request is complete, and is being answered."""
+
+    __slots__ = ("end_s", "has_asked")
+
+    def __init__(self, end_s: float) -> None:
+        self.end_s = end_s
+        self.has_asked = False
+
+
+_Request = socket.socket | tuple[bytes, socket.socket]
+
+
 class _BoundedServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a silent client must not hold up the end of the daemon
@@ -94,37 +111,76 @@ class _BoundedServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.pages = pages
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._lock = threading.Lock()
+        """Held to cut a connection, and to let one go before it is closed: its file number may be reused."""
+        self._visits: dict[_Request, _Visit] = {}
+        """By age."""
         super().__init__((host, port), _Handler)
 
-    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client: object) -> None:
+    def process_request(self, request: _Request, client: object) -> None:
         if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+            self._make_room()
+            if not self._free.acquire(timeout=ROOM_S):
+                self.shutdown_request(request)
+                return
+        with self._lock:
+            self._visits[request] = _Visit(time.monotonic() + REQUEST_S)
         try:
             super().process_request(request, client)
         except BaseException:  # no thread could be started, so none will release
             self._free.release()
             raise
 
-    def process_request_thread(
-        self, request: socket.socket | tuple[bytes, socket.socket], client: object
-    ) -> None:
+    def process_request_thread(self, request: _Request, client: object) -> None:
         try:
             super().process_request_thread(request, client)
         finally:
             self._free.release()
 
+    def service_actions(self) -> None:
+        """Cut what has had its time. Called several times a second, and after each connection."""
+        now = time.monotonic()
+        with self._lock:
+            for request, visit in self._visits.items():
+                if now < visit.end_s:
+                    break
+                _cut(request)
+
+    def shutdown_request(self, request: _Request) -> None:
+        with self._lock:
+            self._visits.pop(request, None)
+        super().shutdown_request(request)
+
+    def answers(self, request: _Request) -> None:
+        """Note that a request is complete: whoever has not asked yet makes room before it."""
+        with self._lock:
+            self._visits[request].has_asked = True
+
+    def _make_room(self) -> None:
+        with self._lock:
+            silent = (request for request, visit in self._visits.items() if not visit.has_asked)
+            oldest = next(silent, None) or next(iter(self._visits), None)
+            if oldest is not None:
+                _cut(oldest)
+
     def handle_error(self, request: object, client: object) -> None:
         """Say nothing: a client that went away is its own business, and pages do not raise."""
+
+
+def _cut(request: _Request) -> None:
+    """Let reads and writes of a connection end; the thread that serves it closes it."""
+    assert isinstance(request, socket.socket), request  # a pair is what servers of datagrams get
+    with contextlib.suppress(OSError):  # the client has gone by itself
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: _BoundedServer
     server_version = "kvtier"
     sys_version = ""
-    timeout = CONNECTION_TIMEOUT_S
 
     def do_GET(self) -> None:
+        self.server.answers(self.request)
         page = self.server.pages.get(self.path.partition("?")[0])
         if page is None:
             known = ", ".join(self.server.pages)

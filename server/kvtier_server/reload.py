@@ -24,6 +24,9 @@ from kvtier_server.metrics import Metrics
 READ_S = 10.0
 """Longest wait for the file: a network file system of good health answers in far less."""
 
+MAX_MISTAKES = 20
+"""So many are in the line of the log, which is written on the loop's thread."""
+
 log = structlog.get_logger("kvtier.reload")
 
 
@@ -78,7 +81,10 @@ class Reloads:
         try:
             self._take(compare(self._config, await self._read()))
         except ConfigErrors as errors:
-            self._refuse([str(error) for error in errors.errors])
+            mistakes = [str(error) for error in errors.errors[:MAX_MISTAKES]]
+            if len(errors.errors) > MAX_MISTAKES:
+                mistakes.append(f"and {len(errors.errors) - MAX_MISTAKES} more; kvtier config check has all")
+            self._refuse(mistakes)
         except _NoAnswer as error:
             self._refuse([str(error)])
         except Exception:  # a bug of ours must be seen, and the daemon goes on as it was

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import grpc
+import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.conftest import MakeEngine, StartDaemon
 from tests.daemon_process import DaemonProcess, wait_until
@@ -97,6 +98,20 @@ def test_sigterm_stops_an_idle_daemon_with_0_and_tells_how_to_free_the_pool(
     assert not daemon.socket.exists()
 
 
+@pytest.mark.parametrize("full", [["daemon.out"], ["daemon.out", "daemon.log"]], ids=["out", "both"])
+def test_a_daemon_whose_output_cannot_be_written_serves_and_stops(tmp_path: Path, full: list[str]) -> None:
+    with DaemonProcess(tmp_path) as daemon:
+        for name in full:
+            (tmp_path / daemon.name / name).symlink_to("/dev/full")
+        daemon.launch()
+        wait_until(lambda: daemon.exit_code() is not None or daemon.health() == "SERVING", "it serves")
+        assert daemon.stop() == 0
+        if "daemon.log" not in full:
+            assert daemon.log_text().count("output_not_written") == 1
+            assert "Traceback" not in daemon.log_text()
+            assert "Exception ignored" not in daemon.log_text()
+
+
 def test_a_stopped_daemon_names_the_directory_of_a_pool_that_has_one_of_its_own(
     start_daemon: StartDaemon,
 ) -> None:
@@ -150,6 +165,21 @@ def test_a_copy_that_does_not_end_holds_up_the_stop_only_so_long(
     engine.prepare_store([to_key(1)])
     assert daemon.stop() == 0
     assert '"left_copies": 1' in daemon.log_text()
+
+
+def catches_sigterm(daemon: DaemonProcess) -> bool:
+    status = Path(f"/proc/{daemon.pid}/status").read_text()
+    caught = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_sigterm_while_it_starts_is_exit_0_and_the_next_one_starts(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path) as daemon:
+        for moment in (lambda: catches_sigterm(daemon), daemon.pool_file.exists):
+            daemon.launch()
+            wait_until(moment, "it starts")
+            assert daemon.stop() == 0, daemon.log_text()
+        daemon.start()
 
 
 def test_a_second_sigterm_stops_at_once(start_daemon: StartDaemon, make_engine: MakeEngine) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from kvtier_server.address import MAX_SOCKET_PATH_BYTES, default_address
 from kvtier_server.config import KNOWN, MAX_FILE_BYTES, OPTIONS, ConfigErrors, load_config
+from kvtier_server.secondary.parameters import MAX_SUGGESTIONS
 
 
 def write(folder: Path, text: str) -> Path:
@@ -110,6 +111,25 @@ def test_a_key_in_the_wrong_section_is_shown_the_right_one(tmp_path: Path) -> No
     found = mistakes(file=file)
     assert found[f"server.policy ({file})"] == "unknown; did you mean pool.policy?"
     assert found[f"zebra ({file})"].startswith("there is no section [zebra]; there are [server], [pool]")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "hint", "plain"),
+    [
+        ("[pool]\n{0}", "pool.byts{0}", "unknown; did you mean pool.bytes?", "unknown; [pool] has bytes, "),
+        ("{0}", "byts{0}", "did you mean pool.bytes?", "stands in no section; there are [server], [pool]"),
+    ],
+)
+def test_of_very_many_mistakes_all_are_told_and_the_first_get_a_suggestion(
+    tmp_path: Path, text: str, path: str, hint: str, plain: str
+) -> None:
+    number = 3 * MAX_SUGGESTIONS
+    keys = "\n".join(f"byts{index} = 1" for index in range(number))
+    file = write(tmp_path, text.format(keys))
+    found = mistakes(file=file)
+    problems = [found[f"{path.format(index)} ({file})"] for index in range(number)]
+    assert all(hint in problem for problem in problems[:MAX_SUGGESTIONS])
+    assert all(problem.startswith(plain) for problem in problems[MAX_SUGGESTIONS:])
 
 
 def test_an_unknown_variable_with_a_double_underscore_is_a_mistake_and_others_are_left_alone() -> None:

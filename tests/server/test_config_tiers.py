@@ -13,6 +13,7 @@ from kvtier_server.secondary.base import OffloadingSpec
 from kvtier_server.secondary.example import ExampleParameters, ExampleTier
 from kvtier_server.secondary.filesystem.tier import FilesystemParameters
 from kvtier_server.secondary.object_store.parameters import ObjectParameters
+from kvtier_server.secondary.parameters import MAX_SUGGESTIONS
 
 HERE = Path(__file__).parent
 
@@ -179,6 +180,14 @@ type = "nothing"
         "tiers[0].capacity",
         "tiers[1].type",
     }
+
+
+def test_of_very_many_unknown_keys_the_first_get_a_suggestion(tmp_path: Path) -> None:
+    keys = "\n".join(f"capacty{index} = 1" for index in range(2 * MAX_SUGGESTIONS))
+    found = problems(tmp_path, f'[[tiers]]\ntype = "example"\n{keys}')
+    hints = [found[f"tiers[0].capacty{index}"] for index in range(2 * MAX_SUGGESTIONS)]
+    assert set(hints[:MAX_SUGGESTIONS]) == {"unknown; did you mean capacity?"}
+    assert all(hint.startswith("unknown; this tier has ") for hint in hints[MAX_SUGGESTIONS:])
 
 
 def test_two_tiers_need_two_names(tmp_path: Path) -> None:

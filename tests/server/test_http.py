@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -99,21 +101,78 @@ def test_an_unknown_page_names_the_known_ones_and_other_methods_are_refused(serv
     assert get(server, "/metrics", method="POST")[0] == 501
 
 
-def test_silent_connections_are_bounded_and_make_room_when_they_end(server: HttpServer) -> None:
-    silent = [socket.create_connection(("127.0.0.1", server.port), 30) for _ in range(MAX_CONNECTIONS)]
+def connect(server: HttpServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), 30)
+
+
+def is_closed(connection: socket.socket, wait_s: float) -> bool:
+    """Wait so long at most for the end of a connection on which nothing is sent."""
+    connection.settimeout(wait_s)
     try:
-        with socket.create_connection(("127.0.0.1", server.port), 30) as turned_away:
-            assert turned_away.recv(1) == b"", "the ninth is closed, not served and not queued"
-    finally:
-        for connection in silent:
-            connection.close()
-    deadline = time.monotonic() + 30
-    while True:
-        try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def trickle(connections: list[socket.socket]) -> None:
+    """Send one byte more of each request, whose line never ends."""
+    for connection in connections:
+        with contextlib.suppress(OSError):  # it has been cut
+            connection.sendall(b"x")
+
+
+def test_silent_connections_make_room_the_oldest_first(server: HttpServer) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(server)) for _ in range(MAX_CONNECTIONS)]
+        for oldest in silent[:3]:
             assert get(server, "/livez")[0] == 200
-            return
-        except (http.client.HTTPException, ConnectionError):  # the silent ones are still being let go
-            assert time.monotonic() < deadline
+            assert is_closed(oldest, 30)
+            stack.enter_context(connect(server))
+        assert not is_closed(silent[3], 0.01)
+
+
+def test_connections_that_trickle_do_not_silence_the_pages(server: HttpServer) -> None:
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connect(server)) for _ in range(MAX_CONNECTIONS)]
+        for _ in range(3 * MAX_CONNECTIONS):
+            trickle(connections)
+            assert get(server, "/livez")[::2] == (200, "ok\n")
+
+
+def test_a_request_that_trickles_in_has_its_time_and_no_more(
+    server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtier_server.http.REQUEST_S", 0.3)
+    with connect(server) as connection:
+        begin = time.monotonic()
+        while not is_closed(connection, 0.05):
+            assert time.monotonic() < begin + 30, "it goes on for ever"
+            trickle([connection])
+        assert time.monotonic() >= begin + 0.3
+
+
+def test_who_is_being_answered_keeps_its_place_before_the_silent_ones(daemon: Daemon) -> None:
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    def state() -> DaemonState:
+        is_asked.set()
+        assert may_answer.wait(30)
+        return daemon.state()
+
+    server = HttpServer("127.0.0.1:0", daemon.metrics, state)
+    server.start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.stop)
+        stack.callback(may_answer.set)
+        asking = stack.enter_context(connect(server))
+        asking.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+        assert is_asked.wait(30)
+        silent = [stack.enter_context(connect(server)) for _ in range(MAX_CONNECTIONS)]
+        assert is_closed(silent[0], 30), "it made room for the last one"
+        may_answer.set()
+        assert asking.recv(4096).startswith(b"HTTP/1.0 200 ")
 
 
 def test_a_request_without_end_is_refused(server: HttpServer) -> None:

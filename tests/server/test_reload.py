@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from structlog.testing import capture_logs
 
 from kvtier_server import reload
-from kvtier_server.config import Config
+from kvtier_server.config import Config, ConfigError, ConfigErrors
 from kvtier_server.metrics import Metrics
-from kvtier_server.reload import Reloads
+from kvtier_server.reload import MAX_MISTAKES, Reloads
 
 CONFIG = Config.model_validate({"server": {"address": "unix:///tmp/x.sock"}})
 WAIT_S = 30.0
@@ -40,6 +40,10 @@ def file() -> Iterator[SlowFile]:
 
 def reloads_of(file: SlowFile, metrics: Metrics) -> Reloads:
     return Reloads(CONFIG, file.read, lambda _: None, metrics)
+
+
+async def one_of(read: Callable[[], Config], metrics: Metrics) -> None:
+    await one(Reloads(CONFIG, read, lambda _: None, metrics))
 
 
 async def one(reloads: Reloads) -> None:
@@ -74,6 +78,22 @@ def test_a_file_that_does_not_answer_fails_the_reload_and_may_answer_the_next(
     assert first == ["the file does not answer: it was not read in 0.01 s"]
     assert second == ["the file does not answer: an earlier reading of it still hangs"]
     assert metrics.registry.get_sample_value("kvtier_config_last_reload_successful") == 1
+
+
+def test_the_log_has_the_first_of_very_many_mistakes_and_their_number() -> None:
+    metrics = Metrics(version="0", limits={})
+
+    def read() -> Config:
+        raise ConfigErrors(ConfigError(f"pool.x{index}", "file", "unknown") for index in range(60_000))
+
+    with capture_logs() as lines:
+        asyncio.run(one_of(read, metrics))
+    (line,) = lines
+    assert line["mistakes"][0] == "pool.x0 (file): unknown"
+    assert line["mistakes"][MAX_MISTAKES:] == [
+        f"and {60_000 - MAX_MISTAKES} more; kvtier config check has all"
+    ]
+    assert count(metrics, "failed") == 1
 
 
 def test_a_stop_waits_for_no_reading(file: SlowFile) -> None:

@@ -7,7 +7,8 @@ Data goes to stdout, messages to stderr. Commands import what they need when the
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
+import errno
 import re
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from kvtier_server.cli import (
     version,
 )
 from kvtier_server.cli.failure import Failure
+from kvtier_server.output import drop_output
 
 GROUPS: dict[str, dict[str, ModuleType]] = {
     "run": {"serve": serve, "config": config, "doctor": doctor},
@@ -63,6 +65,9 @@ EXTRA_MODULES = {
 }
 """What only the extra `server` installs; an engine's environment has the command without them."""
 
+OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""Of stdout, where no file is named: a full disk, a file too long, a terminal that is gone."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 well, 1 a failure, 2 a mistake in the call or no daemon."""
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(arguments)
         args.parser = parser  # completion is made of it
         code: int = COMMANDS[args.command].run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # not flush(): there is no stdout where it was closed
         return code
     except Failure as failure:
         print(f"kvtier: {failure}", file=sys.stderr)
@@ -91,9 +96,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (head, less) has what it wanted. Without this the interpreter complains at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()  # the reader (head, less) has what it wanted
         return 0
+    except OSError as error:
+        if error.errno not in OUTPUT_ERRORS or error.filename is not None:
+            raise
+        drop_output()
+        with contextlib.suppress(OSError):  # it may be as full as stdout
+            print(f"kvtier: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 class GroupedParser(argparse.ArgumentParser):

@@ -38,6 +38,23 @@ MISTAKE = 2
 """Exit code where what was asked makes no sense."""
 
 
+MAX_TIMEOUT_S = 86_400.0
+"""Longest --timeout: system calls and gRPC take no time of any length."""
+
+
+def timeout_seconds(text: str) -> float:
+    """Read what was typed for --timeout. Raises argparse.ArgumentTypeError, which argparse tells."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= MAX_TIMEOUT_S:  # nan is not, either
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds above 0 and up to {MAX_TIMEOUT_S:.0f}"
+        )
+    return seconds
+
+
 def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --address and --timeout."""
     parser.add_argument(
@@ -47,7 +64,7 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=timeout_seconds,
         default=5.0,
         metavar="SECONDS",
         help="longest wait for an answer (default: 5)",

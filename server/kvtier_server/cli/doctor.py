@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from kvtier_server import __version__
 from kvtier_server.address import client_address
-from kvtier_server.cli.connection import explain, open_channel
+from kvtier_server.cli.connection import explain, open_channel, timeout_seconds
 from kvtier_server.cli.failure import Failure
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, dest=setting, metavar=metavar, help=text)
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=timeout_seconds,
         default=5.0,
         metavar="SECONDS",
         help="longest wait for the daemon (default: 5)",

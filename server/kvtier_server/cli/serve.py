@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def given_flags(args: argparse.Namespace) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     """Read the settings, then serve."""
+    # Until the loop runs, which stops in order: nothing is served yet, and what is half made may be left so.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     from kvtier_server.config import ConfigErrors, load_config, read_config
 
     sources = given_flags(args), args.config, os.environ

@@ -171,6 +171,34 @@ def test_a_command_that_is_nearly_one_is_answered_with_it(kvtier: Kvtier) -> Non
     assert "'statsu' is no command; did you mean 'status'?" in refused.stderr
 
 
+@pytest.mark.parametrize("arguments", [["config", "default"], ["version"]])
+def test_output_that_cannot_be_written_is_one_line_and_exit_1(tmp_path: Path, arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "kvtier_server", *arguments],
+            env=environment(tmp_path),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    said = "kvtier: the output cannot be written: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
+
+
+def test_a_stdout_that_was_closed_is_no_error(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "kvtier_server", "version"],
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "kvtier_server", "version"],

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvtier_server.cli import main
+
 from ...certificate_authority import CertificateAuthority, Issued
 from ...daemon_process import DaemonProcess
 from .conftest import Kvtier
@@ -32,6 +34,20 @@ def test_an_address_that_cannot_be_one_is_answered_with_one_that_can(
     assert typed.stderr.startswith("kvtier: --address: ")
     assert said in typed.stderr
     assert kvtier("health", KVTIER_ADDRESS=address).stderr.startswith("kvtier: KVTIER_ADDRESS: ")
+
+
+@pytest.mark.parametrize("typed", ["-1", "0", "nan", "inf", "1e30", "soon"])
+@pytest.mark.parametrize(
+    "command", [("status",), ("health",), ("top", "--once"), ("admin", "sessions"), ("doctor", "--quick")]
+)
+def test_a_timeout_that_is_no_time_to_wait_is_a_mistake(
+    command: tuple[str, ...], typed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--timeout", typed])
+    assert ended.value.code == 2
+    said = f"argument --timeout: {typed!r} is not a number of seconds above 0 and up to 86400\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_a_path_that_is_no_socket_is_called_that(kvtier: Kvtier, tmp_path: Path) -> None:
