@@ -27,6 +27,7 @@ from kvtier_server.core.lower_tiers import (
     LowerTier,
     ShapeOf,
 )
+from kvtier_server.core.namespaces import GROUP_TAIL_BYTES
 from kvtier_server.core.requests import Request
 from kvtier_server.policies.base import ChunkId
 from kvtier_server.primary.index import Chunk, KeySpace
@@ -38,6 +39,9 @@ MAX_PROBES = 256
 
 MAX_QUEUED_PROMOTIONS = 65_536
 """Chunks that wait for a slot to come up into; what comes beyond it is a miss."""
+
+SLICE_PROMOTIONS = 1_024
+"""Promotions that get a slot in one go; what a long prompt has beyond them does so behind other calls."""
 
 MAX_TIMES = 4_096
 """Times of promotions kept until somebody takes them."""
@@ -154,13 +158,18 @@ class Promotions:
     ) -> list[bytes]:
         """Begin to bring chunks up, the leading ones where there is no room for all. Returns their keys.
 
+        Of many, those beyond a slice wait for `go_on`; somebody must be waiting for them by then.
         From now on they are PENDING for everybody. What a tier would not get to within `patience_ns`, at the
         pace of its last loads, is not begun.
         """
         self._now_ns = now_ns
         begun: list[_Promotion] = []
+        shapes: dict[bytes, ChunkShape | None] = {}  # by the key's tail, which names the group
         for key, size_class, below in wanted:
-            shape = self._shape_of(space, key)
+            tail = key[-GROUP_TAIL_BYTES:]
+            if tail not in shapes:
+                shapes[tail] = self._shape_of(space, key)
+            shape = shapes[tail]
             if shape is None:
                 continue
             promotion = _Promotion(space, request, key, size_class, shape, below, now_ns, patience_ns)
@@ -168,7 +177,9 @@ class Promotions:
             self._promotions[space, key] = promotion
             begun.append(promotion)
         self._submit(begun, request if request.holds_chunks else None)
-        self.go_on()
+        if not self._is_moving:
+            for promotion in [promotion for promotion in begun if promotion.is_queued]:
+                self._end(promotion, "no_slot")  # nothing is under way that would make room
         return [
             promotion.key for promotion in begun if self._promotions.get((space, promotion.key)) is promotion
         ]
@@ -221,7 +232,10 @@ class Promotions:
     # Slots, and turns
 
     def _with_slots(self, promotions: Sequence[_Promotion], protected: object | None) -> list[_Promotion]:
-        """Reserve slots for chunks that are known to be there, the leading ones; the others wait or end."""
+        """Reserve slots for chunks that are known to be there, the leading ones; the others wait or end.
+
+        At most a slice of them, though there be room for more: the others are the first that wait.
+        """
         max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
         by_class: dict[SizeClass, list[_Promotion]] = {}
         for promotion in promotions:
@@ -229,18 +243,19 @@ class Promotions:
                 by_class.setdefault(promotion.size_class, []).append(promotion)
         if by_class:
             self._books.unpin_all()
+        left = SLICE_PROMOTIONS
         for size_class, own in by_class.items():
             # What hangs is not counted: other tiers have their turn.
             moving_bytes = self._promoting_bytes - self._late_bytes
             room = max(max_bytes - moving_bytes, 0) // size_class.slot_bytes
             # One at a time may be larger than the share: in a small pool no chunk would ever come up.
-            wanted = own[: room if room or moving_bytes else 1]
+            room = room if room or moving_bytes else 1
+            wanted = own[: min(room, left)]
+            left -= len(wanted)
             self._reserve(size_class, wanted, protected)
-            for promotion in own[len(wanted) :]:
-                promotion.is_queued = self._may_wait(promotion)
-                if promotion.is_queued:
-                    promotion.below.queued_promotion_bytes += size_class.slot_bytes
-                    self._queue.append(promotion)
+            for index in range(len(wanted), len(own)):
+                if len(self._queue) < MAX_QUEUED_PROMOTIONS and (index < room or self._may_wait(own[index])):
+                    self._put_in_queue(own[index])
         for promotion in promotions:
             if promotion.slot_id is None and not promotion.is_queued:
                 self._end(promotion, "no_slot")
@@ -264,33 +279,63 @@ class Promotions:
         below = promotion.below
         ahead_bytes = below.queued_promotion_bytes + self._promoting_bytes - self._late_bytes
         ahead_ns = ahead_bytes * below.ns_per_byte
-        return len(self._queue) < MAX_QUEUED_PROMOTIONS and ahead_ns <= promotion.patience_ns
+        return ahead_ns <= promotion.patience_ns
+
+    def _put_in_queue(self, promotion: _Promotion) -> None:
+        promotion.is_queued = True
+        promotion.below.queued_promotion_bytes += promotion.size_class.slot_bytes
+        self._queue.append(promotion)
+
+    @property
+    def _is_moving(self) -> bool:
+        """Whether anything that is not given up has a slot, whose end lets others go on."""
+        return self._promoting_bytes > self._late_bytes
+
+    def _may_go_on(self, promotion: _Promotion, more_bytes: int = 0) -> bool:
+        """Tell whether the first in the queue has room beside what has slots, and `more_bytes`."""
+        num_bytes = self._promoting_bytes - self._late_bytes + more_bytes
+        max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
+        return (
+            not promotion.is_queued
+            or not num_bytes
+            or (num_bytes + promotion.size_class.slot_bytes <= max_bytes)
+        )
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether `go_on` has something to do."""
+        return bool(self._queue) and self._may_go_on(self._queue[0])
 
     def go_on(self) -> None:
-        """Begin with promotions that waited for a slot, in their order, as far as there is room now."""
-        # More than once: what a tier refuses makes room at once.
-        while ready := self._next_in_queue():
-            self._submit(ready)
+        """Begin with promotions that waited for a slot, in their order, as far as there is room now.
 
-    def _next_in_queue(self) -> list[_Promotion]:
-        max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
+        A slice of them; `is_behind` says whether more could go at once.
+        """
+        left = SLICE_PROMOTIONS
+        # More than once: what a tier refuses makes room at once.
+        while left > 0 and self.is_behind:
+            ready, left = self._next_in_queue(left)
+            request = ready[0].request if ready else None
+            is_protected = request is not None and request.holds_chunks
+            is_protected = is_protected and all(promotion.request is request for promotion in ready)
+            self._submit(ready, request if is_protected else None)
+
+    def _next_in_queue(self, left: int) -> tuple[list[_Promotion], int]:
+        """Take out what has room, at most `left`; returns it, and how many were left to look at."""
         ready: list[_Promotion] = []
-        num_bytes = self._promoting_bytes - self._late_bytes
-        while self._queue:
-            promotion = self._queue[0]
-            is_over = self._promotions.get((promotion.space, promotion.key)) is not promotion
-            if not is_over and num_bytes and num_bytes + promotion.size_class.slot_bytes > max_bytes:
-                break
-            self._queue.popleft()
-            if is_over:
-                continue
+        num_bytes = 0
+        while self._queue and left > 0 and self._may_go_on(self._queue[0], num_bytes):
+            promotion = self._queue.popleft()
+            left -= 1
+            if not promotion.is_queued:
+                continue  # it has ended meanwhile
             self._take_off_queue(promotion)
             if not self._books.is_awaited(promotion.space, promotion.key):
                 self._end(promotion, "late")
                 continue
             num_bytes += promotion.size_class.slot_bytes
             ready.append(promotion)
-        return ready
+        return ready, left
 
     def _take_off_queue(self, promotion: _Promotion) -> None:
         if promotion.is_queued:
@@ -494,7 +539,7 @@ class Promotions:
         ids = set(map(id, queued))
         assert not under_way & ids, "a promotion waits and is under way"
         assert under_way | ids == {id(p) for p in self._promotions.values()}, "a promotion without a job"
-        assert not queued or self._promoting_bytes > self._late_bytes, "promotions wait for nothing"
+        assert not queued or self._is_moving or self.is_behind, "promotions wait for nothing"
         for below in self._tiers:
             num_bytes = sum(p.size_class.slot_bytes for p in queued if p.below is below)
             assert below.queued_promotion_bytes == num_bytes, (below.rules.name, num_bytes)

@@ -6,10 +6,13 @@ import json
 
 import pytest
 
+from kvtier_server.core import promotions
 from kvtier_server.core.books import LookupStatus
 from kvtier_server.core.grants import StoreVerdict
+from kvtier_server.core.limits import Limits
 from kvtier_server.core.lower_tiers import CascadeWhen, TierRules
-from kvtier_server.core.promotions import MAX_PROBES
+from kvtier_server.core.namespaces import Namespace
+from kvtier_server.core.promotions import MAX_PROBES, SLICE_PROMOTIONS
 from kvtier_server.secondary.base import Medium
 
 from .engine import HIT, HIT_UNLEASED, MISS, PENDING, Engine, facts, to_key, to_keys
@@ -119,6 +122,58 @@ def test_promotions_take_no_more_than_their_share_of_the_pool_and_the_rest_wait_
     assert resolved(rig) == dict.fromkeys(to_keys(range(20)), HIT)
 
 
+def test_a_long_prompt_begins_to_come_up_in_slices_and_all_of_it_is_waited_for(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promotions, "SLICE_PROMOTIONS", 3)
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(20))
+    answer = engine.lookup(to_keys(range(20)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * 20
+    begun: list[int] = []
+    while rig.core.below.is_behind:
+        rig.check()
+        begun.append(len(loading(rig)))
+        rig.core.below.pump()
+    assert begun == [3, 6]
+    assert loading(rig) == to_keys(range(SHARE))
+    rig.check()
+    rig.move()
+    assert resolved(rig) == dict.fromkeys(to_keys(range(20)), HIT)
+
+
+def test_what_comes_up_in_slices_evicts_nothing_that_the_same_request_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(promotions, "SLICE_PROMOTIONS", 2)
+    rig = Rig(POOL_UNITS, num_tiers=1, limits=Limits(promotion_share=1.0))
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(8))
+    engine.store(range(100, 100 + POOL_UNITS - 4))
+    engine.lookup(to_keys(range(8)), lease=engine.new_lease_id(), wait_s=1)
+    rig.pump()
+    assert engine.hits(range(100, 100 + POOL_UNITS)) == list(range(100, 100 + POOL_UNITS - 4))
+    rig.check()
+
+
+def test_how_a_chunk_lies_in_its_slot_is_looked_up_once_for_all_keys_of_a_group(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(SHARE))
+    asked = []
+    digest = Namespace.geometry_digest
+
+    def counted(namespace: Namespace) -> bytes | None:
+        asked.append(namespace)
+        return digest(namespace)
+
+    monkeypatch.setattr(Namespace, "geometry_digest", counted)
+    engine.lookup(to_keys(range(SHARE)), lease=engine.new_lease_id(), wait_s=1)
+    assert len(loading(rig)) == SHARE
+    assert len(asked) == 1
+
+
 def test_what_waits_for_a_slot_and_is_not_waited_for_any_more_is_not_read(rig: Rig) -> None:
     engine = rig.engine()
     store_and_evict(rig, engine, range(20))
@@ -131,7 +186,11 @@ def test_what_waits_for_a_slot_and_is_not_waited_for_any_more_is_not_read(rig: R
     rig.check()
 
 
-def test_what_a_slow_tier_would_not_get_to_in_time_is_a_miss_at_once(rig: Rig) -> None:
+@pytest.mark.parametrize("slice_items", [SLICE_PROMOTIONS, 3])
+def test_what_a_slow_tier_would_not_get_to_in_time_is_a_miss_at_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, slice_items: int
+) -> None:
+    monkeypatch.setattr(promotions, "SLICE_PROMOTIONS", slice_items)
     engine = rig.engine()
     store_and_evict(rig, engine, range(40))
     engine.lookup(to_keys(range(1)), "first", lease=engine.new_lease_id(), wait_s=5)
@@ -143,7 +202,11 @@ def test_what_a_slow_tier_would_not_get_to_in_time_is_a_miss_at_once(rig: Rig) -
     rig.move()
 
 
-def test_a_tier_that_refuses_leaves_nobody_waiting_for_a_turn(rig: Rig) -> None:
+@pytest.mark.parametrize("slice_items", [SLICE_PROMOTIONS, 3])
+def test_a_tier_that_refuses_leaves_nobody_waiting_for_a_turn(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, slice_items: int
+) -> None:
+    monkeypatch.setattr(promotions, "SLICE_PROMOTIONS", slice_items)
     engine = rig.engine()
     store_and_evict(rig, engine, range(20))
     rig.tiers[0].refuses = True
