@@ -22,7 +22,7 @@ from kvtier_server.core.requests import Request
 from kvtier_server.core.stores import Reservation, Reservations
 from kvtier_server.policies.base import CachePolicy
 from kvtier_server.primary.index import Chunk, KeySpace
-from kvtier_server.primary.size_classes import SlotTable
+from kvtier_server.primary.size_classes import SizeClass, SlotTable
 from kvtier_server.primary.tier import SLICE_ITEMS, PrimaryTier
 
 MAX_COUNTED_TENANTS = 32
@@ -108,6 +108,7 @@ class Books:
         self.hash_requests: deque[HashRequest] = deque()
         """For the daemon's threads; `completions` sees to it that they are few, and different."""
         self._waiters: dict[tuple[KeySpace, bytes], list[Lease]] = {}
+        self._ended_slots: dict[SizeClass, list[int]] = {}
         self._unpinning: deque[list[Chunk]] = deque()
         self._put_off: deque[Iterator[int]] = deque()
 
@@ -248,11 +249,20 @@ class Books:
             (reservation.slot_id, part) in self.being_written for part in parts
         )
 
-    def free_reservation(self, reservation: Reservation) -> None:
-        """End a reservation unpublished whose slot nobody can still be writing."""
+    def end_unpublished(self, reservation: Reservation) -> None:
+        """End a reservation whose slot nobody can still be writing; `free_ended` frees the slot."""
         if self.reservations.remove(reservation) and reservation.key is not None:
             self.resolve(reservation.space, reservation.key, None)
-        self.primary.free_reserved(reservation.size_class, [reservation.slot_id])
+        self._ended_slots.setdefault(reservation.size_class, []).append(reservation.slot_id)
+
+    def free_ended(self) -> None:
+        """Free what was ended unpublished, with one call of the table per class: each costs as 100 slots.
+
+        Whoever ends reservations must call it before the core is left.
+        """
+        while self._ended_slots:
+            size_class, slot_ids = self._ended_slots.popitem()
+            self.primary.free_reserved(size_class, slot_ids)
 
     def wait_for(self, lease: Lease, keys: set[bytes], until_ns: int) -> None:
         """Let a lookup lease wait for unfinished stores of `keys`."""

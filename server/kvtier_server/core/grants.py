@@ -126,13 +126,11 @@ class Grants:
         known = self._books.leases.get(instance, lease_id)
         if known is not None and known.kind not in (LeaseKind.STORE, LeaseKind.CREDIT):
             raise LeaseUnknown(f"lease {lease_id:#x} is a {known.kind} lease")
-        if known is not None and not extend and not known.expired:
+        # One that was released stays in the book until its slots are free.
+        is_void = self._books.leases.is_buried(instance, lease_id) or (known is not None and known.expired)
+        if known is not None and not extend and not is_void:
             return self._repeat_store(known, keys, asked_credits)
-        if (
-            (known is not None and known.expired)
-            or self._books.leases.is_buried(instance, lease_id)
-            or instance.num_leases >= self._books.limits.max_leases
-        ):
+        if is_void or instance.num_leases >= self._books.limits.max_leases:
             verdict = StoreVerdict.INFLIGHT
             return StoreAnswer(
                 [verdict] * len(keys), [], [], [], [(group, [], []) for group, _ in asked_credits]
