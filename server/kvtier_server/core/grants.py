@@ -20,6 +20,7 @@ from kvtier_server.core.namespaces import check_keys
 from kvtier_server.core.refused import BadRequest, Inflight, LeaseUnknown, Refused
 from kvtier_server.core.requests import Request
 from kvtier_server.primary.index import Chunk, KeySpace
+from kvtier_server.primary.tier import SLICE_ITEMS
 
 
 class StoreVerdict(IntEnum):
@@ -267,9 +268,11 @@ class Grants:
     def _grant_credits(
         self, instance: Instance, lease_id: int, asked_credits: Sequence[tuple[int, int]], now_ns: int
     ) -> StoreAnswer:
+        """Reserve at most a slice: who needs more asks again, as after any grant that was short."""
         self._books.unpin_all()
         lease = Lease(lease_id, LeaseKind.CREDIT, instance, now_ns, None)
         grants = []
+        left = SLICE_ITEMS
         for group, count in asked_credits:
             size_class = instance.namespace.classes[group]
             room = (
@@ -282,7 +285,8 @@ class Grants:
                 + len(size_class.policy)
                 + self._books.primary.slabs.growable_slots(size_class)
             )
-            granted = min(count, room, (available + 1) // 2)
+            granted = min(count, room, (available + 1) // 2, left)
+            left -= granted
             reserved = self._books.primary.reserve(size_class, granted, instance.nonce)
             self._books.reservations.add(
                 lease, reserved.slot_ids, reserved.generations, size_class, None, None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvtier_server.core import books, endings
+from kvtier_server.core import books, endings, grants
 from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.core.instances import WorkersMissing
 from kvtier_server.core.limits import Limits
@@ -31,6 +31,16 @@ def test_credits_are_slots_ahead_within_a_share_and_half_of_what_can_be_had() ->
     engine = full.engine()
     engine.prepare_store(to_keys(range(28)))
     assert len(engine.credits(40)) == 2, "half of the four that are left"
+
+
+def test_one_call_is_given_a_slice_of_credits_and_the_next_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grants, "SLICE_ITEMS", 5)
+    engine = Rig(256).engine(namespace=facts("two sizes", (2, 1)))
+    keys = [*to_keys(range(4), group=0), *to_keys(range(4), group=1)]
+    slots = engine.slots_for_misses(keys, (0, 4, 0), (1, 4, 0))
+    assert [len(slots[group]) for group in (0, 1)] == [4, 1]
+    assert len(engine.credits(8, group=1)) == 5
+    assert len(engine.credits(2, group=1)) == 2
 
 
 def test_a_credit_becomes_a_chunk_whichever_comes_first_announcement_or_report() -> None:
