@@ -23,7 +23,7 @@ IDLE_RETURN_S = 5.0
 """Without stores for so long, every credit goes back: others may want the memory."""
 
 RETRY_S = 0.1
-"""After a grant that was short, the pool had no more: asking every step would only cost RPCs."""
+"""After a grant that was short, the pool mostly had no more: asking every step would only cost RPCs."""
 
 LOOK_AGAIN_S = RETRY_S
 """How long the books may go unread while nothing changes in them: what time alone brings is no sooner."""
@@ -100,7 +100,7 @@ class CreditBook:
     def grant(
         self, group: int, slot_ids: Sequence[int], generations: Sequence[int], lease_id: int, now: float
     ) -> list[Credit]:
-        """Add the answer to one request; fewer than asked means that the daemon had no more.
+        """Add the answer to one request; fewer than asked means that the daemon has no more for now.
 
         Returns what must go back at once: what was asked for, under `lease_id`, before a reset, and what
         comes while the book is closed, because the session's answers may be faster than `open`.
@@ -129,7 +129,7 @@ class CreditBook:
     ) -> list[Credit]:
         """Add the slots that came with a lookup, of which `needed` were needed.
 
-        Fewer means that the daemon had no more. Returns what must go back at once, as `grant` does.
+        Fewer means that the daemon has no more for now. Returns what must go back at once, as `grant` does.
         """
         with self._lock:
             added = self._credits(slot_ids, generations)

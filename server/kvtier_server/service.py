@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import grpc
 
@@ -32,8 +33,8 @@ SERVICE = "kvtier.v1.OffloadService"
 ITEMS_PER_KEY = 2
 """Items of one Complete per key that a call may have: a step may both announce and report what it stores."""
 
-REPORT_SLICE_ITEMS = 512
-"""Slots of store reports taken in one go: publishing costs about 4 us each, so 2 ms."""
+COMPLETE_SLICE_SLOTS = 512
+"""Slots that a Complete names, taken in one go: publishing one costs about 4 us, so 2 ms."""
 
 MAX_COST_S, MAX_COST_TOKENS = 1e6, 1 << 32
 """What one report of costs may say to be believed: far more than an engine's requests wait in a second."""
@@ -190,7 +191,7 @@ class OffloadService:
     async def complete(self, message: pb.CompleteRequest) -> pb.CompleteResponse:
         """Take the items in the order of the fields; malformed columns are refused before that.
 
-        Many store reports are taken in slices, between which other calls get in.
+        Many slots are taken in slices, between which other calls get in.
         """
         session = self._session(message.session_id)
         completions = self._core.completions
@@ -200,30 +201,26 @@ class OffloadService:
         if message.load_reports:
             completions.check_load_report(session)
         reply = pb.CompleteResponse(boot_id=self._boot_id)
+        slices = _Slices(partial(self._session, message.session_id))
         for announced in message.announcements:
-            columns = (list(announced.slot_ids), list(announced.generations), list(announced.keys))
-            reply.announcements.append(_result(completions.announce(session, announced.request_id, *columns)))
+            reply.announcements.append(
+                await slices.take(len(announced.slot_ids), partial(self._announce, session, announced))
+            )
         for start in message.load_starts:
             slot_ids = list(start.slot_ids)
             leases = (start.lookup_lease_id, start.load_lease_id)
             reply.load_starts.append(_wire(completions.start_load(session, *leases, slot_ids, self._clock())))
-        taken = 0
         for stored in message.store_reports:
-            statuses: list[ItemStatus] = []
-            for first in range(0, len(stored.slot_ids), REPORT_SLICE_ITEMS):
-                if taken >= REPORT_SLICE_ITEMS:
-                    taken = 0
-                    await asyncio.sleep(0)
-                    session = self._session(message.session_id)
-                statuses += self._take_store_report(session, stored, first)
-                taken += min(len(stored.slot_ids) - first, REPORT_SLICE_ITEMS)
-            reply.store_reports.append(_result(statuses))
+            reply.store_reports.append(
+                await slices.take(len(stored.slot_ids), partial(self._take_store_report, session, stored))
+            )
             self._observe_copies("store", stored.bytes, stored.seconds)
         for loaded in message.load_reports:
             reply.load_reports.append(_wire(self._take_load_report(session, loaded)))
         for returned in message.credit_returns:
-            returned_slots = (list(returned.slot_ids), list(returned.generations))
-            reply.credit_returns.append(_result(completions.return_credits(session, *returned_slots)))
+            reply.credit_returns.append(
+                await slices.take(len(returned.slot_ids), partial(self._return_credits, session, returned))
+            )
         for lease_id in message.released_lease_ids:
             known = self._core.release(session.instance, lease_id, self._clock())
             reply.released_leases.append(_wire(ItemStatus.OK if known else ItemStatus.UNKNOWN))
@@ -232,8 +229,27 @@ class OffloadService:
         self._observe_costs(message.costs)
         return reply
 
-    def _take_store_report(self, session: Session, report: pb.StoreReport, first: int) -> list[ItemStatus]:
-        end = first + REPORT_SLICE_ITEMS
+    def _announce(
+        self, session: Session, announced: pb.Announcement, first: int, end: int
+    ) -> list[ItemStatus]:
+        return self._core.completions.announce(
+            session,
+            announced.request_id,
+            announced.slot_ids[first:end],
+            announced.generations[first:end],
+            announced.keys[first:end],
+        )
+
+    def _return_credits(
+        self, session: Session, returned: pb.CreditReturn, first: int, end: int
+    ) -> list[ItemStatus]:
+        return self._core.completions.return_credits(
+            session, returned.slot_ids[first:end], returned.generations[first:end]
+        )
+
+    def _take_store_report(
+        self, session: Session, report: pb.StoreReport, first: int, end: int
+    ) -> list[ItemStatus]:
         return self._core.completions.report_store(
             session,
             report.part,
@@ -293,6 +309,32 @@ class OffloadService:
         epoch = self._core.reset(self._session(message.session_id), message.weights_id)
         self._on_spaces_changed()
         return pb.ResetResponse(boot_id=self._boot_id, epoch=epoch)
+
+
+class _Slices:
+    """Takes the slots that one Complete names in slices; many short columns make up one together.
+
+    `check_session` raises if the session has ended while others got in.
+    """
+
+    def __init__(self, check_session: Callable[[], object]) -> None:
+        self._check_session = check_session
+        self._taken = 0
+
+    async def take(
+        self, num_slots: int, take_piece: Callable[[int, int], list[ItemStatus]]
+    ) -> pb.CompleteResult:
+        """Take a column of slots piece by piece, [first, end)."""
+        statuses: list[ItemStatus] = []
+        for first in range(0, num_slots, COMPLETE_SLICE_SLOTS):
+            if self._taken >= COMPLETE_SLICE_SLOTS:
+                self._taken = 0
+                await asyncio.sleep(0)
+                self._check_session()
+            end = min(first + COMPLETE_SLICE_SLOTS, num_slots)
+            statuses += take_piece(first, end)
+            self._taken += end - first
+        return _result(statuses)
 
 
 def _wire(status: ItemStatus) -> pb.CompleteStatus.ValueType:

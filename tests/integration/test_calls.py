@@ -68,6 +68,24 @@ def test_a_load_of_keys_that_are_not_resident_names_them(engine: RawEngine) -> N
     assert failed.metadata["keys"] == f"{to_key(2).hex()},{to_key(3).hex()}"
 
 
+def test_every_slot_of_a_complete_has_its_answer_in_its_place_however_many_there_are(
+    engine: RawEngine,
+) -> None:
+    granted = engine.take_credits(2)
+    slot_ids, generations = [1 << 40] * 1_300, [1] * 1_300
+    for place, slot_id, generation in zip((700, 1_100), granted.slot_ids, granted.generations, strict=True):
+        slot_ids[place], generations[place] = slot_id, generation
+    columns = {"slot_ids": slot_ids, "generations": generations}
+    reply = engine.complete(
+        announcements=[pb.Announcement(request_id="r", keys=to_keys([1]) * 1_300, **columns)],
+        credit_returns=[pb.CreditReturn(slot_ids=slot_ids[:701], generations=generations[:701])],
+    )
+    statuses = reply.announcements[0].statuses
+    known = [place for place, status in enumerate(statuses) if status == pb.COMPLETE_STATUS_OK]
+    assert known == [700, 1_100]
+    assert list(reply.credit_returns[0].statuses) == [pb.COMPLETE_STATUS_UNKNOWN] * 701, "one was announced"
+
+
 def test_nothing_is_leased_before_all_workers_are_attached(
     daemon: DaemonProcess, make_engine: MakeEngine
 ) -> None:

@@ -1207,7 +1207,9 @@ class CreditGrant(_message.Message):
     """Group as asked."""
     @_builtins.property
     def slot_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Slots; fewer than asked, or none, when the pool has no more to give."""
+        """Slots; fewer than asked, or none, when the pool has no more to give, or when many were asked for: what is
+        still needed may be asked for anew.
+        """
 
     @_builtins.property
     def generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

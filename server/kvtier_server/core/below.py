@@ -89,9 +89,10 @@ class Below:
         if self._has_changes:
             self.take_changes()
         self._cascades.offer_cold()
+        self.promotions.go_on()
         num_looked_at = self._cascades.submit(SLICE_CHUNKS)
         is_behind = num_looked_at == SLICE_CHUNKS and self._cascades.is_behind
-        return bool(self._uses) or self._has_changes or is_behind
+        return bool(self._uses) or self._has_changes or is_behind or self.promotions.is_behind
 
     def collect(self, now_ns: int) -> None:
         """Take the ends of jobs, and what the tiers have let go of."""
@@ -226,7 +227,8 @@ class Below:
     @property
     def is_behind(self) -> bool:
         """Whether `pump` may have something to hand out."""
-        return bool(self._uses) or self._has_changes or self._cascades.is_behind
+        has_more = bool(self._uses) or self._has_changes
+        return has_more or self._cascades.is_behind or self.promotions.is_behind
 
     @property
     def has_work(self) -> bool:

@@ -10,6 +10,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from heapq import heappop, heappush
+from itertools import count
 
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.core.events import REMOVED, EventLog
@@ -22,7 +24,7 @@ from kvtier_server.core.requests import Request
 from kvtier_server.core.stores import Reservation, Reservations
 from kvtier_server.policies.base import CachePolicy
 from kvtier_server.primary.index import Chunk, KeySpace
-from kvtier_server.primary.size_classes import SlotTable
+from kvtier_server.primary.size_classes import SizeClass, SlotTable
 from kvtier_server.primary.tier import SLICE_ITEMS, PrimaryTier
 
 MAX_COUNTED_TENANTS = 32
@@ -37,6 +39,10 @@ SETTLE_AT_ITEMS = 16_384
 
 SETTLE_AT_LEASES = 256
 """Ended leases whose chunks wait to be unpinned, likewise."""
+
+
+STEP_WAITS, WAIT_COST = 128, 4
+"""Waits that end in one go, a fraction of a slice, and what the end of each costs, as items of a slice."""
 
 
 class LookupStatus(IntEnum):
@@ -107,7 +113,15 @@ class Books:
         self.notices: deque[Notice] = deque()
         self.hash_requests: deque[HashRequest] = deque()
         """For the daemon's threads; `completions` sees to it that they are few, and different."""
+        self.unawaited: deque[tuple[KeySpace, bytes]] = deque()
+        """Keys whose last waiter has gone without them, until `promotions` has looked at them."""
         self._waiters: dict[tuple[KeySpace, bytes], list[Lease]] = {}
+        self._waits: list[tuple[int, int, Lease]] = []
+        """Heap of (end, number, lease), also of leases that wait for nothing any more."""
+        self._wait_numbers = count()
+        self._now_ns = 0
+        self._is_ending_waits = False
+        self._ended_slots: dict[SizeClass, list[int]] = {}
         self._unpinning: deque[list[Chunk]] = deque()
         self._put_off: deque[Iterator[int]] = deque()
 
@@ -222,11 +236,7 @@ class Books:
         if lease.kind is LeaseKind.LOAD:
             lease.instance.remember_ended(("lease", lease.id), self.limits.max_remembered)
         for key in lease.pending:
-            waiters = self._waiters.get((lease.instance.space, key), [])
-            if lease in waiters:
-                waiters.remove(lease)
-            if not waiters:
-                self._waiters.pop((lease.instance.space, key), None)
+            self._stop_waiting(lease, key)
         lease.pending = set()
         if lease.kind is LeaseKind.LOOKUP:
             request = lease.instance.requests.get(lease.request_id)
@@ -248,16 +258,25 @@ class Books:
             (reservation.slot_id, part) in self.being_written for part in parts
         )
 
-    def free_reservation(self, reservation: Reservation) -> None:
-        """End a reservation unpublished whose slot nobody can still be writing."""
+    def end_unpublished(self, reservation: Reservation) -> None:
+        """End a reservation whose slot nobody can still be writing; `free_ended` frees the slot."""
         if self.reservations.remove(reservation) and reservation.key is not None:
             self.resolve(reservation.space, reservation.key, None)
-        self.primary.free_reserved(reservation.size_class, [reservation.slot_id])
+        self._ended_slots.setdefault(reservation.size_class, []).append(reservation.slot_id)
+
+    def free_ended(self) -> None:
+        """Free what was ended unpublished, with one call of the table per class: each costs as 100 slots.
+
+        Whoever ends reservations must call it before the core is left.
+        """
+        while self._ended_slots:
+            size_class, slot_ids = self._ended_slots.popitem()
+            self.primary.free_reserved(size_class, slot_ids)
 
     def wait_for(self, lease: Lease, keys: set[bytes], until_ns: int) -> None:
         """Let a lookup lease wait for unfinished stores of `keys`."""
         lease.pending = keys
-        lease.pending_until_ns = until_ns
+        heappush(self._waits, (until_ns, next(self._wait_numbers), lease))
         for key in keys:
             self._waiters.setdefault((lease.instance.space, key), []).append(lease)
 
@@ -283,19 +302,39 @@ class Books:
         return (space, key) in self._waiters
 
     def end_waits(self, now_ns: int) -> None:
-        """Resolve to MISS what has been waited for long enough."""
-        for (space, key), waiters in list(self._waiters.items()):
-            for lease in [waiter for waiter in waiters if waiter.pending_until_ns <= now_ns]:
-                self._stop_waiting(space, key, lease)
+        """Resolve to MISS what has been waited for long enough; many waits end in slices."""
+        self._now_ns = now_ns
+        if not self._is_ending_waits and self._waits and self._waits[0][0] <= now_ns:
+            self._is_ending_waits = True
+            self.put_off(self._end_waits())
 
-    def _stop_waiting(self, space: KeySpace, key: bytes, lease: Lease) -> None:
-        self._waiters[(space, key)].remove(lease)
-        if not self._waiters[(space, key)]:
-            del self._waiters[(space, key)]
-        lease.pending.discard(key)
+    def _end_waits(self) -> Iterator[int]:
+        try:
+            while self._waits and self._waits[0][0] <= self._now_ns:
+                _, _, lease = heappop(self._waits)
+                yield 1
+                # What is left is looked at anew: others resolve keys, and end leases, between two slices.
+                while lease.pending:
+                    num_keys = min(len(lease.pending), STEP_WAITS)
+                    for _ in range(num_keys):
+                        self._resolve_late(lease, lease.pending.pop())
+                    yield num_keys * WAIT_COST
+        finally:
+            self._is_ending_waits = False
+
+    def _resolve_late(self, lease: Lease, key: bytes) -> None:
+        self._stop_waiting(lease, key)
         scheduler = lease.instance.sessions.get((Role.SCHEDULER, 0))
         if scheduler is not None:
             self.notices.append(Notice(scheduler.id, "resolved", lease.id, key, LookupStatus.MISS))
+
+    def _stop_waiting(self, lease: Lease, key: bytes) -> None:
+        name = (lease.instance.space, key)
+        waiters = self._waiters[name]
+        waiters.remove(lease)
+        if not waiters:
+            del self._waiters[name]
+            self.unawaited.append(name)
 
     @property
     def should_settle(self) -> bool:

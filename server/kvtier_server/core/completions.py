@@ -107,6 +107,7 @@ class Completions:
             elif returned in session.instance.ended:
                 found = ItemStatus.ALREADY
             statuses.append(found)
+        self._books.free_ended()
         return statuses
 
     def check_store_report(self, session: Session, part: int) -> None:
@@ -148,6 +149,7 @@ class Completions:
         for space, stored in self._stored.items():
             self._books.events.record(STORED, space.name, "store", stored)
         self._stored.clear()
+        self._books.free_ended()
         return statuses
 
     def _take_part(
@@ -173,7 +175,7 @@ class Completions:
             self._books.reservations.name(reservation, key)
 
     def _conclude(self, reservation: Reservation) -> None:
-        """End a reservation that nobody writes any more: as a chunk, or as a free slot."""
+        """End a reservation that nobody writes any more: as a chunk, or as a slot for `free_ended`."""
         books = self._books
         instance = reservation.instance
         for part in range(len(reservation.checksums)):
@@ -184,7 +186,7 @@ class Completions:
         whole = not reservation.parts_left and not reservation.failed and not reservation.expired
         if key is None or not whole or key in space.chunks:
             books.counts["store:dropped" if whole else "store:failed"] += key is not None
-            books.free_reservation(reservation)
+            books.end_unpublished(reservation)
         else:
             self._publish(reservation, space, key)
         lease = reservation.lease

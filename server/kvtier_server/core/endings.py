@@ -1,4 +1,4 @@
-"""What instances that have ended still hold: taken back in slices, behind what others ask for.
+"""What ended instances and released leases still hold: taken back in slices, behind what others ask for.
 
 For the outside an instance is gone at once, with its sessions. Owns the rest of its end: leases, pins and
 reserved slots. A slot that a worker may still be writing is quarantined behind the locks of the workers.
@@ -39,6 +39,23 @@ class Endings:
         """Lift a guard from slots that are not quarantined yet."""
         for guards in self._guards:
             guards.discard(guard)
+
+    def take_back_unused(self, lease: Lease) -> Iterator[int]:
+        """Free the slots of a released store or credit lease that were never handed out; then end it."""
+        books, instance = self._books, lease.instance
+        slot_ids = list(lease.slot_ids)
+        for first in range(0, len(slot_ids), STEP_SLOTS):
+            step = slot_ids[first : first + STEP_SLOTS]
+            for slot_id in step:
+                reservation = books.reservations.get(slot_id)
+                if reservation is None or reservation.lease is not lease:
+                    continue  # reported between two slices, or its instance has ended
+                if books.is_untouched(reservation) and not reservation.announced:
+                    books.end_unpublished(reservation)
+            books.free_ended()
+            yield len(step) * SLOT_COST
+        if not lease.slot_ids and books.leases.get(instance, lease.id) is lease:
+            books.end_lease(lease)
 
     def _end(self, instance: Instance, guards: set[str]) -> Iterator[int]:
         # An expired lease stays in the book while it holds slots: every reservation is found through a lease.

@@ -20,6 +20,7 @@ from kvtier_server.core.namespaces import check_keys
 from kvtier_server.core.refused import BadRequest, Inflight, LeaseUnknown, Refused
 from kvtier_server.core.requests import Request
 from kvtier_server.primary.index import Chunk, KeySpace
+from kvtier_server.primary.tier import SLICE_ITEMS
 
 
 class StoreVerdict(IntEnum):
@@ -126,13 +127,11 @@ class Grants:
         known = self._books.leases.get(instance, lease_id)
         if known is not None and known.kind not in (LeaseKind.STORE, LeaseKind.CREDIT):
             raise LeaseUnknown(f"lease {lease_id:#x} is a {known.kind} lease")
-        if known is not None and not extend and not known.expired:
+        # One that was released stays in the book until its slots are free.
+        is_void = self._books.leases.is_buried(instance, lease_id) or (known is not None and known.expired)
+        if known is not None and not extend and not is_void:
             return self._repeat_store(known, keys, asked_credits)
-        if (
-            (known is not None and known.expired)
-            or self._books.leases.is_buried(instance, lease_id)
-            or instance.num_leases >= self._books.limits.max_leases
-        ):
+        if is_void or instance.num_leases >= self._books.limits.max_leases:
             verdict = StoreVerdict.INFLIGHT
             return StoreAnswer(
                 [verdict] * len(keys), [], [], [], [(group, [], []) for group, _ in asked_credits]
@@ -269,9 +268,11 @@ class Grants:
     def _grant_credits(
         self, instance: Instance, lease_id: int, asked_credits: Sequence[tuple[int, int]], now_ns: int
     ) -> StoreAnswer:
+        """Reserve at most a slice: who needs more asks again, as after any grant that was short."""
         self._books.unpin_all()
         lease = Lease(lease_id, LeaseKind.CREDIT, instance, now_ns, None)
         grants = []
+        left = SLICE_ITEMS
         for group, count in asked_credits:
             size_class = instance.namespace.classes[group]
             room = (
@@ -284,7 +285,8 @@ class Grants:
                 + len(size_class.policy)
                 + self._books.primary.slabs.growable_slots(size_class)
             )
-            granted = min(count, room, (available + 1) // 2)
+            granted = min(count, room, (available + 1) // 2, left)
+            left -= granted
             reserved = self._books.primary.reserve(size_class, granted, instance.nonce)
             self._books.reservations.add(
                 lease, reserved.slot_ids, reserved.generations, size_class, None, None

@@ -45,7 +45,6 @@ class Lease:
         "instance",
         "kind",
         "pending",
-        "pending_until_ns",
         "ranks_left",
         "request_id",
         "slot_ids",
@@ -65,7 +64,6 @@ class Lease:
         self.slot_ids: set[int] = set()
         self.ranks_left: set[int] = set()
         self.pending: set[bytes] = set()
-        self.pending_until_ns = 0
 
 
 class LeaseBook:

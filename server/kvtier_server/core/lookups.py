@@ -371,12 +371,14 @@ class Lookups:
         for start, end in ranges:
             position = start
             while position < end:
-                piece = found[position:end]
-                length = first_gap(piece)
-                if length:
-                    runs.append((position, length))
-                    chunks.extend(piece[:length])  # type: ignore[arg-type]
-                position += length + 1
+                try:
+                    gap = found.index(None, position, end)
+                except ValueError:
+                    gap = end
+                if gap > position:
+                    runs.append((position, gap - position))
+                    chunks.extend(found[position:gap])  # type: ignore[arg-type]
+                position = gap + 1
         return runs, chunks
 
     def touch(self, session: Session, request: Request, keys: Sequence[bytes]) -> None:

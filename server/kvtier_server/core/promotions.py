@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from heapq import heappop, heappush
+from itertools import count, islice, takewhile
 
 from kvtier_ops.layout import slot_offset
 from kvtier_ops.namespace import SpaceName
@@ -27,6 +28,7 @@ from kvtier_server.core.lower_tiers import (
     LowerTier,
     ShapeOf,
 )
+from kvtier_server.core.namespaces import GROUP_TAIL_BYTES
 from kvtier_server.core.requests import Request
 from kvtier_server.policies.base import ChunkId
 from kvtier_server.primary.index import Chunk, KeySpace
@@ -38,6 +40,15 @@ MAX_PROBES = 256
 
 MAX_QUEUED_PROMOTIONS = 65_536
 """Chunks that wait for a slot to come up into; what comes beyond it is a miss."""
+
+MAX_QUEUED_UNPACED = 8_192
+"""Of them, chunks of tiers that have loaded nothing yet: nobody knows how many they can bring in time."""
+
+SLICE_ENDS = 512
+"""Promotions that are given up in one go, at 4 us each."""
+
+SLICE_PROMOTIONS = 1_024
+"""Promotions that get a slot in one go; what a long prompt has beyond them does so behind other calls."""
 
 MAX_TIMES = 4_096
 """Times of promotions kept until somebody takes them."""
@@ -108,8 +119,9 @@ class Promotions:
         self._queue: deque[_Promotion] = deque()
         """Promotions that wait for a slot, also such as have ended meanwhile."""
         self._now_ns = 0
-        self._probing: dict[tuple[KeySpace, bytes], _Promotion] = {}
-        """Those of them that somebody waits to hear of."""
+        self._probe_ends: list[tuple[int, int, _Promotion]] = []
+        """Heap of (end, number, promotion): until when somebody waits to hear of it, or did and has heard."""
+        self._probe_numbers = count()
         self._late: dict[int, _Promotion] = {}
         """Given up, with a slot that the tier may still write, by that slot."""
         self._late_bytes = 0
@@ -154,13 +166,21 @@ class Promotions:
     ) -> list[bytes]:
         """Begin to bring chunks up, the leading ones where there is no room for all. Returns their keys.
 
+        Of many, those beyond a slice wait for `go_on`; somebody must be waiting for them by then.
         From now on they are PENDING for everybody. What a tier would not get to within `patience_ns`, at the
         pace of its last loads, is not begun.
         """
         self._now_ns = now_ns
+        most = self._most_to_begin(wanted, patience_ns)
+        for _, _, below in wanted[most:]:
+            below.counts["promotion:no_slot"] += 1
         begun: list[_Promotion] = []
-        for key, size_class, below in wanted:
-            shape = self._shape_of(space, key)
+        shapes: dict[bytes, ChunkShape | None] = {}  # by the key's tail, which names the group
+        for key, size_class, below in wanted[:most]:
+            tail = key[-GROUP_TAIL_BYTES:]
+            if tail not in shapes:
+                shapes[tail] = self._shape_of(space, key)
+            shape = shapes[tail]
             if shape is None:
                 continue
             promotion = _Promotion(space, request, key, size_class, shape, below, now_ns, patience_ns)
@@ -168,10 +188,29 @@ class Promotions:
             self._promotions[space, key] = promotion
             begun.append(promotion)
         self._submit(begun, request if request.holds_chunks else None)
-        self.go_on()
+        if not self._moving_bytes:
+            for promotion in [promotion for promotion in begun if promotion.is_queued]:
+                self._end(promotion, "no_slot")  # nothing is under way that would make room
         return [
             promotion.key for promotion in begun if self._promotions.get((space, promotion.key)) is promotion
         ]
+
+    def _most_to_begin(self, wanted: Sequence[tuple[bytes, SizeClass, LowerTier]], patience_ns: int) -> int:
+        """Tell how many may be begun at most, so that of a full queue a long prompt is told at once.
+
+        Exact is `_with_slots`; what it refuses has cost several times as much by then.
+        """
+        if not wanted:
+            return 0
+        slot_bytes = min(size_class.slot_bytes for size_class in {size_class for _, size_class, _ in wanted})
+        most = MAX_PROBES + 1 + max(self._max_bytes - self._moving_bytes, 0) // slot_bytes
+        for below in {below for _, _, below in wanted}:
+            queued = max(self._max_queued(below) - len(self._queue), 0)
+            if below.ns_per_byte:
+                in_time = patience_ns / below.ns_per_byte - below.queued_promotion_bytes - self._moving_bytes
+                queued = min(queued, max(int(in_time), 0) // slot_bytes + 1)
+            most += queued
+        return most
 
     def _submit(self, promotions: Sequence[_Promotion], protected: object | None = None) -> None:
         """Give each promotion's tier its load, or the probe before it."""
@@ -184,7 +223,6 @@ class Promotions:
             there = [promotion for promotion, has in zip(own, known, strict=True) if has is Presence.YES]
             for promotion in there:
                 promotion.probing = False
-                self._probing.pop((promotion.space, promotion.key), None)
             for batch in _batches(self._with_slots(there, protected)):
                 self._submit_batch(below, batch, JobKind.LOAD)
             unknown = [
@@ -193,7 +231,8 @@ class Promotions:
             for promotion in unknown:
                 promotion.probing = True
                 promotion.probe_until_ns = self._now_ns + below.rules.probe_wait_ns
-                self._probing[promotion.space, promotion.key] = promotion
+                entry = (promotion.probe_until_ns, next(self._probe_numbers), promotion)
+                heappush(self._probe_ends, entry)
             for batch in _batches(unknown):
                 self._submit_batch(below, batch, JobKind.PROBE)
 
@@ -221,26 +260,31 @@ class Promotions:
     # Slots, and turns
 
     def _with_slots(self, promotions: Sequence[_Promotion], protected: object | None) -> list[_Promotion]:
-        """Reserve slots for chunks that are known to be there, the leading ones; the others wait or end."""
-        max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
+        """Reserve slots for chunks that are known to be there, the leading ones; the others wait or end.
+
+        At most a slice of them, though there be room for more: the others are the first that wait.
+        """
         by_class: dict[SizeClass, list[_Promotion]] = {}
         for promotion in promotions:
             if promotion.slot_id is None:
                 by_class.setdefault(promotion.size_class, []).append(promotion)
         if by_class:
             self._books.unpin_all()
+        left = SLICE_PROMOTIONS
         for size_class, own in by_class.items():
-            # What hangs is not counted: other tiers have their turn.
-            moving_bytes = self._promoting_bytes - self._late_bytes
-            room = max(max_bytes - moving_bytes, 0) // size_class.slot_bytes
+            moving_bytes = self._moving_bytes
+            room = max(self._max_bytes - moving_bytes, 0) // size_class.slot_bytes
             # One at a time may be larger than the share: in a small pool no chunk would ever come up.
-            wanted = own[: room if room or moving_bytes else 1]
+            room = room if room or moving_bytes else 1
+            unclaimed = (
+                self._max_bytes - moving_bytes - sum(tier.queued_promotion_bytes for tier in self._tiers)
+            )
+            wanted = own[: min(room, left)]
+            left -= len(wanted)
             self._reserve(size_class, wanted, protected)
-            for promotion in own[len(wanted) :]:
-                promotion.is_queued = self._may_wait(promotion)
-                if promotion.is_queued:
-                    promotion.below.queued_promotion_bytes += size_class.slot_bytes
-                    self._queue.append(promotion)
+            for index in range(len(wanted), len(own)):
+                if (index + 1) * size_class.slot_bytes <= unclaimed or self._may_wait(own[index]):
+                    self._put_in_queue(own[index])
         for promotion in promotions:
             if promotion.slot_id is None and not promotion.is_queued:
                 self._end(promotion, "no_slot")
@@ -262,35 +306,73 @@ class Promotions:
     def _may_wait(self, promotion: _Promotion) -> bool:
         """Tell whether it is likely to be its turn while somebody waits."""
         below = promotion.below
-        ahead_bytes = below.queued_promotion_bytes + self._promoting_bytes - self._late_bytes
-        ahead_ns = ahead_bytes * below.ns_per_byte
-        return len(self._queue) < MAX_QUEUED_PROMOTIONS and ahead_ns <= promotion.patience_ns
+        ahead_ns = (below.queued_promotion_bytes + self._moving_bytes) * below.ns_per_byte
+        return len(self._queue) < self._max_queued(below) and ahead_ns <= promotion.patience_ns
+
+    def _max_queued(self, below: LowerTier) -> int:
+        return MAX_QUEUED_PROMOTIONS if below.ns_per_byte else MAX_QUEUED_UNPACED
+
+    def _put_in_queue(self, promotion: _Promotion) -> None:
+        promotion.is_queued = True
+        promotion.below.queued_promotion_bytes += promotion.size_class.slot_bytes
+        self._queue.append(promotion)
+
+    @property
+    def _max_bytes(self) -> int:
+        """Slots that promotions may have at once, in bytes."""
+        return int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
+
+    @property
+    def _moving_bytes(self) -> int:
+        """Slots they have. What hangs is not counted: other tiers have their turn."""
+        return self._promoting_bytes - self._late_bytes
+
+    def _may_go_on(self, promotion: _Promotion, more_bytes: int = 0) -> bool:
+        """Tell whether the first in the queue has room beside what has slots, and `more_bytes`."""
+        num_bytes = self._moving_bytes + more_bytes
+        has_room = not num_bytes or num_bytes + promotion.size_class.slot_bytes <= self._max_bytes
+        return has_room or not promotion.is_queued
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether `go_on` has something to do."""
+        return bool(self._books.unawaited) or self._has_next
+
+    @property
+    def _has_next(self) -> bool:
+        """Whether the first in the queue can be taken out of it."""
+        return bool(self._queue) and self._may_go_on(self._queue[0])
 
     def go_on(self) -> None:
-        """Begin with promotions that waited for a slot, in their order, as far as there is room now."""
-        # More than once: what a tier refuses makes room at once.
-        while ready := self._next_in_queue():
-            self._submit(ready)
+        """Begin with promotions that waited for a slot, in their order, as far as there is room now.
 
-    def _next_in_queue(self) -> list[_Promotion]:
-        max_bytes = int(self._books.primary.slabs.pool_bytes * self._books.limits.promotion_share)
+        What nobody waits for any more ends. A slice of them; `is_behind` says whether more could go at once.
+        """
+        left = self._end_unawaited(SLICE_PROMOTIONS)
+        # More than once: what a tier refuses makes room at once.
+        while left > 0 and self._has_next:
+            ready, left = self._next_in_queue(left)
+            request = ready[0].request if ready else None
+            is_protected = request is not None and request.holds_chunks
+            is_protected = is_protected and all(promotion.request is request for promotion in ready)
+            self._submit(ready, request if is_protected else None)
+
+    def _next_in_queue(self, left: int) -> tuple[list[_Promotion], int]:
+        """Take out what has room, at most `left`; returns it, and how many were left to look at."""
         ready: list[_Promotion] = []
-        num_bytes = self._promoting_bytes - self._late_bytes
-        while self._queue:
-            promotion = self._queue[0]
-            is_over = self._promotions.get((promotion.space, promotion.key)) is not promotion
-            if not is_over and num_bytes and num_bytes + promotion.size_class.slot_bytes > max_bytes:
-                break
-            self._queue.popleft()
-            if is_over:
-                continue
+        num_bytes = 0
+        while self._queue and left > 0 and self._may_go_on(self._queue[0], num_bytes):
+            promotion = self._queue.popleft()
+            left -= 1
+            if not promotion.is_queued:
+                continue  # it has ended meanwhile
             self._take_off_queue(promotion)
             if not self._books.is_awaited(promotion.space, promotion.key):
                 self._end(promotion, "late")
                 continue
             num_bytes += promotion.size_class.slot_bytes
             ready.append(promotion)
-        return ready
+        return ready, left
 
     def _take_off_queue(self, promotion: _Promotion) -> None:
         if promotion.is_queued:
@@ -322,7 +404,6 @@ class Promotions:
             if promotion.probing:
                 if outcome is Outcome.DONE:
                     promotion.probing = False
-                    self._probing.pop((promotion.space, promotion.key), None)
                     found.append(promotion)
                 else:
                     self._try_next(promotion)
@@ -339,6 +420,7 @@ class Promotions:
             self._on_used(space, request, keys)
         for some in _batches(self._with_slots(found, None)):
             self._submit_batch(batch.below, some, JobKind.LOAD)
+        self._look_again(found)
 
     def _arrived(self, promotion: _Promotion, checksums: Sequence[int]) -> bool:
         """Publish what a tier has brought; False if the pool has got it otherwise by now."""
@@ -376,8 +458,14 @@ class Promotions:
             ):
                 promotion.below = below
                 self._submit([promotion])
+                self._look_again([promotion])
                 return
         self._end(promotion)
+
+    def _look_again(self, promotions: Sequence[_Promotion]) -> None:
+        """See to it that those do not stay in the queue whose waiters had gone before they came into it."""
+        names = [(promotion.space, promotion.key) for promotion in promotions if promotion.is_queued]
+        self._books.unawaited += [name for name in names if not self._books.is_awaited(*name)]
 
     def _end(self, promotion: _Promotion, why: str = "") -> None:
         """Give up: free the slot, if there is one, and tell whoever waits."""
@@ -414,7 +502,6 @@ class Promotions:
     def _take_out(self, promotion: _Promotion) -> None:
         space, key = promotion.space, promotion.key
         del self._promotions[space, key]
-        self._probing.pop((space, key), None)
         self._take_off_queue(promotion)
         if promotion.slot_id is not None:
             self._promoting_bytes -= promotion.size_class.slot_bytes
@@ -427,32 +514,54 @@ class Promotions:
     @property
     def probes_end_ns(self) -> int | None:
         """When `end_probes` has something to do; None while nobody waits for a probe."""
-        return min((promotion.probe_until_ns for promotion in self._probing.values()), default=None)
+        while self._probe_ends and not self._is_probed(*self._probe_ends[0]):
+            heappop(self._probe_ends)
+        return self._probe_ends[0][0] if self._probe_ends else None
+
+    def _is_probed(self, until_ns: int, _: int, promotion: _Promotion) -> bool:
+        """Tell whether an entry of `_probe_ends` is of a probe that somebody waits for."""
+        is_same = promotion.probing and promotion.probe_until_ns == until_ns
+        return is_same and self._promotions.get((promotion.space, promotion.key)) is promotion
 
     def end_probes(self, now_ns: int) -> None:
         """Let those go on computing who have waited long enough to hear whether a chunk is there.
 
-        From then on it is as if nobody had asked: it can be stored, and be asked for again.
+        From then on it is as if nobody had asked: it can be stored, and be asked for again. A slice of them.
         """
-        for promotion in list(self._probing.values()):
-            if promotion.probe_until_ns <= now_ns:
-                promotion.given_up = True
-                self._end(promotion, "probe_late")
+        for _ in range(SLICE_ENDS):
+            until_ns = self.probes_end_ns
+            if until_ns is None or until_ns > now_ns:
+                break
+            _, _, promotion = heappop(self._probe_ends)
+            promotion.given_up = True
+            self._end(promotion, "probe_late")
 
     def end_loads(self, now_ns: int) -> None:
-        """Give up loads that nobody has the patience for: the chunks can be stored and asked for again."""
+        """Give up loads that nobody has the patience for: the chunks can be stored and asked for again.
+
+        A slice of them.
+        """
         latest_ns = now_ns - self._books.limits.max_promotion_ns
         began = takewhile(lambda promotion: promotion.began_ns <= latest_ns, self._promotions.values())
-        for promotion in [promotion for promotion in began if not promotion.probing]:
+        loads = (promotion for promotion in began if not promotion.probing)
+        for promotion in list(islice(loads, SLICE_ENDS)):
             self._give_up(promotion)
 
     def end_waits(self, now_ns: int) -> None:
-        """End promotions that wait for a slot and that nobody waits for any more."""
+        """Note the time, and end promotions that wait for a slot and that nobody waits for any more."""
         self._now_ns = now_ns
-        for promotion in [p for p in self._queue if p.is_queued]:
-            if not self._books.is_awaited(promotion.space, promotion.key):
-                self._end(promotion, "late")
         self.go_on()
+
+    def _end_unawaited(self, left: int) -> int:
+        """Look at keys whose waiters have gone, at most `left`; returns how many were left to look at."""
+        unawaited = self._books.unawaited
+        while unawaited and left > 0:
+            name = unawaited.popleft()
+            left -= 1
+            promotion = self._promotions.get(name)
+            if promotion is not None and promotion.is_queued and not self._books.is_awaited(*name):
+                self._end(promotion, "late")
+        return left
 
     # What there is
 
@@ -494,7 +603,7 @@ class Promotions:
         ids = set(map(id, queued))
         assert not under_way & ids, "a promotion waits and is under way"
         assert under_way | ids == {id(p) for p in self._promotions.values()}, "a promotion without a job"
-        assert not queued or self._promoting_bytes > self._late_bytes, "promotions wait for nothing"
+        assert not queued or self._moving_bytes or self.is_behind, "promotions wait for nothing"
         for below in self._tiers:
             num_bytes = sum(p.size_class.slot_bytes for p in queued if p.below is below)
             assert below.queued_promotion_bytes == num_bytes, (below.rules.name, num_bytes)

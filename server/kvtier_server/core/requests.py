@@ -87,6 +87,15 @@ class Request:
         self.num_keys = 0
         self._stamps = None
 
+    def forget_run(self) -> int:
+        """Drop those of the first of the calls that are remembered; returns how many they were."""
+        keys, _ = self.runs.pop(0)
+        self.num_keys -= len(keys)
+        if self._stamps is not None:
+            for key in keys:
+                self._stamps.pop(key, None)
+        return len(keys)
+
 
 def _read_load_tiers(params: bytes | None) -> list[dict[str, object]] | None:
     """Return the entries of the filter; None where there is none, or none that can be read."""
@@ -113,6 +122,8 @@ class Requests:
         self._requests: OrderedDict[str, Request] = OrderedDict()
         self._unleased: OrderedDict[str, None] = OrderedDict()
         """Those without a lease, in the order they became so."""
+        self._with_keys: dict[str, Request] = {}
+        """Those that keys are remembered of, in the order they became so."""
         self._max_requests = max_requests
         self._max_keys = max_keys
         self._num_keys = 0
@@ -151,20 +162,21 @@ class Requests:
             self._unleased[request.id] = None
 
     def add_run(self, request: Request, keys: Sequence[bytes], stamps: Sequence[int]) -> None:
-        """Remember keys of a request; the oldest requests' keys make room."""
+        """Remember keys of a request; the oldest ones make room, of about as many calls as have come."""
         request.add_run(keys, stamps)
         self._num_keys += len(keys)
-        if self._num_keys > self._max_keys:
-            for other in self._requests.values():
-                self._num_keys -= other.num_keys
-                other.forget_keys()
-                if self._num_keys <= self._max_keys // 2:
-                    break
+        self._with_keys[request.id] = request
+        while self._num_keys > self._max_keys:
+            oldest = next(iter(self._with_keys.values()))
+            self._num_keys -= oldest.forget_run()
+            if not oldest.runs:
+                del self._with_keys[oldest.id]
 
     def forget_keys(self) -> None:
         """Drop the remembered keys of all requests: from now on they name other chunks."""
-        for request in self._requests.values():
+        for request in self._with_keys.values():
             request.forget_keys()
+        self._with_keys.clear()
         self._num_keys = 0
 
     def pop_oldest(self) -> Request | None:
@@ -176,5 +188,6 @@ class Requests:
         request = self._requests.pop(request_id, None)
         if request is not None:
             self._unleased.pop(request_id, None)
+            self._with_keys.pop(request_id, None)
             self._num_keys -= request.num_keys
         return request

@@ -262,7 +262,7 @@ class Core:
         """End a lease at the scheduler's word; an unknown id is remembered, and a later grant under it void.
 
         For a store or credit lease, expired or not, it is the word that slots nobody announced were never
-        handed out. Running copies go on.
+        handed out; many are freed in slices. Running copies go on.
         """
         lease = self.books.leases.get(instance, lease_id)
         if lease is None:
@@ -272,11 +272,7 @@ class Core:
         if lease.kind in (LeaseKind.LOOKUP, LeaseKind.LOAD):
             self.books.end_lease(lease)
             return True
-        for reservation in self.books.reservations.of_lease(lease):
-            if self.books.is_untouched(reservation) and not reservation.announced:
-                self.books.free_reservation(reservation)
-        if not lease.slot_ids:
-            self.books.end_lease(lease)
+        self.books.put_off(self._endings.take_back_unused(lease))
         return True
 
     def reset(self, session: Session, weights_id: str) -> int:

@@ -13,7 +13,8 @@ from typing import NewType
 ChunkId = NewType("ChunkId", bytes)
 """Key-space tag + OffloadKey: unique over namespaces, tenants and epochs."""
 
-MayEvict = Callable[[ChunkId], bool]
+MayEvict = Callable[[ChunkId], bool | None]
+"""Says whether a chunk may go. None: no, and too many were passed over already to look at further ones."""
 
 
 class CachePolicy(ABC):
@@ -88,7 +89,8 @@ class CachePolicy(ABC):
         """Let go of `count` chunks, the next victim first; fewer only if no more are evictable.
 
         `may_evict` excuses chunks from this call only (those of the request that needs the room).
-        It is asked once per candidate, must not call back, and costs O(1) per excused chunk.
+        It is asked once per candidate, must not call back, and costs O(1) per excused chunk. From its first
+        None on fewer victims are right, whatever else is evictable.
         """
 
     @abstractmethod

@@ -187,7 +187,10 @@ class RecencyList:
             del self._buckets[number]
 
     def pop_coldest(self, count: int, may_evict: MayEvict | None = None) -> list[ChunkId]:
-        """Let go of up to `count` evictable chunks, coldest first, passing over the excused ones."""
+        """Let go of up to `count` evictable chunks, coldest first, passing over the excused ones.
+
+        Ends at the first chunk that `may_evict` answers None for.
+        """
         victims: list[ChunkId] = []
         excused: list[tuple[int, ChunkId]] = []
         buckets = self._buckets
@@ -197,7 +200,10 @@ class RecencyList:
                 for stamp in sorted(bucket):
                     chunk_id = bucket.pop(stamp)
                     excused.append((stamp, chunk_id))  # until decided, so that a raise loses nothing
-                    if may_evict is None or may_evict(chunk_id):
+                    verdict = may_evict is None or may_evict(chunk_id)
+                    if verdict is None:
+                        return victims
+                    if verdict:
                         excused.pop()
                         del self._stamps[chunk_id]
                         victims.append(chunk_id)

@@ -27,6 +27,9 @@ SLICE_ITEMS = 2_048
 EXCUSED_CHUNKS, EXCUSED_PER_VICTIM = 64, 4
 """Chunks without a copy below that one eviction passes over before it takes the coldest whatever they are."""
 
+EXCUSED_OWN = SLICE_ITEMS
+"""Chunks of the request that needs the room which one eviction passes over, at 1 us each."""
+
 BATCH_ITEMS = 3
 """What a batch costs besides its items, in items: many leases of one chunk each are work too."""
 
@@ -332,16 +335,20 @@ class PrimaryTier:
         """Take the coldest chunks out of index and policy; their slots are the caller's.
 
         With `prefers_below` some of the coldest are spared that no lower tier holds: they would be lost.
+        Where very many of the coldest are `protected`'s own, it gets nothing: what a request that never ends
+        has stored must not be walked over with each call.
         """
         of = self.spaces.of
         spared = EXCUSED_CHUNKS + EXCUSED_PER_VICTIM * count if self.prefers_below else 0
+        own = 0
 
-        def may_evict(chunk_id: ChunkId) -> bool:
-            nonlocal spared
+        def may_evict(chunk_id: ChunkId) -> bool | None:
+            nonlocal spared, own
             space, key = of(chunk_id)
             chunk = space.chunks[key]
             if protected is not None and chunk.user is protected:
-                return False
+                own += 1
+                return False if own < EXCUSED_OWN else None
             if chunk.below or spared <= 0:
                 return True
             spared -= 1
@@ -349,7 +356,7 @@ class PrimaryTier:
 
         victims = size_class.policy.evict(count, may_evict if spared or protected is not None else None)
         if self.prefers_below and len(victims) < count:
-            spared = 0
+            spared = own = 0
             victims += size_class.policy.evict(count - len(victims), may_evict)
         chunks = []
         for chunk_id in victims:

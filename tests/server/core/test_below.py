@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
+from kvtier_server.core import books, promotions
 from kvtier_server.core.books import LookupStatus
 from kvtier_server.core.grants import StoreVerdict
+from kvtier_server.core.limits import Limits
 from kvtier_server.core.lower_tiers import CascadeWhen, TierRules
-from kvtier_server.core.promotions import MAX_PROBES
+from kvtier_server.core.namespaces import Namespace
+from kvtier_server.core.promotions import MAX_PROBES, SLICE_PROMOTIONS
+from kvtier_server.primary.index import KeySpace
 from kvtier_server.secondary.base import Medium
 
 from .engine import HIT, HIT_UNLEASED, MISS, PENDING, Engine, facts, to_key, to_keys
@@ -119,6 +124,58 @@ def test_promotions_take_no_more_than_their_share_of_the_pool_and_the_rest_wait_
     assert resolved(rig) == dict.fromkeys(to_keys(range(20)), HIT)
 
 
+def test_a_long_prompt_begins_to_come_up_in_slices_and_all_of_it_is_waited_for(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promotions, "SLICE_PROMOTIONS", 3)
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(20))
+    answer = engine.lookup(to_keys(range(20)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * 20
+    begun: list[int] = []
+    while rig.core.below.is_behind:
+        rig.check()
+        begun.append(len(loading(rig)))
+        rig.core.below.pump()
+    assert begun == [3, 6]
+    assert loading(rig) == to_keys(range(SHARE))
+    rig.check()
+    rig.move()
+    assert resolved(rig) == dict.fromkeys(to_keys(range(20)), HIT)
+
+
+def test_what_comes_up_in_slices_evicts_nothing_that_the_same_request_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(promotions, "SLICE_PROMOTIONS", 2)
+    rig = Rig(POOL_UNITS, num_tiers=1, limits=Limits(promotion_share=1.0))
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(8))
+    engine.store(range(100, 100 + POOL_UNITS - 4))
+    engine.lookup(to_keys(range(8)), lease=engine.new_lease_id(), wait_s=1)
+    rig.pump()
+    assert engine.hits(range(100, 100 + POOL_UNITS)) == list(range(100, 100 + POOL_UNITS - 4))
+    rig.check()
+
+
+def test_how_a_chunk_lies_in_its_slot_is_looked_up_once_for_all_keys_of_a_group(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(SHARE))
+    asked = []
+    digest = Namespace.geometry_digest
+
+    def counted(namespace: Namespace) -> bytes | None:
+        asked.append(namespace)
+        return digest(namespace)
+
+    monkeypatch.setattr(Namespace, "geometry_digest", counted)
+    engine.lookup(to_keys(range(SHARE)), lease=engine.new_lease_id(), wait_s=1)
+    assert len(loading(rig)) == SHARE
+    assert len(asked) == 1
+
+
 def test_what_waits_for_a_slot_and_is_not_waited_for_any_more_is_not_read(rig: Rig) -> None:
     engine = rig.engine()
     store_and_evict(rig, engine, range(20))
@@ -131,7 +188,110 @@ def test_what_waits_for_a_slot_and_is_not_waited_for_any_more_is_not_read(rig: R
     rig.check()
 
 
-def test_what_a_slow_tier_would_not_get_to_in_time_is_a_miss_at_once(rig: Rig) -> None:
+@pytest.mark.parametrize("num_spare", [MAX_PROBES, 0])
+def test_of_a_tier_whose_pace_nobody_knows_only_so_many_chunks_are_waited_for(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, num_spare: int
+) -> None:
+    monkeypatch.setattr(promotions, "MAX_QUEUED_UNPACED", 5)
+    monkeypatch.setattr(promotions, "MAX_PROBES", num_spare)
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(40))
+    answer = engine.lookup(to_keys(range(30)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * (SHARE + 5) + [MISS] * (30 - SHARE - 5)
+    assert rig.core.below.tiers[0].counts["promotion:no_slot"] == 30 - SHARE - 5
+    rig.move()
+    answer = engine.lookup(to_keys(range(30, 40)), "more", lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [PENDING] * 10
+    rig.check()
+
+
+class Unwalked(dict[Any, Any]):
+    """What may be looked things up in, but not walked over."""
+
+    def items(self) -> Any:
+        raise AssertionError("all that wait were looked at, and none was due")
+
+    __iter__ = keys = values = items
+
+
+def test_a_tick_looks_at_nothing_that_waits_and_is_not_due(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(20))
+    engine.lookup(to_keys(range(20)), "long", lease=engine.new_lease_id(), wait_s=2)
+    engine.lookup(to_keys([0, 1]), "short", lease=engine.new_lease_id(), wait_s=0.5)
+    books = rig.core.books
+    waiters = books._waiters
+    asked: list[bytes] = []
+    is_awaited = books.is_awaited
+
+    def counted(space: KeySpace, key: bytes) -> bool:
+        asked.append(key)
+        return is_awaited(space, key)
+
+    monkeypatch.setattr(books, "is_awaited", counted)
+    books._waiters = Unwalked(waiters)
+    rig.tick(1)
+    assert resolved(rig) == dict.fromkeys(to_keys([0, 1]), MISS), "once, to the one that waited shorter"
+    assert asked == []
+    rig.move()
+    assert resolved(rig) == dict.fromkeys(to_keys(range(20)), HIT)
+
+
+def test_waits_that_end_together_end_in_slices_and_each_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(books, "STEP_WAITS", 1)
+    monkeypatch.setattr(books, "SLICE_ITEMS", 1)
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(6))
+    for request in ("stays", "finishes"):
+        engine.lookup(to_keys(range(6)), request, lease=engine.new_lease_id(), wait_s=1)
+    rig.tiers[0].finish_all()  # is heard of between two slices
+    rig.tick(1)
+    first = rig.notices("resolved")
+    assert 0 < len(first) < 12
+    engine.finish("finishes")
+    rig.core.below.collect(rig.clock.now_ns)
+    while rig.core.books.settle():
+        pass
+    notices = [*first, *rig.notices("resolved")]
+    staying = [notice for notice in notices if notice.lease_id == notices[0].lease_id]
+    assert sorted(notice.key for notice in staying) == to_keys(range(6))
+    assert {notice.status for notice in staying} == {HIT, MISS}
+    rig.check()
+    engine.finish("stays")
+    rig.tick()
+    rig.pump()
+    rig.assert_nothing_is_held()
+
+
+def test_loads_and_probes_that_take_too_long_are_given_up_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promotions, "SLICE_ENDS", 2)
+    rig = Rig(POOL_UNITS, num_tiers=1, shared_tiers=True)
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(5))
+    engine.lookup(to_keys(range(5)), "loads", lease=engine.new_lease_id(), wait_s=1)
+    coming = rig.core.below.promotions
+    engine.lookup(to_keys(range(100, 105)), "probes", lease=engine.new_lease_id(), wait_s=1)
+    left = []
+    for seconds in (1, 0, 0, 60, 0, 0):
+        rig.tick(seconds)
+        rig.check()
+        left.append(coming.num_coming(lambda space: True))
+    assert left == [8, 6, 5, 3, 1, 0]
+    assert coming.probes_end_ns is None
+    rig.move()
+    engine.finish("loads")
+    engine.finish("probes")
+    rig.tick()
+    rig.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("slice_items", [SLICE_PROMOTIONS, 3])
+def test_what_a_slow_tier_would_not_get_to_in_time_is_a_miss_at_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, slice_items: int
+) -> None:
+    monkeypatch.setattr(promotions, "SLICE_PROMOTIONS", slice_items)
     engine = rig.engine()
     store_and_evict(rig, engine, range(40))
     engine.lookup(to_keys(range(1)), "first", lease=engine.new_lease_id(), wait_s=5)
@@ -143,7 +303,11 @@ def test_what_a_slow_tier_would_not_get_to_in_time_is_a_miss_at_once(rig: Rig) -
     rig.move()
 
 
-def test_a_tier_that_refuses_leaves_nobody_waiting_for_a_turn(rig: Rig) -> None:
+@pytest.mark.parametrize("slice_items", [SLICE_PROMOTIONS, 3])
+def test_a_tier_that_refuses_leaves_nobody_waiting_for_a_turn(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, slice_items: int
+) -> None:
+    monkeypatch.setattr(promotions, "SLICE_PROMOTIONS", slice_items)
     engine = rig.engine()
     store_and_evict(rig, engine, range(20))
     rig.tiers[0].refuses = True

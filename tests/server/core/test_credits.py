@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
+from kvtier_server.core import books, endings, grants
 from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.core.instances import WorkersMissing
 from kvtier_server.core.limits import Limits
@@ -30,6 +33,16 @@ def test_credits_are_slots_ahead_within_a_share_and_half_of_what_can_be_had() ->
     assert len(engine.credits(40)) == 2, "half of the four that are left"
 
 
+def test_one_call_is_given_a_slice_of_credits_and_the_next_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grants, "SLICE_ITEMS", 5)
+    engine = Rig(256).engine(namespace=facts("two sizes", (2, 1)))
+    keys = [*to_keys(range(4), group=0), *to_keys(range(4), group=1)]
+    slots = engine.slots_for_misses(keys, (0, 4, 0), (1, 4, 0))
+    assert [len(slots[group]) for group in (0, 1)] == [4, 1]
+    assert len(engine.credits(8, group=1)) == 5
+    assert len(engine.credits(2, group=1)) == 2
+
+
 def test_a_credit_becomes_a_chunk_whichever_comes_first_announcement_or_report() -> None:
     rig = Rig()
     engine, other = rig.engine(), rig.engine("other")
@@ -52,6 +65,53 @@ def test_returned_credits_are_free_again_and_a_repeat_is_told_so() -> None:
     slots = engine.credits(3)
     assert engine.return_credits(slots) == [OK] * 3
     assert engine.return_credits(slots) == [ALREADY] * 3
+    rig.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("how", ["returned", "released", "failed"])
+def test_slots_that_end_unused_are_written_down_as_free_all_at_once(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig()
+    engine = rig.engine()
+    slots = engine.credits(8, lease=9)
+    written: list[int] = []
+    free = rig.slots.free
+
+    def counted(slot_ids: Sequence[int]) -> None:
+        written.append(len(slot_ids))
+        free(slot_ids)
+
+    monkeypatch.setattr(rig.slots, "free", counted)
+    match how:
+        case "returned":
+            assert engine.return_credits([*slots, slots[0]]) == [OK] * 8 + [ALREADY]
+        case "released":
+            assert engine.release(9)
+        case _:
+            columns = ([slot.slot_id for slot in slots], [slot.generation for slot in slots])
+            report = rig.core.completions.report_store
+            assert report(engine.worker(), 0, *columns, to_keys(range(8)), [1] * 8, set(range(8))) == [OK] * 8
+    assert written == [8]
+    rig.assert_nothing_is_held()
+
+
+def test_a_released_lease_of_many_slots_is_void_at_once_and_its_slots_are_freed_in_slices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(endings, "STEP_SLOTS", 2)
+    monkeypatch.setattr(books, "SLICE_ITEMS", 1)
+    rig = Rig()
+    engine = rig.engine()
+    slots = engine.grant(*range(8), lease=9)
+    assert engine.release(9)
+    assert len(rig.core.books.reservations) == 6
+    assert engine.prepare_store(to_keys(range(8)), lease=9).verdicts == [StoreVerdict.INFLIGHT] * 8
+    handed_out = next(slot for slot in slots if rig.core.books.reservations.get(slot.slot_id))
+    assert engine.write_part(handed_out) == OK, "what is reported meanwhile counts"
+    while rig.core.books.settle():
+        pass
+    assert len(rig.resident()) == 1
     rig.assert_nothing_is_held()
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any, SupportsIndex
+
 import pytest
 
 from kvtier_server.core.completions import MismatchReport
 from kvtier_server.core.grants import NotResident
 from kvtier_server.core.leases import LeaseKind
 from kvtier_server.core.limits import Limits
+from kvtier_server.core.lookups import Lookups
 from kvtier_server.core.refused import BadRequest, Inflight, LeaseUnknown
 from kvtier_server.core.stores import ItemStatus
 
@@ -256,6 +260,28 @@ def test_a_lease_covers_the_leading_run_and_no_more_than_asked() -> None:
     assert engine.lookup(keys, lease=2, max_tokens=2 * 16 + 15).leased == [(0, 2)]
     assert engine.lookup(keys[1:], lease=3, first_chunks=[1], max_tokens=2 * 16).leased == [(0, 1)]
     assert engine.lookup(keys[3:], lease=4).leased == []
+
+
+class Looked(list[None]):
+    """A row of holes that counts how many of its entries are read."""
+
+    num_read = 0
+
+    def __getitem__(self, which: Any) -> Any:
+        found = super().__getitem__(which)
+        self.num_read += len(found) if isinstance(which, slice) else 1
+        return found
+
+    def index(self, value: None, start: SupportsIndex = 0, stop: SupportsIndex = sys.maxsize) -> int:
+        found = super().index(value, start, stop)
+        self.num_read += found - int(start) + 1
+        return found
+
+
+def test_the_runs_of_a_lease_are_found_in_one_walk_however_many_holes_there_are() -> None:
+    found = Looked([None] * 1_000)
+    assert Lookups._runs(found, [(0, 500), (500, 1_000)]) == ([], [])
+    assert found.num_read <= 2 * len(found)
 
 
 def test_a_repeated_lookup_replaces_its_lease() -> None:

@@ -138,6 +138,21 @@ def test_excused_chunks_stay_where_they_are(make: Make) -> None:
     assert policy.evict(300) == chunk_ids[:150:2]
 
 
+def test_who_is_told_to_look_no_further_stops_and_loses_no_chunk(make: Make) -> None:
+    policy, chunk_ids = filled(make, 300)
+    asked: list[ChunkId] = []
+
+    def may_evict(chunk_id: ChunkId) -> bool | None:
+        asked.append(chunk_id)
+        return {0: True, 1: False}.get(len(asked) - 1)
+
+    assert policy.evict(300, may_evict) == chunk_ids[:1]
+    assert asked[:3] == chunk_ids[:3]
+    assert len(asked) < 10, "it may have several lists to look at"
+    policy.check_integrity()
+    assert policy.evict(300) == chunk_ids[1:]
+
+
 def test_a_raising_may_evict_loses_no_chunk(make: Make) -> None:
     policy, _ = filled(make, 5)
 

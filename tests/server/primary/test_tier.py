@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvtier_ops.namespace import SpaceName
 from kvtier_server.policies.base import ChunkId, MayEvict
 from kvtier_server.policies.lru import LruPolicy
+from kvtier_server.primary import tier as primary
 from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.primary.size_classes import SizeClass
 from kvtier_server.primary.tier import PrimaryTier
@@ -125,6 +126,32 @@ def test_the_policy_is_in_step_before_it_is_asked_for_a_victim() -> None:
     tier.store(50)
     assert tier.policy.told == ["touch 1", "pin 2", "incoming 1", "evict 1"]
     assert [chunk.dropped for chunk in chunks[:4]] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("prefers_below", [False, True])
+def test_a_request_whose_own_chunks_are_the_coldest_is_refused_after_so_many_of_them(
+    monkeypatch: pytest.MonkeyPatch, prefers_below: bool
+) -> None:
+    monkeypatch.setattr(primary, "EXCUSED_OWN", 4)
+    tier = Tier()
+    tier.tier.prefers_below = prefers_below
+    for number in range(12):
+        tier.store(number, "endless")
+    others = tier.stored(*range(100, 104))
+    looked_at: list[ChunkId] = []
+    of = tier.tier.spaces.of
+
+    def counted(chunk_id: ChunkId) -> tuple[KeySpace, bytes]:
+        looked_at.append(chunk_id)
+        return of(chunk_id)
+
+    monkeypatch.setattr(tier.tier.spaces, "of", counted)
+    assert tier.store(200, "endless") is None
+    assert len(looked_at) == 4 * (1 + prefers_below)
+    assert tier.removed == []
+    tier.tier.check_integrity()
+    assert tier.store(201) is not None, "others have its chunks evicted"
+    assert not any(chunk.dropped for chunk in others)
 
 
 def test_what_is_kept_for_a_user_is_evicted_for_others_only() -> None:
