@@ -13,7 +13,7 @@ from itertools import count
 import structlog
 
 from kvtier_ops.layout import SLOT_UNIT_BYTES, TensorLayout
-from kvtier_ops.locks import held_owner_locks
+from kvtier_ops.lock_watch import OwnerLocks
 from kvtier_ops.namespace import SpaceName
 from kvtier_ops.pool import Pool, SlotState
 from kvtier_ops.registry import MAX_PAYLOAD_BYTES
@@ -108,7 +108,7 @@ def _that_fit(spaces: Sequence[_Space], geometries: Mapping[str, object]) -> lis
     return fitting
 
 
-def take_over(pool: Pool, core: Core) -> Adopted | None:
+def take_over(pool: Pool, core: Core, locks: OwnerLocks) -> Adopted | None:
     """Serve what an earlier daemon left in a kept pool. None if there is nothing to take over.
 
     Raises OSError (ENOSPC) if the records cannot be given memory.
@@ -118,8 +118,10 @@ def take_over(pool: Pool, core: Core) -> Adopted | None:
         return None
     core.books.primary.slabs.restore(slab_bytes, sizes)
     spaces, geometries = _read_registry(pool)
-    guards = set(held_owner_locks(pool.directory))
+    guards = set(locks.hold_all())
     adopted = adopt(core.books, spaces, _slots(pool, core, _parts_known(spaces, geometries)), guards)
+    for name in guards.difference(core.books.quarantine.guards):
+        locks.let_go(name)  # nothing waits for its end
     # Where no chunk is left, there is nothing that another geometry could contradict.
     left = {space.name.namespace for space in core.books.primary.spaces}
     core.known_geometries.update({digest: known for digest, known in geometries.items() if digest in left})

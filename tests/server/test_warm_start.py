@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvtier_ops.layout import TensorLayout
+from kvtier_ops.lock_watch import OwnerLocks
+from kvtier_ops.locks import OwnerLock
 from kvtier_ops.namespace import GroupFacts, NamespaceFacts, SpaceName
 from kvtier_ops.pool import Pool
 from kvtier_ops.registry import MAX_PAYLOAD_BYTES
@@ -20,6 +22,7 @@ from kvtier_server.core.namespaces import Geometry, GeometryMismatch
 from kvtier_server.core.tiering import Core
 from kvtier_server.policies.loader import make_policy
 from kvtier_server.pool_slots import PoolSlots
+from kvtier_server.process_locks import ProcessLocks
 from kvtier_server.warm_start import Registry, take_over
 
 MIB = 1 << 20
@@ -34,18 +37,20 @@ class Boot:
 
     def __init__(self, directory: Path) -> None:
         self.pool = Pool.create(directory, 64 * MIB)
+        self.locks = OwnerLocks(directory)
+        self._own_lock = OwnerLock.acquire(directory)
         serial = itertools.count(1)
         self.core = Core(
             self.pool.data_bytes,
             PoolSlots(self.pool),
             lambda capacity: make_policy("lru", capacity),
-            lambda name: False,
+            ProcessLocks(self.locks, lambda name: False),
             lambda: next(serial),
         )
         self.core.books.primary.slabs.backed_bytes = self.pool.data_bytes
         self.registry = Registry(self.pool, self.core)
         if self.pool.kept:
-            take_over(self.pool, self.core)
+            take_over(self.pool, self.core, self.locks)
 
     def attach(self, model: str, *, reverse: bool = False) -> list[Session]:
         """Attach an engine's scheduler and workers; what they told is written down as the daemon does it."""
@@ -54,7 +59,9 @@ class Boot:
         for role, rank in roles:
             tensors = geometry(rank, reverse=reverse) if role is Role.WORKER else None
             name = f"{model}-{role}-{rank}"
-            applicant = Applicant(model, 1, role, rank, PARTS, "", "a0", 0, epoch=1, geometry=tensors)
+            applicant = Applicant(
+                model, 1, role, rank, PARTS, "", self._own_lock.name, 0, epoch=1, geometry=tensors
+            )
             sessions.append(self.core.attach(name, applicant, facts(model), 1))
             self.registry.write()
         return sessions

@@ -13,7 +13,7 @@ from enum import IntEnum
 
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.core.events import REMOVED, EventLog
-from kvtier_server.core.instances import Instance, Instances, LockIsFree, Role, WorkersMissing
+from kvtier_server.core.instances import Instance, Instances, Locks, Role, WorkersMissing
 from kvtier_server.core.leases import Lease, LeaseBook, LeaseKind
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.quarantine import Quarantine
@@ -86,7 +86,7 @@ class Books:
         pool_bytes: int,
         table: SlotTable,
         make_policy: Callable[[int], CachePolicy],
-        lock_is_free: LockIsFree,
+        locks: Locks,
         limits: Limits,
         reuse_filter: ReuseFilter,
     ) -> None:
@@ -94,7 +94,7 @@ class Books:
         self.counts: Counter[str] = Counter()
         self.events = EventLog(limits.max_events, limits.max_event_keys, limits.max_keys_per_event)
         self.primary = PrimaryTier(pool_bytes, table, make_policy, self._on_removed)
-        self.instances = Instances(limits, lock_is_free)
+        self.instances = Instances(limits, locks)
         self.leases = LeaseBook(limits.tombstone_ns)
         self.reservations = Reservations()
         self.being_written: Counter[tuple[int, int]] = Counter()

@@ -20,7 +20,7 @@ from kvtier_server.core.endings import Endings
 from kvtier_server.core.evicting import Evictions
 from kvtier_server.core.explaining import Explainer
 from kvtier_server.core.grants import Grants
-from kvtier_server.core.instances import Applicant, Instance, LockIsFree, Role, Session
+from kvtier_server.core.instances import Applicant, Instance, Locks, Role, Session
 from kvtier_server.core.leases import Lease, LeaseKind
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.lookups import Lookups
@@ -53,7 +53,7 @@ class Core:
         pool_bytes: int,
         table: SlotTable,
         make_policy: Callable[[int], CachePolicy],
-        lock_is_free: LockIsFree,
+        locks: Locks,
         random64: Callable[[], int],
         limits: Limits | None = None,
         reuse_filter: ReuseFilter | None = None,
@@ -64,7 +64,7 @@ class Core:
             pool_bytes,
             table,
             make_policy,
-            lock_is_free,
+            locks,
             limits or Limits(),
             ReuseFilter(0) if reuse_filter is None else reuse_filter,
         )
@@ -81,7 +81,7 @@ class Core:
         self.evictions = Evictions(self.books, self.below, self.names)
         self.explainer = Explainer(self.books, self.below, self.names)
         self.known_geometries: dict[str, dict[int, Geometry]] = {}
-        self._lock_is_free = lock_is_free
+        self._locks = locks
         self._random64 = random64
         self._left_locks: set[str] = set()
         """Lock files of processes whose sessions have ended: trying one removes its file once it is free."""
@@ -99,13 +99,14 @@ class Core:
             session = self._attach(session_id, applicant, facts, now_ns)
         except Refused:
             self._forget_unused_classes()
+            self._let_go_if_unused(applicant.lock_file)
             raise
         self._left_locks.discard(applicant.lock_file)
         self._tell_workers(session.instance)
         return session
 
     def _attach(self, session_id: str, applicant: Applicant, facts: NamespaceFacts, now_ns: int) -> Session:
-        if self._lock_is_free(applicant.lock_file):
+        if not self._locks.hold(applicant.lock_file):
             raise BadRequest(
                 "lock_file",
                 f"nobody holds {applicant.lock_file!r} here; a process creates and locks a file in `owners/` "
@@ -208,6 +209,13 @@ class Core:
         """Free what waits for this lock: its process writes none of it."""
         self._endings.clear(lock_file)
         self.books.quarantine.clear(lock_file)
+
+    def _let_go_if_unused(self, lock_file: str) -> None:
+        """Follow a lock no longer whose end nothing waits for."""
+        is_of_session = any(s.lock_file == lock_file for s in self.books.instances.sessions.values())
+        is_awaited = lock_file in self._left_locks or lock_file in self.books.quarantine.guards
+        if not (is_of_session or is_awaited):
+            self._locks.let_go(lock_file)
 
     def _has_chunks(self, namespace: Namespace) -> bool:
         return any(
@@ -315,9 +323,10 @@ class Core:
         self.below.promotions.end_waits(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
         for lock_file in self._left_locks.union(self.books.quarantine.guards):
-            if self._lock_is_free(lock_file):
+            if self._locks.is_free(lock_file):
                 self._left_locks.discard(lock_file)
                 self._clear(lock_file)
+                self._let_go_if_unused(lock_file)
         self.books.settle()
 
     def _expire(self, lease: Lease) -> None:
