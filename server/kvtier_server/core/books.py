@@ -100,6 +100,8 @@ class Books:
         self.being_written: Counter[tuple[int, int]] = Counter()
         """(slot, part) of reserved slots -> copies into them that the daemon's own processes make now."""
         self.quarantine = Quarantine(self.primary)
+        self.left_locks: set[str] = set()
+        """Lock files of processes whose sessions have ended: trying one removes its file once it is free."""
         self.filter = reuse_filter
         self.quota_refused: Counter[str] = Counter()
         """Keys that a quota kept out, by tenant; bounded by `count_quota_refused`."""
@@ -253,6 +255,12 @@ class Books:
         if self.reservations.remove(reservation) and reservation.key is not None:
             self.resolve(reservation.space, reservation.key, None)
         self.primary.free_reserved(reservation.size_class, [reservation.slot_id])
+
+    def condemn(self, chunk: Chunk, owner: int) -> None:
+        """Take a corrupt chunk out. Its slot waits for all that map the pool now: any may have written it."""
+        if self.primary.condemn(chunk, owner):
+            workers = {s.lock_file for s in self.instances.sessions.values() if s.role is Role.WORKER}
+            self.quarantine.add_condemned(chunk, workers | self.left_locks)
 
     def wait_for(self, lease: Lease, keys: set[bytes], until_ns: int) -> None:
         """Let a lookup lease wait for unfinished stores of `keys`."""

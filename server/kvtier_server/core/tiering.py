@@ -83,8 +83,6 @@ class Core:
         self.known_geometries: dict[str, dict[int, Geometry]] = {}
         self._locks = locks
         self._random64 = random64
-        self._left_locks: set[str] = set()
-        """Lock files of processes whose sessions have ended: trying one removes its file once it is free."""
 
     def attach(self, session_id: str, applicant: Applicant, facts: NamespaceFacts, now_ns: int) -> Session:
         """Open a session. Raises a refusal and changes nothing, or replaces the seat's dead holder.
@@ -101,7 +99,7 @@ class Core:
             self._forget_unused_classes()
             self._let_go_if_unused(applicant.lock_file)
             raise
-        self._left_locks.discard(applicant.lock_file)
+        self.books.left_locks.discard(applicant.lock_file)
         self._tell_workers(session.instance)
         return session
 
@@ -197,7 +195,7 @@ class Core:
         self.books.counts[f"session_ended:{reason}"] += 1
         workers = {member.lock_file for (role, _), member in instance.sessions.items() if role is Role.WORKER}
         for member in self.books.instances.remove(instance):
-            self._left_locks.add(member.lock_file)
+            self.books.left_locks.add(member.lock_file)
             why = reason if member is session else "INSTANCE_LOST"
             self.books.notices.append(Notice(member.id, "ended", reason=why))
         instance.namespace.num_engines -= 1
@@ -213,7 +211,7 @@ class Core:
     def _let_go_if_unused(self, lock_file: str) -> None:
         """Follow a lock no longer whose end nothing waits for."""
         is_of_session = any(s.lock_file == lock_file for s in self.books.instances.sessions.values())
-        is_awaited = lock_file in self._left_locks or lock_file in self.books.quarantine.guards
+        is_awaited = lock_file in self.books.left_locks or lock_file in self.books.quarantine.guards
         if not (is_of_session or is_awaited):
             self._locks.let_go(lock_file)
 
@@ -322,9 +320,9 @@ class Core:
         self.below.promotions.end_loads(now_ns)
         self.below.promotions.end_waits(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
-        for lock_file in self._left_locks.union(self.books.quarantine.guards):
+        for lock_file in self.books.left_locks.union(self.books.quarantine.guards):
             if self._locks.is_free(lock_file):
-                self._left_locks.discard(lock_file)
+                self.books.left_locks.discard(lock_file)
                 self._clear(lock_file)
                 self._let_go_if_unused(lock_file)
         self.books.settle()

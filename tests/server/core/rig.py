@@ -168,7 +168,7 @@ class Rig:
         books = self.core.books
         primary = books.primary
         attached = {session.lock_file for session in books.instances.sessions.values()}
-        awaited = self.core._left_locks.union(books.quarantine.guards)
+        awaited = books.left_locks.union(books.quarantine.guards)
         assert attached <= self.locks.followed <= attached | awaited, "a lock is lost, or kept for nothing"
         for space in primary.spaces:
             for key, chunk in space.chunks.items():
@@ -214,7 +214,9 @@ class Rig:
         books = self.core.books
         assert not list(books.leases)
         assert not len(books.reservations)
-        assert not len(books.quarantine)
+        waiting = [batch for batches in books.quarantine._batches_of.values() for batch in batches]
+        assert all(batch.condemned is not None for batch in waiting)
+        assert not books.quarantine.has_unguarded
         assert not any(space.writers for space in books.primary.spaces)
         assert not any(chunk.pins for chunk in books.primary.by_slot.values())
         assert not books._waiters
