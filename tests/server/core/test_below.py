@@ -347,7 +347,7 @@ def test_only_tiers_that_the_request_allows_are_asked(rig: Rig) -> None:
         assert answer.statuses == [status], entries
 
 
-@pytest.mark.parametrize("params", [b"", b"nonsense", b"[]", b'{"kv_load_tiers": 3}'])
+@pytest.mark.parametrize("params", [b"", b"nonsense", b"[]", b'{"kv_load_tiers": 3}', b"[" * 60_000])
 def test_a_filter_that_cannot_be_read_is_none(rig: Rig, params: bytes) -> None:
     request = rig.core.books.request(rig.engine().scheduler.instance, "r", params)
     assert request.may_load_from(Medium.STORAGE, rig.tiers[0].locality)
