@@ -320,12 +320,21 @@ class Core:
         self.below.promotions.end_loads(now_ns)
         self.below.promotions.end_waits(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
-        for lock_file in self.books.left_locks.union(self.books.quarantine.guards):
-            if self._locks.is_free(lock_file):
-                self.books.left_locks.discard(lock_file)
-                self._clear(lock_file)
-                self._let_go_if_unused(lock_file)
+        self._try_locks()
         self.books.settle()
+
+    def _try_locks(self) -> None:
+        """Try the locks of processes that left or that slots wait for; what is free is followed no longer."""
+        tried = self.books.left_locks.union(self.books.quarantine.guards)
+        free = [lock_file for lock_file in tried if self._locks.is_free(lock_file)]
+        if not free:
+            return
+        attached = {session.lock_file for session in self.books.instances.sessions.values()}
+        for lock_file in free:
+            self.books.left_locks.discard(lock_file)
+            self._clear(lock_file)
+            if lock_file not in attached:  # else the end of its session is still to come
+                self._locks.let_go(lock_file)
 
     def _expire(self, lease: Lease) -> None:
         """End a lease whose time is over; slots stay under it until nobody can be writing them."""
