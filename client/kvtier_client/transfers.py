@@ -43,7 +43,8 @@ from kvtier_client.jobs import NO_SLOT, CopyFailure, Job, JobKind
 from kvtier_client.tls import TlsFiles
 from kvtier_ops.directory import PoolError
 from kvtier_ops.ipc import MemoryHandle
-from kvtier_ops.locks import CopyGate, is_lock_name, owner_lock_is_free
+from kvtier_ops.lock_watch import WatchedLock
+from kvtier_ops.locks import CopyGate, is_lock_name
 from kvtier_ops.timeline import ComputeEvent
 
 logger = logging.getLogger(__name__)
@@ -219,7 +220,8 @@ class _Stream:
         self._max_sent = MAX_SENT
         self._waits = False
         """Whether something may still be copied for jobs without an answer."""
-        self._lock_file = ""
+        self._lock: WatchedLock | None = None
+        """Of the process that copies; None = nothing will prove its end."""
         self._call: grpc.Call | None = None
         self._gate: CopyGate | None = None
         self._released = threading.Event()
@@ -266,20 +268,19 @@ class _Stream:
         """Let go of the gate: the session is over for the daemon too, and no copy of it begins."""
         if self._gate is not None:
             self._gate.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def close_gate_if_alone(self) -> bool:
         """Let go of the gate if no process is left that could copy; False while there is one."""
-        if self._gate is not None:
+        if self._gate is not None or self._lock is not None:
             if not self._copier_is_gone():
                 return False
-            self._gate.close()
+            self.close_gate()
         return True
 
     def _copier_is_gone(self) -> bool:
-        try:
-            return owner_lock_is_free(self._pool_directory, self._lock_file)
-        except PoolError:  # the daemon's lock has no proper name: nothing will prove its end
-            return False
+        return self._lock is not None and self._lock.is_free()
 
     def _run(self) -> None:
         channel = None
@@ -326,27 +327,33 @@ class _Stream:
         self._owner.on_refused(problem)
 
     def _take_registration(self, answer: transfer_pb2.RegisterMemoryResponse) -> bool:
-        """Take jobs from now on; False if the session is over meanwhile, or the end of copies could not be
-        told, and nothing is kept.
-        """
+        """Take jobs from now on; False if the session is over, or the end of copies could not be told."""
         if not is_lock_name(answer.lock_file):
             self._give_up(f"lock_file: {answer.lock_file!r} is no name of a lock, only lower-case hex is")
             return False
-        gate = None
+        gate = lock = None
         if answer.gate_file:
             try:
                 gate = CopyGate.open(self._pool_directory, answer.gate_file)
             except (OSError, PoolError) as error:
                 logger.warning("the gate of the copies cannot be opened: %s", error)
+        try:
+            # Now, while its file is there: once that is removed, its path would prove nothing.
+            lock = WatchedLock.open(self._pool_directory, answer.lock_file)
+        except (OSError, PoolError) as error:
+            logger.warning("the lock of the process that copies cannot be opened: %s", error)
+        if gate is None and lock is None:
+            self._give_up(f"files of {self._pool_directory} are missing: the end of copies cannot be told")
+            return False
         with self._changed:
             if self._open:
-                self._lock_file = answer.lock_file
                 self._max_sent = answer.max_jobs or MAX_SENT
-                self._gate = gate
+                self._gate, self._lock = gate, lock
                 self._memory_id = answer.memory_id
                 return True
-        if gate is not None:
-            gate.close()  # no job was sent that it could keep out
+        for opened in (gate, lock):
+            if opened is not None:
+                opened.close()  # no job was sent whose end it could tell
         return False
 
     def _read(self, stub: transfer_pb2_grpc.TransferServiceStub) -> None:

@@ -110,16 +110,23 @@ def is_lock_name(name: str) -> bool:
     return _OWNER_NAME.fullmatch(name) is not None
 
 
+def owner_lock_path(directory: Path, name: str) -> Path:
+    """Return where an owner lock's file is. Raises PoolDirectoryError for what is no name of one."""
+    if not is_lock_name(name):
+        raise PoolDirectoryError(f"{name!r} is not the name of an owner lock: only lower-case hex is")
+    return directory / OWNERS_DIRECTORY / name
+
+
 def owner_lock_is_free(directory: Path, name: str) -> bool:
     """Tell whether no process is left that holds the owner lock `name`; unlinks its file if so.
+
+    For who asks once. Who must not be misled by files that others remove watches it: `lock_watch`.
 
     A missing file is free; one that cannot be tried (no regular file, no permission, no descriptor left) is
     not, because nothing proves it: ask again. Never waits. Raises PoolDirectoryError for a name that is not
     lower-case hex (it comes from a client and becomes part of a path), and nothing else.
     """
-    if not is_lock_name(name):
-        raise PoolDirectoryError(f"{name!r} is not the name of an owner lock: only lower-case hex is")
-    path = directory / OWNERS_DIRECTORY / name
+    path = owner_lock_path(directory, name)
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -137,18 +144,6 @@ def owner_lock_is_free(directory: Path, name: str) -> bool:
         return True
     finally:
         os.close(fd)
-
-
-def held_owner_locks(directory: Path) -> list[str]:
-    """Names of the owner locks that are not free (`owner_lock_is_free`); files of dead owners are unlinked.
-
-    Raises OSError only where the directory cannot be listed, because then nobody knows who lives.
-    """
-    owners = directory / OWNERS_DIRECTORY
-    if not owners.is_dir():
-        return []
-    names = [path.name for path in owners.iterdir() if is_lock_name(path.name)]
-    return [name for name in names if not owner_lock_is_free(directory, name)]
 
 
 class CopyGate:

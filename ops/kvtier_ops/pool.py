@@ -228,6 +228,14 @@ class Pool(MappedPool):
         """A lock for processes of the daemon's own that map the pool: see DaemonLock.copies_fd."""
         return self._lock.copies_fd
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the path still leads to this file. Somebody may remove or replace it; the mapping stays."""
+        try:
+            return os.path.samestat(os.fstat(self._open_fd()), self.path.lstat())
+        except OSError:
+            return False
+
     def back(self, offset: int, length: int) -> None:
         """Give memory to a piece of the data area, so that it can never SIGBUS; keeps what is there.
 

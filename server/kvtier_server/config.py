@@ -317,6 +317,9 @@ def _read_file(file: Path, errors: list[ConfigError]) -> tuple[_Values, Sequence
     except ValueError as error:  # not TOML, or not UTF-8
         errors.append(ConfigError("", str(file), f"is not TOML: {error}"))
         return {}, ()
+    except RecursionError:
+        errors.append(ConfigError("", str(file), "is not TOML that can be read: it is nested too deeply"))
+        return {}, ()
     tables = document.pop("tiers", [])
     if not isinstance(tables, list):
         errors.append(ConfigError("tiers", str(file), "is no list; write [[tiers]], one for each tier"))

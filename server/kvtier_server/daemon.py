@@ -24,7 +24,7 @@ import structlog
 from grpc_health.v1 import health_pb2
 
 from kvtier.v1 import offload_pb2 as pb
-from kvtier_ops.locks import owner_lock_is_free
+from kvtier_ops.lock_watch import OwnerLocks
 from kvtier_server import __version__, events, logs, service
 from kvtier_server.admin import service as admin
 from kvtier_server.admission import ReuseFilter
@@ -45,6 +45,7 @@ from kvtier_server.output import drop_output
 from kvtier_server.policies.loader import load_policy_class
 from kvtier_server.pool_slots import Backing, PoolSlots
 from kvtier_server.pool_start import open_pool
+from kvtier_server.process_locks import ProcessLocks
 from kvtier_server.reload import Reloads
 from kvtier_server.rpc import CallScope
 from kvtier_server.service import OffloadService, boottime_ns
@@ -112,6 +113,7 @@ class Daemon:
         if config.server.admin_address:
             self._socket_locks.append(SocketLock.of(config.server.admin_address, "server.admin_address"))
         self._pool = open_pool(config)
+        self._owner_locks = OwnerLocks(self._pool.directory)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tiers = make_tiers(config, self._pool, self._on_tier_finished)
         policy_class = load_policy_class(config.pool.policy)
@@ -119,7 +121,7 @@ class Daemon:
             self._pool.data_bytes,
             PoolSlots(self._pool),
             policy_class,
-            self._lock_is_free,
+            ProcessLocks(self._owner_locks, self._is_copying_for),
             functools.partial(secrets.randbits, 64),
             core_limits(config),
             ReuseFilter(config.admission.store_threshold, config.admission.max_tracked),
@@ -209,9 +211,9 @@ class Daemon:
         tracing.follow(self.core.books.instances.sessions.get)
         return tracing
 
-    def _lock_is_free(self, name: str) -> bool:
-        """Tell whether a process can write no more: it is gone, and nothing is copied for it."""
-        return not self._transfers.is_copying_for(name) and owner_lock_is_free(self._pool.directory, name)
+    def _is_copying_for(self, lock_file: str) -> bool:
+        """Ask the transfers, which are made after the core that asks."""
+        return self._transfers.is_copying_for(lock_file)
 
     def _on_tier_finished(self) -> None:
         """Have the loop's thread look at what a tier has done. Called by the tiers' threads."""
@@ -249,7 +251,7 @@ class Daemon:
         if not self._pool.kept:
             return None
         try:
-            return take_over(self._pool, self.core)
+            return take_over(self._pool, self.core, self._owner_locks)
         except OSError as error:
             raise StartError(
                 f"cannot take over {self._pool.path}: {error.strerror}; free memory, or drop what is in it: "

@@ -14,7 +14,7 @@ from kvtier_server.config import Config
 from kvtier_server.core.tiering import Core
 from kvtier_server.events import EventStreams
 from kvtier_server.metrics import Metrics
-from kvtier_server.pool_slots import Backing
+from kvtier_server.pool_slots import Backing, PoolPlace
 from kvtier_server.service import boottime_ns
 from kvtier_server.snapshot import (
     by_suffix,
@@ -63,6 +63,7 @@ class Observer:
         self._start_time_s = time.time()
         self._loop_lag_s = 0.0
         self._has_tier_trouble = False
+        self._place = PoolPlace(pool)
         self.phase = PHASE_STARTING
 
     def ticked(self, now_ns: int, late_s: float) -> None:
@@ -75,7 +76,7 @@ class Observer:
         return DaemonState(self._current_phase(), (boottime_ns() - self._last_tick_ns) / 1e9)
 
     def _current_phase(self) -> str:
-        is_degraded = bool(self._backing.shortage) or self._has_tier_trouble
+        is_degraded = bool(self._place.problem or self._backing.shortage) or self._has_tier_trouble
         return PHASE_DEGRADED if is_degraded and self.phase == PHASE_SERVING else self.phase
 
     def snapshot(self) -> StatsSnapshot:
@@ -87,6 +88,9 @@ class Observer:
         tiers = self._core.below.tiers
         lower = [lower_stats(below) for below in tiers]
         self._has_tier_trouble = not all(map(in_order, lower))
+        self._place.look()
+        health = self._place.problem or self._backing.shortage or "ok"
+        io_errors = {**self._backing.io_errors, **self._place.io_errors}
         return StatsSnapshot(
             boot_id=self._boot_id,
             version=__version__,
@@ -101,7 +105,7 @@ class Observer:
                 backed_bytes=books.primary.slabs.backed_bytes,
                 policy=self._config.pool.policy,
             ),
-            tiers=(primary_stats(books, self._backing.shortage or "ok", self._backing.io_errors), *lower),
+            tiers=(primary_stats(books, health, io_errors), *lower),
             sessions=session_stats(books, now_ns, self._transfers.paths()),
             copy_devices=self._transfers.devices(),
             leases=lease_stats(books, now_ns),

@@ -5,6 +5,7 @@ Owns the order of backing: slabs are usable from the start of the pool on. Does 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -40,6 +41,27 @@ class PoolSlots:
         if slot_bytes:
             self._pool.back_records(slot_ids)
         self._pool.slabs.assign(slab, slot_bytes)
+
+
+class PoolPlace:
+    """Whether the pool's file is where engines look for it. `problem` says what to do if not; "" = it is."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.problem = ""
+        self.io_errors: Mapping[str, int] = {}
+        """That the file is gone, counted as an error of the tier."""
+
+    def look(self) -> None:
+        """Look once more; a problem stays, as nobody puts the file back."""
+        if self.problem or self._pool.is_in_place:
+            return
+        self.problem = (
+            f"{self._pool.path} was removed or replaced by somebody else: engines that are attached go on, "
+            f"others cannot map it; restart the daemon: kill {os.getpid()}, then start it as before"
+        )
+        self.io_errors = {"ENOENT": 1}
+        log.error("pool_file_gone", path=str(self._pool.path), fix=f"kill {os.getpid()}, then start it again")
 
 
 class Backing:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.server.core.slots_in_memory import SlotsInMemory
+from tests.server.core.slots_in_memory import FakeLocks, SlotsInMemory
 
 from kvtier_ops.layout import SLOT_UNIT_BYTES, TensorLayout
 from kvtier_ops.namespace import GroupFacts, NamespaceFacts
@@ -63,11 +63,12 @@ class Bench:
 
     def __init__(self, policy: str, table: SlotTable) -> None:
         serial = itertools.count(1)
+        self.locks = FakeLocks()
         self.core = Core(
             NUM_SLOTS * SLOT_UNIT_BYTES,
             table,
             lambda capacity: make_policy(policy, capacity),
-            lambda _: False,
+            self.locks,
             lambda: next(serial),
             Limits(max_leases=1 << 20),
         )
@@ -79,7 +80,9 @@ class Bench:
 
     def _attach(self, role: Role) -> Session:
         geometry = ((TensorLayout("layer", SLOT_UNIT_BYTES),),) if role is Role.WORKER else None
-        applicant = Applicant("bench", 1, role, 0, 1, "", f"lock-{role}", 0, geometry=geometry)
+        applicant = Applicant(
+            "bench", 1, role, 0, 1, "", self.locks.take(f"lock-{role}"), 0, geometry=geometry
+        )
         return self.core.attach(f"session-{role}", applicant, FACTS, 0)
 
     def new_keys(self) -> list[bytes]:

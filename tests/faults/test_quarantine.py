@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+
+import pytest
 from tests.conftest import MakeEngine, StartDaemon
 from tests.daemon_process import DaemonProcess, wait_until
 from tests.raw_engine import RawEngine, to_key, to_keys
@@ -127,3 +130,21 @@ def test_slots_with_two_writers_wait_for_both(start_daemon: StartDaemon, make_en
         let_time_pass(daemon)
         assert quarantined(daemon) == 8
     wait_until(lambda: quarantined(daemon) == 0, "both writers are dead")
+
+
+@pytest.mark.parametrize("what", ["owners", "."])
+def test_a_writer_that_lives_keeps_its_slots_though_somebody_removes_the_files_of_the_pool(
+    start_daemon: StartDaemon, make_engine: MakeEngine, what: str
+) -> None:
+    """A logout with systemd's RemoveIPC, a cleaner: the files go, their holders live and copy."""
+    daemon = start_daemon(pool_bytes="1MiB")
+    engine, other = make_engine(daemon).attach(), make_engine(daemon).attach()
+    engine.prepare_store(to_keys(range(SHARE)))
+    shutil.rmtree(daemon.pool_directory / what)
+    engine.workers[0].close(release_lock=False)  # the stream is cut; the process and its copies live on
+    wait_until(lambda: quarantined(daemon) == SHARE, "the slots are quarantined")
+    let_time_pass(daemon)
+    assert quarantined(daemon) == SHARE
+    engine.close()
+    wait_until(lambda: quarantined(daemon) == 0, "the process is gone, file or not")
+    assert len(other.prepare_store(to_keys(range(SHARE))).slot_ids) == SHARE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +190,26 @@ def test_a_lock_file_that_nobody_holds_is_refused(
         failed = refusal(lambda: next(engine.stub.Attach(request)))
         assert (failed.reason, failed.metadata["field"]) == ("BAD_REQUEST", "lock_file")
         assert "nobody holds" in failed.message
+
+
+@pytest.mark.parametrize("kind", ["link", "directory"])
+def test_what_is_no_file_passes_for_no_lock(
+    daemon: DaemonProcess, make_engine: MakeEngine, kind: str
+) -> None:
+    engine = make_engine(daemon)
+    request = engine.attach_request(SCHEDULER)
+    request.lock_file = secrets.token_hex(16)
+    path, held = (
+        daemon.pool_directory / "owners" / request.lock_file,
+        OwnerLock.acquire(daemon.pool_directory),
+    )
+    if kind == "link":
+        path.symlink_to(held.name)
+    else:
+        path.mkdir()
+    failed = refusal(lambda: next(engine.stub.Attach(request)))
+    assert (failed.reason, failed.metadata["field"]) == ("BAD_REQUEST", "lock_file")
+    held.release()
 
 
 def test_the_minor_version_before_is_served_and_others_are_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -450,3 +451,20 @@ def test_drain_wait_shows_on_a_terminal_that_it_goes_on(
         assert draining.wait(WAIT_S) == 0
     os.close(screen)
     assert daemon.wait() == 0
+
+
+def test_a_pool_whose_file_is_removed_is_degraded_and_says_what_to_do(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    shutil.rmtree(daemon.pool_directory)
+    wait_until(lambda: daemon.status().state == "degraded", "the daemon has seen it")
+    told = daemon.status().tiers[0].health
+    assert str(daemon.pool_directory) in told
+    assert "restart the daemon: kill" in told
+    wait_until(lambda: daemon.page("/readyz") == (200, "degraded\n"), "it goes on serving")
+    wait_until(
+        lambda: 'kvtier_io_errors_total{errno="ENOENT",tier="primary"} 1.0' in daemon.page("/metrics")[1],
+        "the metric counts it",
+    )
+    for _ in range(3):
+        daemon.status()
+    assert daemon.log_text().count("pool_file_gone") == 1

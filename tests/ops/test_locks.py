@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from kvtier_ops.lock_watch import OwnerLocks
 from kvtier_ops.locks import (
     CopyGate,
     DaemonLock,
     OwnerLock,
     PoolBusy,
-    held_owner_locks,
     owner_lock_is_free,
 )
 from kvtier_ops.pool import PoolDirectoryError
@@ -130,7 +130,7 @@ def test_a_lock_that_cannot_be_tried_is_not_free(pool_directory: Path, kind: str
         (pool_directory / "owners").touch()
     assert not owner_lock_is_free(pool_directory, "abc")
     if kind != "unreachable":
-        assert set(held_owner_locks(pool_directory)) == {held.name, "abc"}
+        assert set(OwnerLocks(pool_directory).hold_all()) == {held.name, "abc"}
     held.release()
 
 

@@ -29,6 +29,16 @@ def backed_pool(directory: Path, *, data_bytes: int = MIB, fresh: bool = False) 
     return pool
 
 
+def test_a_pool_knows_whether_its_file_is_still_where_it_was(pool: Pool) -> None:
+    seen = [pool.is_in_place]
+    content = pool.path.read_bytes()
+    pool.path.unlink()
+    seen.append(pool.is_in_place)
+    pool.path.write_bytes(content)  # another file, if with the same bytes
+    seen.append(pool.is_in_place)
+    assert seen == [True, False, False]
+
+
 def test_the_file_and_its_directory_are_open_to_one_user_only(pool_directory: Path) -> None:
     directory = pool_directory / "made"
     pool = Pool.create(directory, MIB)

@@ -145,6 +145,8 @@ def test_a_file_that_cannot_be_read_is_one_mistake_among_the_others(tmp_path: Pa
     assert mistakes({"pool.bytes": "x"}, missing).keys() == {f" ({missing})", "pool.bytes (--pool-bytes)"}
     broken = write(tmp_path, "[pool\n")
     assert "is not TOML" in mistakes(file=broken)[f" ({broken})"]
+    write(tmp_path, "a = " + "[" * 10_000)
+    assert "nested too deeply" in mistakes(file=broken)[f" ({broken})"]
     broken.write_bytes(b"\xff\xfe")
     assert "is not TOML" in mistakes(file=broken)[f" ({broken})"]
 

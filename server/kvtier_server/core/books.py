@@ -15,7 +15,7 @@ from itertools import count
 
 from kvtier_server.admission import ReuseFilter
 from kvtier_server.core.events import REMOVED, EventLog
-from kvtier_server.core.instances import Instance, Instances, LockIsFree, Role, WorkersMissing
+from kvtier_server.core.instances import Instance, Instances, Locks, Role, WorkersMissing
 from kvtier_server.core.leases import Lease, LeaseBook, LeaseKind
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.quarantine import Quarantine
@@ -92,7 +92,7 @@ class Books:
         pool_bytes: int,
         table: SlotTable,
         make_policy: Callable[[int], CachePolicy],
-        lock_is_free: LockIsFree,
+        locks: Locks,
         limits: Limits,
         reuse_filter: ReuseFilter,
     ) -> None:
@@ -100,12 +100,14 @@ class Books:
         self.counts: Counter[str] = Counter()
         self.events = EventLog(limits.max_events, limits.max_event_keys, limits.max_keys_per_event)
         self.primary = PrimaryTier(pool_bytes, table, make_policy, self._on_removed)
-        self.instances = Instances(limits, lock_is_free)
+        self.instances = Instances(limits, locks)
         self.leases = LeaseBook(limits.tombstone_ns)
         self.reservations = Reservations()
         self.being_written: Counter[tuple[int, int]] = Counter()
         """(slot, part) of reserved slots -> copies into them that the daemon's own processes make now."""
         self.quarantine = Quarantine(self.primary)
+        self.left_locks: set[str] = set()
+        """Lock files of processes whose sessions have ended: trying one removes its file once it is free."""
         self.filter = reuse_filter
         self.quota_refused: Counter[str] = Counter()
         """Keys that a quota kept out, by tenant; bounded by `count_quota_refused`."""
@@ -272,6 +274,12 @@ class Books:
         while self._ended_slots:
             size_class, slot_ids = self._ended_slots.popitem()
             self.primary.free_reserved(size_class, slot_ids)
+
+    def condemn(self, chunk: Chunk, owner: int) -> None:
+        """Take a corrupt chunk out. Its slot waits for all that map the pool now: any may have written it."""
+        if self.primary.condemn(chunk, owner):
+            workers = {s.lock_file for s in self.instances.sessions.values() if s.role is Role.WORKER}
+            self.quarantine.add_condemned(chunk, workers | self.left_locks)
 
     def wait_for(self, lease: Lease, keys: set[bytes], until_ns: int) -> None:
         """Let a lookup lease wait for unfinished stores of `keys`."""

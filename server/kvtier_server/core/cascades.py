@@ -235,7 +235,7 @@ class Cascades:
                 self._may_offer_again(below, [chunk])
             elif outcome is Outcome.CORRUPT and not chunk.dropped:
                 self._books.counts["checksum:corrupt"] += 1
-                self._books.primary.condemn(chunk, owner=DAEMON)
+                self._books.condemn(chunk, owner=DAEMON)
         self._books.primary.unpin(cascade.chunks)
 
     # What there is

@@ -281,7 +281,7 @@ class Completions:
             self._books.counts["checksum:false_alarm"] += 1
             return
         self._books.counts["checksum:corrupt"] += 1
-        self._books.primary.condemn(chunk, owner=0)
+        self._books.condemn(chunk, owner=0)
 
     @staticmethod
     def _worker(session: Session, field: str) -> Instance:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.namespaces import Geometry, Namespace
@@ -21,8 +22,21 @@ from kvtier_server.core.refused import BadRequest, Refused
 from kvtier_server.core.requests import Requests
 from kvtier_server.primary.index import KeySpace
 
-LockIsFree = Callable[[str], bool]
-"""Seam: whether the lock file of this name can be taken now."""
+
+class Locks(Protocol):
+    """Seam: the lock files of processes that map the pool, by name. Real: `process_locks`."""
+
+    def hold(self, name: str) -> bool:
+        """Follow a lock until `let_go`; False, and nothing is followed anew, unless a process holds it.
+
+        Raises TooManySessions if no more can be followed.
+        """
+
+    def is_free(self, name: str) -> bool:
+        """Whether the lock can be taken now, and nothing is copied for the process that held it."""
+
+    def let_go(self, name: str) -> None:
+        """Follow it no longer."""
 
 
 class Role(StrEnum):
@@ -160,9 +174,9 @@ class Session:
 class Instances:
     """All instances and sessions."""
 
-    def __init__(self, limits: Limits, lock_is_free: LockIsFree) -> None:
+    def __init__(self, limits: Limits, locks: Locks) -> None:
         self._limits = limits
-        self._lock_is_free = lock_is_free
+        self._locks = locks
         self._by_name: dict[tuple[str, int], Instance] = {}
         self._seats: dict[tuple[str, Role, int], Session] = {}
         self.sessions: dict[str, Session] = {}
@@ -192,7 +206,7 @@ class Instances:
         Raises RankTaken if its process lives and is not the applicant.
         """
         holder = self._seats.get((applicant.engine_id, applicant.role, applicant.rank))
-        if holder is None or self._lock_is_free(holder.lock_file):
+        if holder is None or self._locks.is_free(holder.lock_file):
             return holder
         if holder.instance.tenant != applicant.tenant:
             # Without the lock's name: who knows it passes for the process that holds it.

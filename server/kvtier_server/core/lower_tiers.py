@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from kvtier_ops.namespace import SpaceName
+from kvtier_server.core.guarded_tier import GuardedTier
 from kvtier_server.primary.index import Chunk, KeySpace
 from kvtier_server.secondary.base import ClearJob, Presence, SecondaryTier
 
@@ -73,7 +74,7 @@ class LowerTier:
     """One tier, its rules, what waits to go there, and what happened. `bit` marks chunks that it holds."""
 
     def __init__(self, tier: SecondaryTier, rules: TierRules, index: int) -> None:
-        self.tier = tier
+        self.tier = GuardedTier(tier, rules.name)
         self.rules = rules
         self.index = index
         self.bit = 1 << index

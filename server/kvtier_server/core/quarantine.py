@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtier_ops.namespace import SpaceName
+from kvtier_server.primary.index import Chunk
 from kvtier_server.primary.size_classes import SizeClass
 from kvtier_server.primary.tier import SLICE_ITEMS, PrimaryTier
 
@@ -29,9 +30,12 @@ class Unfinished:
 
 
 class _Batch:
-    """Slots of one class with the same guards. `unfinished`: as far as it is known what they were for."""
+    """Slots of one class with the same guards. `unfinished`: as far as it is known what they were for.
 
-    __slots__ = ("guards", "size_class", "slot_ids", "unfinished")
+    `condemned`: the corrupt chunk that the slot held; tiers may still be reading it.
+    """
+
+    __slots__ = ("condemned", "guards", "size_class", "slot_ids", "unfinished")
 
     def __init__(
         self,
@@ -39,7 +43,9 @@ class _Batch:
         slot_ids: Sequence[int],
         guards: set[str],
         unfinished: Sequence[Unfinished],
+        condemned: Chunk | None = None,
     ) -> None:
+        self.condemned = condemned
         self.size_class = size_class
         self.slot_ids = slot_ids
         self.guards = guards
@@ -84,6 +90,18 @@ class Quarantine:
             for guard in guards:
                 self._batches_of.setdefault(guard, []).append(batch)
 
+    def add_condemned(self, chunk: Chunk, guards: set[str]) -> None:
+        """Note the slot of a chunk that the tier has condemned; without guards it is free at the next slice.
+
+        Its last pin has to go too.
+        """
+        batch = _Batch(chunk.size_class, [chunk.slot_id], set(guards), (), chunk)
+        self._num_slots += 1
+        for guard in guards:
+            self._batches_of.setdefault(guard, []).append(batch)
+        if not guards:
+            self._unguarded.append(batch)
+
     def clear(self, guard: str) -> None:
         """Lift one guard; slots without any left are free again, a slice of them at once."""
         for batch in self._batches_of.pop(guard, []):
@@ -97,7 +115,10 @@ class Quarantine:
         left = max_items
         while self._unguarded and left > 0:
             batch = self._unguarded.popleft()
-            self._primary.end_quarantine(batch.size_class, batch.slot_ids)
+            if batch.condemned is not None:
+                self._primary.unpin([batch.condemned])
+            else:
+                self._primary.end_quarantine(batch.size_class, batch.slot_ids)
             self._num_slots -= len(batch.slot_ids)
             left -= len(batch.slot_ids)
         return left

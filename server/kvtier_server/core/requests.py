@@ -101,7 +101,7 @@ def _read_load_tiers(params: bytes | None) -> list[dict[str, object]] | None:
     """Return the entries of the filter; None where there is none, or none that can be read."""
     try:
         given = json.loads(params or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where it is nested a thousand deep
         return None
     entries = given.get(LOAD_TIERS) if isinstance(given, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -20,7 +20,7 @@ from kvtier_server.core.endings import Endings
 from kvtier_server.core.evicting import Evictions
 from kvtier_server.core.explaining import Explainer
 from kvtier_server.core.grants import Grants
-from kvtier_server.core.instances import Applicant, Instance, LockIsFree, Role, Session
+from kvtier_server.core.instances import Applicant, Instance, Locks, Role, Session
 from kvtier_server.core.leases import Lease, LeaseKind
 from kvtier_server.core.limits import Limits
 from kvtier_server.core.lookups import Lookups
@@ -53,7 +53,7 @@ class Core:
         pool_bytes: int,
         table: SlotTable,
         make_policy: Callable[[int], CachePolicy],
-        lock_is_free: LockIsFree,
+        locks: Locks,
         random64: Callable[[], int],
         limits: Limits | None = None,
         reuse_filter: ReuseFilter | None = None,
@@ -64,7 +64,7 @@ class Core:
             pool_bytes,
             table,
             make_policy,
-            lock_is_free,
+            locks,
             limits or Limits(),
             ReuseFilter(0) if reuse_filter is None else reuse_filter,
         )
@@ -81,10 +81,8 @@ class Core:
         self.evictions = Evictions(self.books, self.below, self.names)
         self.explainer = Explainer(self.books, self.below, self.names)
         self.known_geometries: dict[str, dict[int, Geometry]] = {}
-        self._lock_is_free = lock_is_free
+        self._locks = locks
         self._random64 = random64
-        self._left_locks: set[str] = set()
-        """Lock files of processes whose sessions have ended: trying one removes its file once it is free."""
 
     def attach(self, session_id: str, applicant: Applicant, facts: NamespaceFacts, now_ns: int) -> Session:
         """Open a session. Raises a refusal and changes nothing, or replaces the seat's dead holder.
@@ -99,13 +97,14 @@ class Core:
             session = self._attach(session_id, applicant, facts, now_ns)
         except Refused:
             self._forget_unused_classes()
+            self._let_go_if_unused(applicant.lock_file)
             raise
-        self._left_locks.discard(applicant.lock_file)
+        self.books.left_locks.discard(applicant.lock_file)
         self._tell_workers(session.instance)
         return session
 
     def _attach(self, session_id: str, applicant: Applicant, facts: NamespaceFacts, now_ns: int) -> Session:
-        if self._lock_is_free(applicant.lock_file):
+        if not self._locks.hold(applicant.lock_file):
             raise BadRequest(
                 "lock_file",
                 f"nobody holds {applicant.lock_file!r} here; a process creates and locks a file in `owners/` "
@@ -196,7 +195,7 @@ class Core:
         self.books.counts[f"session_ended:{reason}"] += 1
         workers = {member.lock_file for (role, _), member in instance.sessions.items() if role is Role.WORKER}
         for member in self.books.instances.remove(instance):
-            self._left_locks.add(member.lock_file)
+            self.books.left_locks.add(member.lock_file)
             why = reason if member is session else "INSTANCE_LOST"
             self.books.notices.append(Notice(member.id, "ended", reason=why))
         instance.namespace.num_engines -= 1
@@ -208,6 +207,13 @@ class Core:
         """Free what waits for this lock: its process writes none of it."""
         self._endings.clear(lock_file)
         self.books.quarantine.clear(lock_file)
+
+    def _let_go_if_unused(self, lock_file: str) -> None:
+        """Follow a lock no longer whose end nothing waits for."""
+        is_of_session = any(s.lock_file == lock_file for s in self.books.instances.sessions.values())
+        is_awaited = lock_file in self.books.left_locks or lock_file in self.books.quarantine.guards
+        if not (is_of_session or is_awaited):
+            self._locks.let_go(lock_file)
 
     def _has_chunks(self, namespace: Namespace) -> bool:
         return any(
@@ -310,11 +316,21 @@ class Core:
         self.below.promotions.end_loads(now_ns)
         self.below.promotions.end_waits(now_ns)
         self.books.leases.forget_tombstones(now_ns, self.books.limits.max_remembered)
-        for lock_file in self._left_locks.union(self.books.quarantine.guards):
-            if self._lock_is_free(lock_file):
-                self._left_locks.discard(lock_file)
-                self._clear(lock_file)
+        self._try_locks()
         self.books.settle()
+
+    def _try_locks(self) -> None:
+        """Try the locks of processes that left or that slots wait for; what is free is followed no longer."""
+        tried = self.books.left_locks.union(self.books.quarantine.guards)
+        free = [lock_file for lock_file in tried if self._locks.is_free(lock_file)]
+        if not free:
+            return
+        attached = {session.lock_file for session in self.books.instances.sessions.values()}
+        for lock_file in free:
+            self.books.left_locks.discard(lock_file)
+            self._clear(lock_file)
+            if lock_file not in attached:  # else the end of its session is still to come
+                self._locks.let_go(lock_file)
 
     def _expire(self, lease: Lease) -> None:
         """End a lease whose time is over; slots stay under it until nobody can be writing them."""

@@ -64,7 +64,8 @@ def examine(request: Request, ask: Ask) -> Iterator[Finding]:
         )
         if not is_asked_for:
             subject = subject.as_served(request.machine, answer)
-    yield from _guarded("pool", lambda: check_pool(request.machine, subject))
+    served = None if isinstance(answer, Silence) else answer.pool.path
+    yield from _guarded("pool", lambda: check_pool(request.machine, subject, served_path=served))
     pid = subject.served_by(request.machine)
     yield from _guarded("limits", lambda: check_limits(request.machine, subject, pid))
     yield from _examine_gpus(request, subject, pid)

@@ -18,8 +18,11 @@ from kvtier_server.units import format_bytes
 CAP_IPC_LOCK = 14
 """The capability that stands above RLIMIT_MEMLOCK."""
 
+FILES_PER_SESSION = 2
+"""Its connection, and the lock file of its process."""
+
 OTHER_FILES = 256
-"""Open files beside one for each session: the tiers', the log, the pool, sockets of calls that just came."""
+"""Open files beside those of sessions: the tiers', the log, the pool, sockets of calls that just came."""
 
 MIN_CPUS = 2
 """One for the thread that answers the engines, one for copies and tiers."""
@@ -50,12 +53,12 @@ def check_locked_memory(machine: Machine, subject: Subject, pid: int | None) -> 
 
 
 def check_open_files(machine: Machine, subject: Subject, pid: int | None) -> Finding:
-    """Check that as many sessions as are allowed can have their sockets."""
+    """Check that as many sessions as are allowed can have their files."""
     name, found = "limits.files", machine.limit("Max open files", pid)
     if found is None:
         return skipped(name, "/proc/self/limits does not say")
     soft, hard = found
-    needed = subject.sessions + OTHER_FILES
+    needed = FILES_PER_SESSION * subject.sessions + OTHER_FILES
     if soft == UNLIMITED or soft >= needed:
         return passed(name, f"{soft if soft != UNLIMITED else 'unlimited'} open files, {needed} are enough")
     text = (

@@ -11,9 +11,10 @@ from kvtier_ops.capacity import PoolLimit, held_pool_bytes, pool_limits
 from kvtier_ops.directory import SHARED_MEMORY_ROOT, PoolDirectoryError, open_directory
 from kvtier_ops.header import POOL_FILE
 from kvtier_ops.locks import daemon_pid
+from kvtier_server.address import socket_path
 from kvtier_server.doctor.finding import Finding, failed, passed, skipped, warned
 from kvtier_server.doctor.machine import Machine, Mount
-from kvtier_server.doctor.subject import Subject
+from kvtier_server.doctor.subject import Subject, stop_first
 from kvtier_server.units import format_bytes
 
 MEMORY_FILE_SYSTEMS = ("tmpfs", "hugetlbfs", "ramfs", "devtmpfs")
@@ -28,9 +29,16 @@ MAX_ORPHANS = 20
 MIB = 1 << 20
 
 
-def check_pool(machine: Machine, subject: Subject, root: Path = SHARED_MEMORY_ROOT) -> Iterator[Finding]:
-    """Look at one daemon's pool, and at what others have left below `root`."""
-    yield check_directory(subject)
+def check_pool(
+    machine: Machine, subject: Subject, root: Path = SHARED_MEMORY_ROOT, *, served_path: str | None = None
+) -> Iterator[Finding]:
+    """Look at one daemon's pool, and at what others have left below `root`.
+
+    `served_path`: the pool's file as a daemon has named it that answers now.
+    """
+    path = subject.pool_directory / POOL_FILE
+    is_served = served_path is not None and Path(served_path) == path
+    yield check_directory(subject) if not is_served or path.exists() else _removed(machine, subject, path)
     yield check_medium(machine, subject)
     yield from check_limits(machine, subject)
     yield check_huge_pages(machine, subject)
@@ -60,6 +68,18 @@ def check_directory(subject: Subject) -> Finding:
     else:
         state = f"{held} kept for a warm start (kvtier pool remove frees it)" if held != "0B" else "empty"
     return passed(name, f"{directory}, mode 0700, of this user; {state}")
+
+
+def _removed(machine: Machine, subject: Subject, path: Path) -> Finding:
+    """Say what it means that a daemon serves a file that is not there."""
+    text = (
+        f"a daemon serves {path}, and it is not here: no engine can attach any more. A cleaner took it, or "
+        "systemd's RemoveIPC at this user's logout (loginctl enable-linger); or the daemon has a /dev/shm of "
+        "its own (containers: ipc)"
+    )
+    socket = socket_path(subject.address)
+    pid = machine.lock_holder(Path(f"{socket}.lock")) if socket is not None else None
+    return failed("pool.directory", text, stop_first(pid) + subject.serve())
 
 
 def _check_parent(name: str, directory: Path) -> Finding:

@@ -93,7 +93,10 @@ class PrimaryTier:
         for chunk in chunks:
             chunk.pins -= 1
             if chunk.dropped and not chunk.pins:
-                self._free_dropped([chunk])
+                if self.by_slot.get(chunk.slot_id) is chunk:
+                    self._free_dropped([chunk])
+                else:
+                    self.end_quarantine(chunk.size_class, [chunk.slot_id])
         self._unsettled.append(chunks)
         self.num_unsettled += len(chunks)
 
@@ -398,10 +401,13 @@ class PrimaryTier:
             chunk.size_class.num_published -= 1
             chunk.size_class.add_free(chunk.slab, chunk.slot_id)
 
-    def condemn(self, chunk: Chunk, owner: int) -> None:
-        """Take a corrupt chunk out for good: its slot is quarantined, and readers of it fail."""
+    def condemn(self, chunk: Chunk, owner: int) -> bool:
+        """Take a corrupt chunk out: its slot is quarantined, and readers of it fail. False if it is out.
+
+        The quarantine is one pin more: it ends with the last, when the caller unpins the chunk.
+        """
         if chunk.dropped:
-            return
+            return False
         del chunk.space.chunks[chunk.key], self.by_slot[chunk.slot_id]
         chunk.space.used_bytes -= chunk.size_class.slot_bytes
         chunk.size_class.policy.remove(chunk.id)
@@ -409,11 +415,11 @@ class PrimaryTier:
         chunk.slab.num_chunks -= 1
         chunk.size_class.num_published -= 1
         chunk.size_class.num_quarantined += 1
-        # Leases may still count pins on it; with `dropped` set and the slot no longer its own, their end
-        # must not free the slot: a pin that can never reach zero.
+        # Leases may still count pins on it: without one of its own their end would free the slot.
         chunk.dropped = True
         chunk.pins += 1
         self._tell_removed([chunk], "corrupt")
+        return True
 
     def _tell_removed(self, chunks: Sequence[Chunk], reason: str) -> None:
         per_space: dict[KeySpace, list[bytes]] = {}

@@ -236,6 +236,9 @@ class SecondaryTier(ABC):
 
     A tier loses what it likes, and never hands out anything but what was stored under the same name: a load
     ends DONE only when the bytes in the slot are verified.
+
+    A call that raises has changed nothing: of a `submit_` it counts as False, so nothing of the job may be
+    read or written from then on. The core counts it and goes on; the tier is shown as out of order.
     """
 
     medium: Medium = Medium.STORAGE

@@ -100,6 +100,8 @@ class Index:
         self._keys_noted = self._keys_settled = 0
         """Keys of all uses that came, which only the core counts, and of those that are settled."""
         self._changed: dict[Name, Entry | None] = {}
+        self.has_lost_changes = False
+        """Whether changes were given up that were never written down: a copy of it misses chunks for good."""
         self.own_bytes = 0
         self.num_others = 0
         self.holdings = Holdings()
@@ -312,6 +314,15 @@ class Index:
         """Take changes back that could not be written down."""
         with self._lock:
             self._changed = changed | self._changed
+
+    def limit_changes(self, most_gone: int) -> bool:
+        """Give up all changes where they are more than twice the chunks and `most_gone`. True if it did."""
+        with self._lock:
+            if len(self._changed) <= 2 * self._num_chunks + most_gone:
+                return False
+            self._changed = {}
+            self.has_lost_changes = True
+            return True
 
     def restore(self, name: Name, num_bytes: int, *, is_own: bool) -> None:
         """Note a chunk as it was written down: used after those restored before it, and before all others."""

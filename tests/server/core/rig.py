@@ -65,7 +65,7 @@ class Rig:
             self._num_units * SLOT_UNIT_BYTES,
             self.slots,
             lambda capacity: make_policy(self._policy, capacity),
-            self.locks.is_free,
+            self.locks,
             lambda: 1_000 + 2 * next(self.serial),
             self._limits,
             ReuseFilter(self._reuse_threshold),
@@ -86,6 +86,7 @@ class Rig:
         if any(self.slots.slot_bytes_of_slab):
             slabs.restore(self.slots.slab_bytes, self.slots.slot_bytes_of_slab)
             adopt(self.core.books, spaces, list(self._kept()), set(self.locks.held))
+        self.locks.followed = set(self.core.books.quarantine.guards)
         slabs.backed_bytes = backed_bytes
 
     def _kept(self) -> Iterator[KeptSlot]:
@@ -166,6 +167,9 @@ class Rig:
         self.core.check_integrity()
         books = self.core.books
         primary = books.primary
+        attached = {session.lock_file for session in books.instances.sessions.values()}
+        awaited = books.left_locks.union(books.quarantine.guards)
+        assert attached <= self.locks.followed <= attached | awaited, "a lock is lost, or kept for nothing"
         for space in primary.spaces:
             for key, chunk in space.chunks.items():
                 record = self.slots.record(chunk.slot_id)
@@ -210,7 +214,9 @@ class Rig:
         books = self.core.books
         assert not list(books.leases)
         assert not len(books.reservations)
-        assert not len(books.quarantine)
+        waiting = [batch for batches in books.quarantine._batches_of.values() for batch in batches]
+        assert all(batch.condemned is not None for batch in waiting)
+        assert not books.quarantine.has_unguarded
         assert not any(space.writers for space in books.primary.spaces)
         assert not any(chunk.pins for chunk in books.primary.by_slot.values())
         assert not books._waiters

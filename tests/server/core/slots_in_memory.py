@@ -141,6 +141,8 @@ class FakeLocks:
 
     def __init__(self) -> None:
         self.held: set[str] = set()
+        self.followed: set[str] = set()
+        """What costs the daemon a descriptor each."""
 
     def take(self, name: str) -> str:
         self.held.add(name)
@@ -149,8 +151,17 @@ class FakeLocks:
     def free(self, name: str) -> None:
         self.held.discard(name)
 
+    def hold(self, name: str) -> bool:
+        if self.is_free(name):
+            return False
+        self.followed.add(name)
+        return True
+
     def is_free(self, name: str) -> bool:
         return name not in self.held
+
+    def let_go(self, name: str) -> None:
+        self.followed.discard(name)
 
 
 class FakeClock:

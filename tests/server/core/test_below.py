@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from kvtier_server.core.lower_tiers import CascadeWhen, TierRules
 from kvtier_server.core.namespaces import Namespace
 from kvtier_server.core.promotions import MAX_PROBES, SLICE_PROMOTIONS
 from kvtier_server.primary.index import KeySpace
-from kvtier_server.secondary.base import Medium
+from kvtier_server.secondary.base import JobResult, Medium, Outcome, TierJob
 
 from .engine import HIT, HIT_UNLEASED, MISS, PENDING, Engine, facts, to_key, to_keys
 from .rig import Rig
@@ -511,7 +512,7 @@ def test_only_tiers_that_the_request_allows_are_asked(rig: Rig) -> None:
         assert answer.statuses == [status], entries
 
 
-@pytest.mark.parametrize("params", [b"", b"nonsense", b"[]", b'{"kv_load_tiers": 3}'])
+@pytest.mark.parametrize("params", [b"", b"nonsense", b"[]", b'{"kv_load_tiers": 3}', b"[" * 60_000])
 def test_a_filter_that_cannot_be_read_is_none(rig: Rig, params: bytes) -> None:
     request = rig.core.books.request(rig.engine().scheduler.instance, "r", params)
     assert request.may_load_from(Medium.STORAGE, rig.tiers[0].locality)
@@ -861,4 +862,88 @@ def test_a_request_that_asks_anew_has_room_for_what_it_has_pinned(rig: Rig) -> N
         assert answer.statuses == [HIT] * most + [HIT_UNLEASED] * 8
     other = engine.lookup(keys, "other", lease=engine.new_lease_id())
     assert other.statuses == [HIT_UNLEASED] * (most + 8), "it is no room for others"
+    rig.check()
+
+
+def raising(what: str) -> Callable[..., object]:
+    def call(*_: object) -> object:
+        raise RuntimeError(f"{what} has a bug")
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["lookup", "submit_store", "get_finished", "get_removed", "get_changes", "get_cleared", "touch", "stats"],
+)
+def test_a_tier_that_raises_is_passed_over_and_shown_to_be_out_of_order(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(POOL_UNITS, num_tiers=2)
+    engine = rig.engine()
+    broken, well = rig.core.below.tiers
+    monkeypatch.setattr(rig.tiers[0], what, raising(what))
+    engine.store(range(4))
+    engine.lookup(to_keys(range(8)), "r", lease=engine.new_lease_id())
+    for _ in range(3):
+        rig.pump()
+        for tier in rig.tiers:
+            tier.finish_all()
+        rig.core.below.collect(rig.clock.now_ns)
+    assert well.counts["cascade:done"] == 4, "the other tier has its turn"
+    problem = broken.tier.stats().problem
+    assert f"{what} raised RuntimeError: {what} has a bug" in problem
+    assert well.tier.stats().problem == ""
+    monkeypatch.undo()
+    broken.tier.stats()
+    assert broken.tier.stats().problem == "", "it is in order again"
+    rig.check()
+
+
+def test_a_promotion_at_which_a_tier_raises_leaves_no_slot_behind(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.engine()
+    store_and_evict(rig, engine, range(4))
+    monkeypatch.setattr(rig.tiers[0], "submit_load", raising("submit_load"))
+    answer = engine.lookup(to_keys(range(4)), lease=engine.new_lease_id(), wait_s=1)
+    assert answer.statuses == [MISS] * 4
+    assert rig.core.below.tiers[0].counts["promotion:refused"] == 4
+    engine.finish()
+    rig.assert_nothing_is_held()
+    monkeypatch.undo()
+    assert (
+        engine.lookup(to_keys(range(4)), "r2", lease=engine.new_lease_id(), wait_s=1).statuses
+        == [PENDING] * 4
+    )
+
+
+def test_a_tier_that_raises_all_the_time_is_said_less_and_less_often(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rig.tiers[0], "get_finished", raising("get_finished"))
+    for _ in range(100):
+        rig.core.below.collect(rig.clock.now_ns)
+    told = [record for record in caplog.records if "get_finished has a bug" in record.message]
+    assert len(told) == 7, "the first, second, fourth ... 64th"
+
+
+def test_the_end_of_a_job_at_which_its_tier_raised_is_passed_over(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, tier = rig.engine(), rig.tiers[0]
+    take = tier.submit_store
+
+    def take_and_raise(job: TierJob) -> bool:
+        take(job)
+        raise RuntimeError("too late")
+
+    monkeypatch.setattr(tier, "submit_store", take_and_raise)
+    engine.store(range(2))
+    rig.pump()
+    assert rig.core.below.tiers[0].counts["dropped:refused"] == 2
+    monkeypatch.undo()
+    tier.running.clear()
+    tier._finished.append(JobResult(1, (Outcome.DONE,) * 2))
+    rig.core.below.collect(rig.clock.now_ns)
     rig.check()

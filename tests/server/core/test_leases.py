@@ -17,7 +17,7 @@ from kvtier_server.core.stores import ItemStatus
 
 from .engine import HIT, HIT_UNLEASED, MISS, PENDING, to_keys
 from .rig import Rig
-from .slots_in_memory import SECOND_NS
+from .slots_in_memory import SECOND_NS, State
 
 OK, ALREADY, UNKNOWN, EXPIRED = ItemStatus.OK, ItemStatus.ALREADY, ItemStatus.UNKNOWN, ItemStatus.EXPIRED
 
@@ -382,6 +382,47 @@ def test_a_reported_mismatch_is_hashed_and_a_corrupt_chunk_taken_out() -> None:
     assert engine.read(bad, verify=False) is None, "a reader without verification fails too"
     assert engine.store([2], "again") == [1], "it can be stored anew, elsewhere"
     assert engine.prepare_load(to_keys([2]), 6)[0].slot_id != bad.slot_id
+
+
+def test_the_slot_of_a_corrupt_chunk_is_free_again_when_all_that_mapped_the_pool_are_gone() -> None:
+    rig = Rig()
+    engine, bystander = rig.engine("engine"), rig.engine("bystander")
+    engine.store([1])
+    (bad,) = engine.prepare_load(to_keys([1]), 5)
+    rig.flip(bad.slot_id, bad.generation)
+    engine.report_load(0, 5, mismatches=[MismatchReport(bad.slot_id, bad.generation)])
+    assert rig.hash_asked() == [False]
+    for leaving in (engine, bystander):
+        rig.tick(1)
+        assert len(rig.core.books.quarantine) == 1, "a process that lives may be what wrote it"
+        for process in leaving.processes:
+            rig.locks.free(process.lock_file)
+        leaving.cut_stream(leaving.processes[0])
+    rig.engine("late")
+    rig.tick(1)
+    rig.assert_nothing_is_held()
+    assert not len(rig.core.books.quarantine)
+    assert rig.slots.generation(bad.slot_id) > bad.generation
+    assert rig.slots.record(bad.slot_id).state is State.FREE
+
+
+def test_the_slot_of_a_corrupt_chunk_that_nobody_can_have_written_waits_for_its_reader_only() -> None:
+    rig = Rig(num_tiers=1)
+    engine = rig.engine()
+    engine.store([1])
+    chunk = next(iter(rig.core.books.primary.by_slot.values()))
+    rig.pump()  # a tier begins to read it
+    for process in engine.processes:
+        rig.locks.free(process.lock_file)
+    engine.cut_stream(engine.processes[0])
+    rig.tick(1)
+    rig.core.books.condemn(chunk, owner=0)
+    rig.tick(1)
+    rig.check()
+    assert rig.slots.record(chunk.slot_id).state is State.QUARANTINED
+    rig.move()
+    rig.assert_nothing_is_held()
+    assert rig.slots.record(chunk.slot_id).state is State.FREE
 
 
 def test_a_slot_that_many_complain_about_is_hashed_once_at_a_time() -> None:

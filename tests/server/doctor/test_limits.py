@@ -56,16 +56,18 @@ def test_of_a_running_daemon_its_own_limits_count(made: MadeMachine, subject: Su
     memory = check_locked_memory(made.machine, subject, 77)
     assert memory.fix == "sudo prlimit --pid 77 --memlock=unlimited:unlimited"
     files = check_open_files(made.machine, subject, 77)
-    assert files.fix == "sudo prlimit --pid 77 --nofile=1280:1280"
+    assert files.fix == "sudo prlimit --pid 77 --nofile=2304:2304"
 
 
-@pytest.mark.parametrize(("soft", "verdict"), [(1279, Verdict.WARN), (1280, Verdict.PASS)])
-def test_every_session_needs_a_file(made: MadeMachine, subject: Subject, soft: int, verdict: Verdict) -> None:
+@pytest.mark.parametrize(("soft", "verdict"), [(2303, Verdict.WARN), (2304, Verdict.PASS)])
+def test_every_session_needs_two_files(
+    made: MadeMachine, subject: Subject, soft: int, verdict: Verdict
+) -> None:
     made.limits(files=f"{soft} 4096")
     found = check_open_files(made.machine, subject, None)
     assert found.verdict is verdict
     if verdict is Verdict.WARN:
-        assert found.fix == f"ulimit -n 1280 && {SERVE}"
+        assert found.fix == f"ulimit -n 2304 && {SERVE}"
 
 
 def test_one_cpu_of_several_is_a_warning_with_the_others_named(made: MadeMachine, subject: Subject) -> None:

@@ -56,6 +56,22 @@ def test_looking_makes_nothing(made: MadeMachine, subject: Subject) -> None:
     assert not subject.pool_directory.exists()
 
 
+def test_a_pool_that_is_served_and_not_there_fails(made: MadeMachine, subject: Subject) -> None:
+    root, path = subject.pool_directory.parent, subject.pool_directory / "pool"
+    pool = make_pool(subject.pool_directory)
+
+    def found() -> Verdict:
+        return next(check_pool(made.machine, subject, root, served_path=str(path))).verdict
+
+    assert found() is Verdict.PASS
+    shutil.rmtree(subject.pool_directory)
+    assert found() is Verdict.FAIL
+    assert next(check_pool(made.machine, subject, root)).verdict is Verdict.PASS, "nobody serves it"
+    elsewhere = check_pool(made.machine, subject, root, served_path="/dev/shm/kvtier-0-x/pool")
+    assert next(elsewhere).verdict is Verdict.PASS, "another one is served"
+    pool.close()
+
+
 def test_a_kept_pool_says_what_it_holds_and_a_served_one_by_whom(subject: Subject) -> None:
     pool = make_pool(subject.pool_directory)
     assert f"held by the daemon with pid {os.getpid()}" in check_directory(subject).text

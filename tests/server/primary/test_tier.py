@@ -183,7 +183,7 @@ def test_a_dropped_chunk_is_gone_at_once_and_its_slot_with_the_last_pin() -> Non
     tier.tier.check_integrity()
 
 
-def test_a_condemned_slot_is_never_used_again_even_after_its_last_pin() -> None:
+def test_a_condemned_slot_is_not_used_again_before_its_quarantine_and_its_last_pin_have_ended() -> None:
     tier = Tier()
     (chunk,) = tier.stored(0)
     tier.tier.pin([chunk])
@@ -195,6 +195,9 @@ def test_a_condemned_slot_is_never_used_again_even_after_its_last_pin() -> None:
     assert tier.table.record(chunk.slot_id).state is State.QUARANTINED
     assert tier.size_class.num_quarantined == 1
     assert tier.tier.drop([chunk], "clear") == []
+    tier.tier.unpin([chunk])
+    assert (tier.table.record(chunk.slot_id).state, tier.size_class.num_quarantined) == (State.FREE, 0)
+    tier.tier.check_integrity()
 
 
 def test_a_key_may_come_back_while_its_dropped_chunk_is_still_pinned() -> None:

@@ -64,6 +64,7 @@ from kvtier_server.secondary.filesystem.io_process import ChunkProcess, ProcessL
 from kvtier_server.secondary.filesystem.places import TEMPORARY, Places
 from kvtier_server.secondary.holdings import Name
 from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile
+from kvtier_server.secondary.index_copy import IndexCopy
 from kvtier_server.secondary.parameters import TierParameters
 from kvtier_server.secondary.state_directory import lock_state, state_file
 from kvtier_server.secondary.workers import ChunkResult, KeptTier, TierWorkers
@@ -192,6 +193,7 @@ class FilesystemTier(KeptTier):
             os.close(self._state_lock)
             raise
         self._file = IndexFile(index_file)
+        self._copy = IndexCopy(self._index, self._file, tier_type)
         self._is_direct = parameters.direct != "off"
         self._offers: OrderedDict[Name, int] = OrderedDict()
         self._writing_bytes = 0
@@ -434,9 +436,11 @@ class FilesystemTier(KeptTier):
             self._index.settle()
             self._index.sweep()
             self._index.limit_others(MAX_OTHERS)
-            written = self._write_index()
+            written = self._copy.write(at_once=stopped)
+            if written:
+                fault_point("filesystem.after_index")
             if stopped:
-                self._close_index(written)
+                self._close_index(written is not None and self._copy.is_whole)
                 return
 
     def _look_at_disk(self) -> None:
@@ -559,19 +563,6 @@ class FilesystemTier(KeptTier):
                 self._disk.unlink(fd, file_name(key))
         except OSError as error:
             logger.warning("tier %s: a file could not be removed: %s", self.tier_type, error)
-            return False
-        return True
-
-    def _write_index(self) -> bool:
-        changed = self._index.take_changes()
-        if not changed:
-            return True
-        try:
-            self._file.write(changed)
-            fault_point("filesystem.after_index")
-        except (sqlite3.Error, OSError) as error:
-            self._index.put_back(changed)
-            logger.warning("tier %s: its index cannot be written: %s", self.tier_type, error)
             return False
         return True
 

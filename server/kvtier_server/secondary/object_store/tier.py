@@ -54,6 +54,7 @@ from kvtier_server.secondary.chunk_file import (
 from kvtier_server.secondary.chunk_names import FORMAT_DIRECTORY, file_name, space_directory
 from kvtier_server.secondary.holdings import Name
 from kvtier_server.secondary.index import MAX_OTHERS, Index, IndexFile
+from kvtier_server.secondary.index_copy import IndexCopy
 from kvtier_server.secondary.object_store.bucket import Bucket
 from kvtier_server.secondary.object_store.parameters import ObjectParameters
 from kvtier_server.secondary.state_directory import lock_state, state_file
@@ -115,6 +116,7 @@ class ObjectTier(KeptTier):
         )
         self._file = IndexFile(index_file)
         self._index = Index()
+        self._copy = IndexCopy(self._index, self._file, tier_type)
         self._holdings = self._index.holdings
         self._writing_bytes = 0
         self._unreachable = f"{parameters.url} has not answered yet"
@@ -362,7 +364,7 @@ class ObjectTier(KeptTier):
             self._index.settle()
             self._index.sweep()
             self._index.limit_others(MAX_OTHERS)
-            self._write_index()
+            self._copy.write(at_once=stopped)
             if stopped:
                 self._close_index()
                 return
@@ -375,22 +377,12 @@ class ObjectTier(KeptTier):
         except (sqlite3.Error, ValueError) as error:
             logger.warning("tier %s: its index is broken (%s); the store is asked", self.tier_type, error)
 
-    def _write_index(self) -> None:
-        changed = self._index.take_changes()
-        if not changed:
-            return
-        try:
-            self._file.write(changed)
-        except (sqlite3.Error, OSError) as error:
-            self._index.put_back(changed)
-            logger.warning("tier %s: its index cannot be written: %s", self.tier_type, error)
-
     def _close_index(self) -> None:
         try:
             self._file.write_order(self._index.names())
         except (sqlite3.Error, OSError) as error:
             logger.warning("tier %s: the order of its index is lost: %s", self.tier_type, error)
-        self._file.close(in_order=True)
+        self._file.close(in_order=self._copy.is_whole)
 
 
 def _verified(chunk: TierChunk, num_bytes: int, data: memoryview) -> tuple[int, ...] | None:
