@@ -304,9 +304,10 @@ class TransferService:
 
     # Transfer
 
-    async def _transfer(self, requests: AsyncIterator[bytes], context: ServicerContext) -> None:
+    async def _transfer(self, _: AsyncIterator[bytes], context: ServicerContext) -> None:
         stream = _Stream()
-        reading = asyncio.create_task(self._read(requests, stream))
+        # Not by the iterator: it would keep the message it is left at, in a ring of its own.
+        reading = asyncio.create_task(self._read(context, stream))
         try:
             while (answer := await stream.answers.get()) is not None:
                 await context.write(answer.SerializeToString())
@@ -317,9 +318,9 @@ class TransferService:
         finally:
             reading.cancel()
 
-    async def _read(self, requests: AsyncIterator[bytes], stream: _Stream) -> None:
+    async def _read(self, context: ServicerContext, stream: _Stream) -> None:
         try:
-            async for raw in requests:
+            while isinstance(raw := await context.read(), bytes):
                 request = pb.TransferRequest.FromString(raw)
                 await self._make_room(stream, is_job=bool(request.job_id))
                 if not request.job_id:
