@@ -19,6 +19,13 @@ DIGEST_RULE = 1
 MAX_GROUPS = 64
 """KV-cache groups of one namespace, at most: hybrid models have two to eight."""
 
+MAX_TENSORS = 2048
+"""Layer names of one namespace, and tensors of one rank, over all groups, at most: the deepest models have
+some hundred layers with one or two tensors each."""
+
+MAX_EXTRA_FACTS = 256
+"""Further facts of one namespace, at most: vLLM's are a dozen."""
+
 MAX_WORLD_SIZE = 32
 """Worker ranks and parts of one slot, at most: what a slot record has room for."""
 

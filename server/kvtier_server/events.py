@@ -108,12 +108,13 @@ class EventStreams:
 
         Counted by how it ended, without its time.
         """
+        parse = self._scope.parser(method, request_type)
 
         async def serve(raw: bytes, context: ServicerContext) -> None:
             self.num_open += 1
             try:
                 self._check_may_open()
-                going = stream(request_type.FromString(raw), context)
+                going = stream(parse(raw), context)
                 raw = b""  # a stream is long
                 await going
             except Exception as error:  # noqa: BLE001 every error becomes a status

@@ -6,7 +6,14 @@ import re
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.layout import TensorLayout
-from kvtier_ops.namespace import MAX_WORLD_SIZE, GroupFacts, NamespaceFacts
+from kvtier_ops.namespace import (
+    MAX_EXTRA_FACTS,
+    MAX_GROUPS,
+    MAX_TENSORS,
+    MAX_WORLD_SIZE,
+    GroupFacts,
+    NamespaceFacts,
+)
 from kvtier_server.core.instances import Applicant, Role
 from kvtier_server.core.namespaces import Geometry
 from kvtier_server.core.refused import BadRequest, Refused
@@ -27,6 +34,7 @@ class ProtocolVersion(Refused):
 
 def applicant_of(request: pb.AttachRequest) -> Applicant:
     """Check and translate who attaches. Raises BadRequest, ProtocolVersion."""
+    _check_counts(request)
     if not PROTOCOL_MINOR - 1 <= request.protocol_minor <= PROTOCOL_MINOR:
         raise ProtocolVersion(
             f"the client speaks kvtier.v1 minor {request.protocol_minor}, this daemon "
@@ -124,6 +132,22 @@ def facts_message(facts: NamespaceFacts) -> pb.NamespaceFacts:
         decode_context_parallel_size=facts.decode_context_parallel_size,
         extra=facts.extra,
     )
+
+
+def _check_counts(request: pb.AttachRequest) -> None:
+    """Refuse more of anything than there can be, before any of it is looked at."""
+    facts = request.namespace
+    groups, geometry = facts.groups, request.geometry
+    _check_at_most("namespace.groups", len(groups), MAX_GROUPS)
+    _check_at_most("namespace.groups.layer_names", sum(len(g.layer_names) for g in groups), MAX_TENSORS)
+    _check_at_most("namespace.extra", len(facts.extra), MAX_EXTRA_FACTS)
+    _check_at_most("geometry", len(geometry), MAX_GROUPS)
+    _check_at_most("geometry.tensors", sum(len(group.tensors) for group in geometry), MAX_TENSORS)
+
+
+def _check_at_most(field: str, number: int, limit: int) -> None:
+    if number > limit:
+        raise BadRequest(field, f"{number} entries; at most {limit} are allowed")
 
 
 def _geometry_of(request: pb.AttachRequest) -> Geometry:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import NoReturn, TypeVar
 
 import grpc
@@ -93,15 +93,30 @@ class CallScope:
         max_unary_calls: int,
         metrics: Metrics,
         after_call: Callable[[], None],
+        max_bytes: Mapping[str, int],
         tracing: Tracing | None = None,
     ) -> None:
+        """`max_bytes`: by method, the longest message (`message_bytes.py`)."""
         self.boot_id = boot_id
         self.max_unary_calls = max_unary_calls
         """Calls at once; more are refused."""
         self._metrics = metrics
         self._after_call = after_call
+        self._max_bytes = max_bytes
         self._tracing = tracing
         self._in_progress = 0
+
+    def parser(self, method: str, request_type: type[RequestT]) -> Callable[[bytes], RequestT]:
+        """Make the function that reads a method's messages. It raises BadRequest, DecodeError."""
+        max_bytes = self._max_bytes[method]
+        from_string = request_type.FromString
+
+        def parse(raw: bytes) -> RequestT:
+            if len(raw) > max_bytes:
+                raise BadRequest("request", f"{len(raw)} bytes; at most {max_bytes} are allowed in this call")
+            return from_string(raw)
+
+        return parse
 
     def unary(
         self,
@@ -116,7 +131,7 @@ class CallScope:
         self._metrics.expect_rpc(method)
         spanned = self._tracing.around(method, handler) if self._tracing is not None else None
         handler = spanned or handler
-        parse = request_type.FromString
+        parse = self.parser(method, request_type)
         observe = self._metrics.observe_rpc
         clock = time.perf_counter
 

@@ -53,6 +53,7 @@ class Sessions:
         """Unread events of one session; one that has more is ended."""
         self._on_spaces_changed = on_spaces_changed
         self._drained = drained
+        self._parse = scope.parser(METHOD, pb.AttachRequest)
         self._queues: dict[str, asyncio.Queue[pb.AttachResponse | None]] = {}
 
     def handler(self) -> grpc.RpcMethodHandler[bytes, bytes]:
@@ -63,7 +64,7 @@ class Sessions:
     async def _attach(self, raw: bytes, context: ServicerContext) -> None:
         session_id = f"{self._scope.boot_id}-{secrets.token_hex(8)}"
         try:
-            first = await self._first(session_id, pb.AttachRequest.FromString(raw), context)
+            first = await self._first(session_id, self._parse(raw), context)
         except Exception as error:  # noqa: BLE001 every error becomes a status
             refused = self._scope.as_refused(METHOD, error)
             self._metrics.observe_rpc(METHOD, CODES[refused.reason].name, 0.0)

@@ -107,6 +107,7 @@ class TransferService:
     ) -> None:
         self._core = core
         self._scope = scope
+        self._parse = scope.parser("TransferService/Transfer", pb.TransferRequest)
         self._metrics = metrics
         self._limits = limits
         self._directory = Path(pool_path).parent
@@ -321,7 +322,7 @@ class TransferService:
     async def _read(self, context: ServicerContext, stream: _Stream) -> None:
         try:
             while isinstance(raw := await context.read(), bytes):
-                request = pb.TransferRequest.FromString(raw)
+                request = self._parse(raw)
                 await self._make_room(stream, is_job=bool(request.job_id))
                 if not request.job_id:
                     # Whatever has become of the session: its copies may still run, and are waited for.
