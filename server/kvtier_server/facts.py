@@ -9,11 +9,14 @@ from kvtier_ops.layout import TensorLayout
 from kvtier_ops.namespace import (
     MAX_EXTRA_FACTS,
     MAX_GROUPS,
+    MAX_NAMES_BYTES,
     MAX_TENSORS,
     MAX_WORLD_SIZE,
     GroupFacts,
     NamespaceFacts,
+    utf8_bytes,
 )
+from kvtier_server.callers import MAX_SAID
 from kvtier_server.core.instances import Applicant, Role
 from kvtier_server.core.namespaces import Geometry
 from kvtier_server.core.refused import BadRequest, Refused
@@ -100,8 +103,8 @@ def facts_of(request: pb.AttachRequest) -> NamespaceFacts:
     if request.namespace_digest and request.namespace_digest != digest:
         raise BadRequest(
             "namespace_digest",
-            f"{request.namespace_digest}, but the daemon computes {digest} from the same facts: client and "
-            "daemon are of versions that do not belong together",
+            f"{request.namespace_digest[:MAX_SAID]}, but the daemon computes {digest} from the same facts: "
+            "client and daemon are of versions that do not belong together",
         )
     return facts
 
@@ -151,6 +154,11 @@ def _check_at_most(field: str, number: int, limit: int) -> None:
 
 
 def _geometry_of(request: pb.AttachRequest) -> Geometry:
+    names = utf8_bytes(tensor.name for group in request.geometry for tensor in group.tensors)
+    if names > MAX_NAMES_BYTES:
+        raise BadRequest(
+            "geometry.tensors", f"names of {names} bytes; {MAX_NAMES_BYTES} are allowed together"
+        )
     for index, group in enumerate(request.geometry):
         for position, tensor in enumerate(group.tensors):
             if not tensor.page_bytes:

@@ -14,7 +14,7 @@ import grpc
 import structlog
 
 from kvtier.v1 import offload_pb2 as pb
-from kvtier_server.callers import current_caller
+from kvtier_server.callers import MAX_SAID, current_caller
 from kvtier_server.core.books import Notice
 from kvtier_server.core.instances import Session
 from kvtier_server.core.tiering import Core
@@ -116,7 +116,7 @@ class Sessions:
             role=str(session.role),
             rank=session.rank,
             namespace=instance.namespace.digest[:12],
-            model=instance.namespace.facts.model,
+            model=instance.namespace.facts.model[-MAX_SAID:],  # paths differ at their ends
         )
         return pb.AttachResponse(
             attached=pb.Attached(
