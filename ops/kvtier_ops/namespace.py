@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from kvtier_ops.layout import slot_bytes
@@ -18,6 +18,20 @@ DIGEST_RULE = 1
 
 MAX_GROUPS = 64
 """KV-cache groups of one namespace, at most: hybrid models have two to eight."""
+
+MAX_TENSORS = 2048
+"""Layer names of one namespace, and tensors of one rank, over all groups, at most: the deepest models have
+some hundred layers with one or two tensors each."""
+
+MAX_EXTRA_FACTS = 256
+"""Further facts of one namespace, at most: vLLM's are a dozen."""
+
+MAX_TEXT_BYTES = 1 << 10
+"""UTF-8 bytes of one fact in words, at most: names of models, longer ones as paths."""
+
+MAX_NAMES_BYTES = 64 << 10
+"""UTF-8 bytes of all layer names of one namespace, of all its further facts, and of all names of one rank's
+tensors, at most each: a thousand layers with names of 60 bytes."""
 
 MAX_WORLD_SIZE = 32
 """Worker ranks and parts of one slot, at most: what a slot record has room for."""
@@ -88,6 +102,7 @@ class NamespaceFacts:
         for name in ("model", "weights_id", "kv_dtype", "hash_algorithm", "kv_cache_layout"):
             if not getattr(self, name):
                 raise FactsError(f"namespace.{name} is empty")
+            _check_at_most(f"namespace.{name}", utf8_bytes([getattr(self, name)]), MAX_TEXT_BYTES, "bytes")
         for name in (
             "tokens_per_hash",
             "blocks_per_chunk",
@@ -108,3 +123,20 @@ class NamespaceFacts:
                 if getattr(group, name) < 1:
                     found = f"namespace.groups[{index}].{name} is {getattr(group, name)}"
                     raise FactsError(f"{found}; it must be at least 1")
+        layer_names = [name for group in self.groups for name in group.layer_names]
+        for field_name, names, most in (
+            ("namespace.groups.layer_names", layer_names, MAX_TENSORS),
+            ("namespace.extra", [*self.extra, *self.extra.values()], 2 * MAX_EXTRA_FACTS),
+        ):
+            _check_at_most(field_name, len(names), most, "texts")
+            _check_at_most(field_name, utf8_bytes(names), MAX_NAMES_BYTES, "bytes")
+
+
+def utf8_bytes(texts: Iterable[str]) -> int:
+    """Bytes of these texts together."""
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+
+def _check_at_most(name: str, found: int, most: int, unit: str) -> None:
+    if found > most:
+        raise FactsError(f"{name} has {found} {unit}; at most {most} are allowed")

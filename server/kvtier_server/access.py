@@ -119,15 +119,21 @@ class Gatekeeper(grpc.aio.ServerInterceptor):
             try:
                 self.check(method, context)
             except Refused as refused:
+                request = None
                 await self.refuse(method, context, refused)
-            return await behaviour(request, context)
+            answered = behaviour(request, context)
+            request = None  # a refusal must not hold it: see rpc.py's first lines
+            return await answered
 
         async def answers(request: Any, context: Context) -> AsyncIterator[Any]:
             try:
                 self.check(method, context)
             except Refused as refused:
+                request = None
                 await self.refuse(method, context, refused)
-            async for message in behaviour(request, context):
+            messages = behaviour(request, context)
+            request = None
+            async for message in messages:
                 yield message
 
         return answers if inspect.isasyncgenfunction(behaviour) else answer

@@ -16,7 +16,7 @@ from kvtier_server.core.naming import named, quoted
 from kvtier_server.core.refused import Refused
 
 MAX_SAID = 64
-"""Characters of what a caller says that an answer repeats."""
+"""Characters of what a caller says that an answer or a line of the log repeats."""
 
 
 class CertificateUnknown(Refused):

@@ -38,6 +38,7 @@ from kvtier_server.events import EventStreams
 from kvtier_server.grpc_server import Handlers, Servers, raise_file_limit
 from kvtier_server.hangup import LOOK_S, Hangups
 from kvtier_server.http import HttpServer
+from kvtier_server.message_bytes import message_bytes
 from kvtier_server.metrics import Metrics
 from kvtier_server.notify import Notifier
 from kvtier_server.observer import Observer
@@ -135,7 +136,12 @@ class Daemon:
         )
         self._tracing = self._make_tracing(config)
         self._scope = CallScope(
-            self.boot_id, config.limits.unary_calls, self._metrics, self._after_call, self._tracing
+            self.boot_id,
+            config.limits.unary_calls,
+            self._metrics,
+            self._after_call,
+            message_bytes(config.limits.max_keys, config.limits.max_params),
+            self._tracing,
         )
         self._registry = Registry(self._pool, self.core)
         self._service = OffloadService(

@@ -26,7 +26,7 @@ from kvtier_server.core.refused import BadRequest, Draining, Refused
 from kvtier_server.core.tiering import Core
 from kvtier_server.event_wire import Batches, max_keys_of_a_message, snapshot_rows
 from kvtier_server.metrics import Metrics
-from kvtier_server.rpc import CODES, CallScope, ServicerContext
+from kvtier_server.rpc import CODES, CallScope, RequestT, ServicerContext
 
 SERVICE = "kvtier.v1.EventsService"
 WATCH, SNAPSHOT = "EventsService/Watch", "EventsService/Snapshot"
@@ -93,45 +93,50 @@ class EventStreams:
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
         """Method handlers by RPC name."""
-
-        async def watch(raw: bytes, context: ServicerContext) -> None:
-            await self._serve(WATCH, lambda: self._watch(pb.WatchRequest.FromString(raw), context), context)
-
-        async def snapshot(raw: bytes, context: ServicerContext) -> None:
-            await self._serve(
-                SNAPSHOT, lambda: self._snapshot(pb.SnapshotRequest.FromString(raw), context), context
-            )
-
         return {
-            "Watch": grpc.unary_stream_rpc_method_handler(watch),
-            "Snapshot": grpc.unary_stream_rpc_method_handler(snapshot),
+            "Watch": self._handler(WATCH, pb.WatchRequest, self._watch),
+            "Snapshot": self._handler(SNAPSHOT, pb.SnapshotRequest, self._snapshot),
         }
+
+    def _handler(
+        self,
+        method: str,
+        request_type: type[RequestT],
+        stream: Callable[[RequestT, ServicerContext], Awaitable[None]],
+    ) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """Make a method handler that runs one stream to its end, which is OK or a refusal.
+
+        Counted by how it ended, without its time.
+        """
+        parse = self._scope.parser(method, request_type)
+
+        async def serve(raw: bytes, context: ServicerContext) -> None:
+            self.num_open += 1
+            try:
+                self._check_may_open()
+                going = stream(parse(raw), context)
+                raw = b""  # a stream is long
+                await going
+            except Exception as error:  # noqa: BLE001 every error becomes a status
+                if context.done():
+                    return  # its client is gone, and nobody hears the status
+                refused = self._scope.as_refused(method, error)
+            else:
+                self._metrics.observe_rpc(method, "OK", 0.0)
+                return
+            finally:
+                raw = b""  # a refusal must not hold it: see rpc.py's first lines
+                self.num_open -= 1
+            self._metrics.observe_rpc(method, CODES[refused.reason].name, 0.0)
+            await self._scope.abort(context, refused)
+
+        return grpc.unary_stream_rpc_method_handler(serve)
 
     def end_all(self) -> None:
         """End every stream as one of a daemon that stops, and begin none any more."""
         self._is_stopping = True
         for watcher in self._watchers:
             watcher.news.set()
-
-    async def _serve(
-        self, method: str, stream: Callable[[], Awaitable[None]], context: ServicerContext
-    ) -> None:
-        """Run one stream to its end, which is OK or a refusal. Counted by how it ended, without its time."""
-        self.num_open += 1
-        try:
-            self._check_may_open()
-            await stream()
-        except Exception as error:  # noqa: BLE001 every error becomes a status
-            if context.done():
-                return  # its client is gone, and nobody hears the status
-            refused = self._scope.as_refused(method, error)
-        else:
-            self._metrics.observe_rpc(method, "OK", 0.0)
-            return
-        finally:
-            self.num_open -= 1
-        self._metrics.observe_rpc(method, CODES[refused.reason].name, 0.0)
-        await self._scope.abort(context, refused)
 
     def _check_may_open(self) -> None:
         self._check_goes_on()

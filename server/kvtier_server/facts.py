@@ -6,7 +6,17 @@ import re
 
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.layout import TensorLayout
-from kvtier_ops.namespace import MAX_WORLD_SIZE, GroupFacts, NamespaceFacts
+from kvtier_ops.namespace import (
+    MAX_EXTRA_FACTS,
+    MAX_GROUPS,
+    MAX_NAMES_BYTES,
+    MAX_TENSORS,
+    MAX_WORLD_SIZE,
+    GroupFacts,
+    NamespaceFacts,
+    utf8_bytes,
+)
+from kvtier_server.callers import MAX_SAID
 from kvtier_server.core.instances import Applicant, Role
 from kvtier_server.core.namespaces import Geometry
 from kvtier_server.core.refused import BadRequest, Refused
@@ -27,6 +37,7 @@ class ProtocolVersion(Refused):
 
 def applicant_of(request: pb.AttachRequest) -> Applicant:
     """Check and translate who attaches. Raises BadRequest, ProtocolVersion."""
+    _check_counts(request)
     if not PROTOCOL_MINOR - 1 <= request.protocol_minor <= PROTOCOL_MINOR:
         raise ProtocolVersion(
             f"the client speaks kvtier.v1 minor {request.protocol_minor}, this daemon "
@@ -92,8 +103,8 @@ def facts_of(request: pb.AttachRequest) -> NamespaceFacts:
     if request.namespace_digest and request.namespace_digest != digest:
         raise BadRequest(
             "namespace_digest",
-            f"{request.namespace_digest}, but the daemon computes {digest} from the same facts: client and "
-            "daemon are of versions that do not belong together",
+            f"{request.namespace_digest[:MAX_SAID]}, but the daemon computes {digest} from the same facts: "
+            "client and daemon are of versions that do not belong together",
         )
     return facts
 
@@ -126,7 +137,28 @@ def facts_message(facts: NamespaceFacts) -> pb.NamespaceFacts:
     )
 
 
+def _check_counts(request: pb.AttachRequest) -> None:
+    """Refuse more of anything than there can be, before any of it is looked at."""
+    facts = request.namespace
+    groups, geometry = facts.groups, request.geometry
+    _check_at_most("namespace.groups", len(groups), MAX_GROUPS)
+    _check_at_most("namespace.groups.layer_names", sum(len(g.layer_names) for g in groups), MAX_TENSORS)
+    _check_at_most("namespace.extra", len(facts.extra), MAX_EXTRA_FACTS)
+    _check_at_most("geometry", len(geometry), MAX_GROUPS)
+    _check_at_most("geometry.tensors", sum(len(group.tensors) for group in geometry), MAX_TENSORS)
+
+
+def _check_at_most(field: str, number: int, limit: int) -> None:
+    if number > limit:
+        raise BadRequest(field, f"{number} entries; at most {limit} are allowed")
+
+
 def _geometry_of(request: pb.AttachRequest) -> Geometry:
+    names = utf8_bytes(tensor.name for group in request.geometry for tensor in group.tensors)
+    if names > MAX_NAMES_BYTES:
+        raise BadRequest(
+            "geometry.tensors", f"names of {names} bytes; {MAX_NAMES_BYTES} are allowed together"
+        )
     for index, group in enumerate(request.geometry):
         for position, tensor in enumerate(group.tensors):
             if not tensor.page_bytes:

@@ -37,6 +37,10 @@ Handlers: TypeAlias = "dict[str, grpc.RpcMethodHandler[bytes, bytes]]"
 HANDSHAKE_S = 10
 """A connection that has not said who it is by then is closed: nothing else ends one that sends nothing."""
 
+MAX_STREAMS = 2048
+"""Calls and streams of one connection at once; a client lets more of them wait. Each costs some kilobytes
+before a limit of ours counts it. A process of an engine has two streams and a few calls."""
+
 MAX_FILES = 65_536
 """Files that the daemon asks to have open at once: each connection is one, and 1,024 are soon taken."""
 
@@ -95,6 +99,7 @@ class Servers:
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.max_concurrent_streams", MAX_STREAMS),
                 ("grpc.so_reuseport", 0),
                 ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
             ],

@@ -3,13 +3,18 @@
 Owns the table from reasons to gRPC codes. Handlers get raw bytes and are parsed in here, so that malformed
 bytes are INVALID_ARGUMENT with metadata and not UNKNOWN without; nothing that a handler raises leaves as a
 traceback.
+
+A refused call must leave no memory behind. What grpc raises to end it makes a ring: the call's state, that
+error, its traceback, the frames it went through, the context, the state. Only the collector of cyclic garbage
+ends it, and that comes after tens of thousands of allocations, or never. So whatever is large has to be out
+of these frames by then: each drops its request, and `as_refused` the frames below it.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import NoReturn, TypeVar
 
 import grpc
@@ -88,15 +93,30 @@ class CallScope:
         max_unary_calls: int,
         metrics: Metrics,
         after_call: Callable[[], None],
+        max_bytes: Mapping[str, int],
         tracing: Tracing | None = None,
     ) -> None:
+        """`max_bytes`: by method, the longest message (`message_bytes.py`)."""
         self.boot_id = boot_id
         self.max_unary_calls = max_unary_calls
         """Calls at once; more are refused."""
         self._metrics = metrics
         self._after_call = after_call
+        self._max_bytes = max_bytes
         self._tracing = tracing
         self._in_progress = 0
+
+    def parser(self, method: str, request_type: type[RequestT]) -> Callable[[bytes], RequestT]:
+        """Make the function that reads a method's messages. It raises BadRequest, DecodeError."""
+        max_bytes = self._max_bytes[method]
+        from_string = request_type.FromString
+
+        def parse(raw: bytes) -> RequestT:
+            if len(raw) > max_bytes:
+                raise BadRequest("request", f"{len(raw)} bytes; at most {max_bytes} are allowed in this call")
+            return from_string(raw)
+
+        return parse
 
     def unary(
         self,
@@ -111,11 +131,13 @@ class CallScope:
         self._metrics.expect_rpc(method)
         spanned = self._tracing.around(method, handler) if self._tracing is not None else None
         handler = spanned or handler
-        parse = request_type.FromString
+        parse = self.parser(method, request_type)
         observe = self._metrics.observe_rpc
         clock = time.perf_counter
 
         async def call(raw: bytes, context: ServicerContext) -> bytes:
+            if spanned is not None:
+                call_belongs_to(context.invocation_metadata())
             start = clock()
             self._in_progress += 1
             try:
@@ -134,26 +156,32 @@ class CallScope:
                 observe(method, "OK", clock() - start)
                 return reply
             finally:
+                raw = b""  # see the module's first lines
                 self._in_progress -= 1
                 self._after_call()
 
-        async def call_in_trace(raw: bytes, context: ServicerContext) -> bytes:
-            call_belongs_to(context.invocation_metadata())
-            return await call(raw, context)
-
-        return grpc.unary_unary_rpc_method_handler(call if spanned is None else call_in_trace)
+        return grpc.unary_unary_rpc_method_handler(call)
 
     def unimplemented(self, method: str, what: str) -> Callable[[object, ServicerContext], Awaitable[bytes]]:
         """Make the behaviour of a call that this daemon does not have, of whatever arity."""
 
-        async def call(_: object, context: ServicerContext) -> bytes:
+        async def call(request: object, context: ServicerContext) -> bytes:
+            del request
             self._metrics.observe_rpc(method, "UNIMPLEMENTED", 0.0)
             await self.abort(context, Unimplemented(f"{what} is not part of this version of kvtier"))
 
         return call
 
     def as_refused(self, method: str, error: Exception) -> Refused:
-        """Turn what a handler raised into a refusal; a bug is logged under an id that the caller gets."""
+        """Turn what a handler raised into a refusal; a bug is logged under an id that the caller gets.
+
+        Takes the error's frames and causes from it: they hold the message that was refused.
+        """
+        refused = self._refused(method, error)
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+        return refused
+
+    def _refused(self, method: str, error: Exception) -> Refused:
         if isinstance(error, Refused):
             return error
         if isinstance(error, DecodeError):

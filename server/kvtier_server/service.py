@@ -1,7 +1,8 @@
 """gRPC in, core calls, gRPC out. No logic: what may be done is the core's to say.
 
 Owns the translation of messages. Everything here runs on the loop's thread, which is the one that is in the
-core; nothing waits, and long calls let others in between their slices.
+core; nothing waits, and long calls let others in between their slices. What a message repeats is
+counted before it is walked: a count costs nothing, a walk of all that fits into a message stops all engines.
 """
 
 from __future__ import annotations
@@ -14,24 +15,23 @@ from functools import partial
 import grpc
 
 from kvtier.v1 import offload_pb2 as pb
+from kvtier_ops.namespace import MAX_GROUPS
 from kvtier_server.callers import current_caller
 from kvtier_server.core.completions import MismatchReport
 from kvtier_server.core.grants import StoreVerdict
 from kvtier_server.core.instances import Session
-from kvtier_server.core.namespaces import check_keys
+from kvtier_server.core.namespaces import check_keys, check_number_of_keys
 from kvtier_server.core.refused import BadRequest
 from kvtier_server.core.requests import Request
 from kvtier_server.core.stores import ItemStatus
 from kvtier_server.core.tiering import Core
 from kvtier_server.facts import PROTOCOL_MINOR
+from kvtier_server.message_bytes import ITEMS_PER_KEY
 from kvtier_server.metrics import SHM, Metrics
 from kvtier_server.primary.tier import SLICE_ITEMS
 from kvtier_server.rpc import CallScope
 
 SERVICE = "kvtier.v1.OffloadService"
-
-ITEMS_PER_KEY = 2
-"""Items of one Complete per key that a call may have: a step may both announce and report what it stores."""
 
 COMPLETE_SLICE_SLOTS = 512
 """Slots that a Complete names, taken in one go: publishing one costs about 4 us, so 2 ms."""
@@ -95,9 +95,10 @@ class OffloadService:
         return self._core.books.request(session.instance, context.request_id, params)
 
     def _check_number(self, field: str, number: int) -> None:
-        limit = self._core.books.limits.max_keys
-        if number > limit:
-            raise BadRequest(field, f"{number} entries; at most {limit} are allowed in a call")
+        _check_at_most(field, number, self._core.books.limits.max_keys)
+
+    def _check_keys(self, keys: Sequence[bytes]) -> None:
+        check_number_of_keys(keys, self._core.books.limits.max_keys)
 
     def describe(self, _: pb.DescribeRequest) -> pb.DescribeResponse:
         """Tell where the pool is."""
@@ -111,6 +112,9 @@ class OffloadService:
     def lookup(self, message: pb.LookupRequest) -> pb.LookupResponse:
         """Answer a status per key, and what is leased."""
         session = self._session(message.session_id)
+        self._check_keys(message.keys)
+        _check_at_most("first_chunks", len(message.first_chunks), MAX_GROUPS)
+        _check_at_most("slots_for_misses", len(message.slots_for_misses), MAX_GROUPS)
         keys = message.keys[:]  # a slice costs a quarter less than list()
         wishes = [(wish.group, wish.at_most, wish.spare) for wish in message.slots_for_misses]
         if wishes:
@@ -144,6 +148,7 @@ class OffloadService:
     def prepare_load(self, message: pb.PrepareLoadRequest) -> pb.PrepareLoadResponse:
         """Pin all keys or refuse."""
         session = self._session(message.session_id)
+        self._check_keys(message.keys)
         request = self._request(session, message.context)
         chunks = self._core.grants.prepare_load(
             session, request, list(message.keys), message.lease_id, self._clock()
@@ -156,9 +161,11 @@ class OffloadService:
 
     async def prepare_store(self, message: pb.PrepareStoreRequest) -> pb.PrepareStoreResponse:
         """Reserve slots for keys, or credits; many keys in slices, between which other calls get in."""
+        limit = self._core.books.limits.max_keys
+        check_number_of_keys(message.keys, limit, at_least=0)
+        _check_at_most("credits", len(message.credits), MAX_GROUPS)
         keys = message.keys[:]
-        check_keys(keys, self._core.books.limits.max_keys, at_least=0)
-        self._check_number("credits", len(message.credits))
+        check_keys(keys, limit, at_least=0)
         asked_credits = [(asked.group, asked.count) for asked in message.credits]
         reply = pb.PrepareStoreResponse(boot_id=self._boot_id)
         full = False
@@ -293,6 +300,7 @@ class OffloadService:
     def touch(self, message: pb.TouchRequest) -> pb.TouchResponse:
         """Count a use."""
         session = self._session(message.session_id)
+        self._check_keys(message.keys)
         self._core.lookups.touch(session, self._request(session, message.context), list(message.keys))
         return pb.TouchResponse(boot_id=self._boot_id)
 
@@ -349,36 +357,50 @@ def _result(statuses: Sequence[ItemStatus]) -> pb.CompleteResult:
 
 def _check_columns(message: pb.CompleteRequest, max_keys: int) -> None:
     """Refuse columns of unequal length, and more items than one call may have: before anything is done."""
-    items = len(message.load_starts) + len(message.load_reports) + len(message.released_lease_ids)
-    items += len(message.finished_request_ids)
+    _check_items(message, ITEMS_PER_KEY * max_keys)
     for index, announced in enumerate(message.announcements):
-        items += 1 + len(announced.slot_ids)
         where = f"announcements[{index}]"
         _check_column(f"{where}.generations", len(announced.generations), len(announced.slot_ids))
         _check_column(f"{where}.keys", len(announced.keys), len(announced.slot_ids))
         check_keys(announced.keys, max_keys, at_least=0)
     for index, started in enumerate(message.load_starts):
-        items += len(started.slot_ids)
         if not started.load_lease_id:
             raise BadRequest(f"load_starts[{index}].load_lease_id", "0; the client chooses one")
     for index, stored in enumerate(message.store_reports):
-        items += 1 + len(stored.slot_ids)
         where = f"store_reports[{index}]"
         _check_column(f"{where}.generations", len(stored.generations), len(stored.slot_ids))
         _check_column(f"{where}.keys", len(stored.keys), len(stored.slot_ids))
         _check_column(f"{where}.checksums", len(stored.checksums), len(stored.slot_ids))
         check_keys(stored.keys, max_keys, at_least=0)
+        if len(stored.failed) > len(stored.slot_ids):
+            raise BadRequest(f"{where}.failed", "more indexes than slots")
         if any(failed >= len(stored.slot_ids) for failed in stored.failed):
             raise BadRequest(f"{where}.failed", "an index beyond its slots")
     for index, returned in enumerate(message.credit_returns):
-        items += 1 + len(returned.slot_ids)
         where = f"credit_returns[{index}].generations"
         _check_column(where, len(returned.generations), len(returned.slot_ids))
-    items += sum(len(loaded.torn_slot_ids) + len(loaded.mismatches) for loaded in message.load_reports)
-    if items > ITEMS_PER_KEY * max_keys:
-        raise BadRequest("items", f"{items} items and slots; at most {ITEMS_PER_KEY * max_keys} are allowed")
+
+
+def _check_items(message: pb.CompleteRequest, limit: int) -> None:
+    """Refuse more items and slots than one call may have, the items before any of them is looked at."""
+    items = len(message.announcements) + len(message.load_starts) + len(message.store_reports)
+    items += len(message.load_reports) + len(message.credit_returns)
+    items += len(message.released_lease_ids) + len(message.finished_request_ids)
+    if items <= limit:
+        items += sum([len(announced.slot_ids) for announced in message.announcements])
+        items += sum([len(started.slot_ids) for started in message.load_starts])
+        items += sum([len(stored.slot_ids) for stored in message.store_reports])
+        items += sum([len(loaded.torn_slot_ids) + len(loaded.mismatches) for loaded in message.load_reports])
+        items += sum([len(returned.slot_ids) for returned in message.credit_returns])
+    if items > limit:
+        raise BadRequest("items", f"{items} items and slots; at most {limit} are allowed")
 
 
 def _check_column(name: str, entries: int, slots: int) -> None:
     if entries != slots:
         raise BadRequest(name, f"{entries} entries for {slots} slots")
+
+
+def _check_at_most(field: str, number: int, limit: int) -> None:
+    if number > limit:
+        raise BadRequest(field, f"{number} entries; at most {limit} are allowed in a call")

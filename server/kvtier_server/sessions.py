@@ -14,7 +14,7 @@ import grpc
 import structlog
 
 from kvtier.v1 import offload_pb2 as pb
-from kvtier_server.callers import current_caller
+from kvtier_server.callers import MAX_SAID, current_caller
 from kvtier_server.core.books import Notice
 from kvtier_server.core.instances import Session
 from kvtier_server.core.tiering import Core
@@ -53,6 +53,7 @@ class Sessions:
         """Unread events of one session; one that has more is ended."""
         self._on_spaces_changed = on_spaces_changed
         self._drained = drained
+        self._parse = scope.parser(METHOD, pb.AttachRequest)
         self._queues: dict[str, asyncio.Queue[pb.AttachResponse | None]] = {}
 
     def handler(self) -> grpc.RpcMethodHandler[bytes, bytes]:
@@ -63,16 +64,16 @@ class Sessions:
     async def _attach(self, raw: bytes, context: ServicerContext) -> None:
         session_id = f"{self._scope.boot_id}-{secrets.token_hex(8)}"
         try:
-            request = pb.AttachRequest.FromString(raw)
-            await self._drained(request.lock_file)
-            if context.cancelled():
-                return  # its client is gone
-            first = self._open(session_id, request)
+            first = await self._first(session_id, self._parse(raw), context)
         except Exception as error:  # noqa: BLE001 every error becomes a status
             refused = self._scope.as_refused(METHOD, error)
             self._metrics.observe_rpc(METHOD, CODES[refused.reason].name, 0.0)
             log.info("attach_refused", reason=refused.reason, why=str(refused))
             await self._scope.abort(context, refused)
+        finally:
+            raw = b""  # a session is long, and a refusal must not hold it: see rpc.py's first lines
+        if first is None:
+            return
         queue: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
         self._queues[session_id] = queue
         self._metrics.observe_rpc(METHOD, "OK", 0.0)
@@ -87,6 +88,13 @@ class Sessions:
             self._core.end_session(session_id, "CLOSED")
             self.dispatch()
             log.info("session_closed", session=session_id)
+
+    async def _first(
+        self, session_id: str, request: pb.AttachRequest, context: ServicerContext
+    ) -> pb.AttachResponse | None:
+        """Open a session, and return its stream's first message; None if its client is gone."""
+        await self._drained(request.lock_file)
+        return None if context.cancelled() else self._open(session_id, request)
 
     def _open(self, session_id: str, request: pb.AttachRequest) -> pb.AttachResponse:
         request.tenant = current_caller().tenant_to_attach_as(request.tenant)
@@ -108,7 +116,7 @@ class Sessions:
             role=str(session.role),
             rank=session.rank,
             namespace=instance.namespace.digest[:12],
-            model=instance.namespace.facts.model,
+            model=instance.namespace.facts.model[-MAX_SAID:],  # paths differ at their ends
         )
         return pb.AttachResponse(
             attached=pb.Attached(

@@ -9,10 +9,11 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.conftest import MakeEngine, StartDaemon
-from tests.daemon_process import DaemonProcess, wait_until
+from tests.daemon_process import WAIT_S, DaemonProcess, wait_until
 from tests.raw_engine import PART_BYTES, namespace, refusal
 from tests.raw_engine_process import RawEngineProcess
 
+from kvtier.v1 import admin_pb2
 from kvtier.v1 import offload_pb2 as pb
 from kvtier_ops.locks import OwnerLock
 from kvtier_ops.pool import MappedPool
@@ -146,6 +147,7 @@ BAD_FIELDS: list[tuple[str, dict[str, object]]] = [
     ("namespace_digest", {"namespace_digest": "0" * 32}),
     ("namespace", {"namespace": namespace(model="")}),
     ("namespace", {"namespace": namespace(groups=[])}),
+    ("namespace", {"namespace": namespace(model="m" * 1025)}),
     ("namespace", {"namespace": namespace(blocks_per_chunk=0)}),
     ("namespace.num_parts", {"namespace": namespace(num_parts=3)}),
 ]
@@ -165,6 +167,49 @@ def test_a_bad_field_of_attach_is_named(
     failed = refusal(lambda: engine.open_session(request))
     assert (failed.code, failed.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST")
     assert failed.metadata["field"] == field
+
+
+def test_names_of_tensors_have_64_kib_together(daemon: DaemonProcess, make_engine: MakeEngine) -> None:
+    engine = make_engine(daemon)
+    request = engine.attach_request(WORKER)
+    first, second = request.geometry[0].tensors
+    first.name, second.name = "a" * 32_768, "b" * 32_768
+    engine.open_session(request).close()
+    second.name += "b"
+    failed = refusal(lambda: engine.open_session(request))
+    assert (failed.reason, failed.metadata["field"]) == ("BAD_REQUEST", "geometry.tensors")
+
+
+def test_a_name_that_differs_is_told_in_part_where_it_is_long(
+    daemon: DaemonProcess, make_engine: MakeEngine
+) -> None:
+    facts = namespace(tensor_parallel_size=2, weights_id="long names")
+    engine = make_engine(daemon, world_size=2, facts=facts)
+    engine.attach_worker(0)
+    request = engine.attach_request(WORKER, rank=1)
+    request.geometry[0].tensors[0].name = "x" * 60_000
+    failed = refusal(lambda: engine.open_session(request))
+    assert (failed.reason, failed.metadata["given"]) == ("GEOMETRY_MISMATCH", "x" * 128)
+
+
+def test_operators_are_answered_when_all_engines_have_the_longest_facts(
+    start_daemon: StartDaemon, make_engine: MakeEngine
+) -> None:
+    daemon = start_daemon()
+    for number in range(64):
+        facts = namespace(model=f"{number:04}" * 256, extra={"fact": "x" * 65_000})
+        facts.groups[0].layer_names.extend(["l" * 32] * 2048)
+        engine = make_engine(daemon, facts=facts)
+        engine.attach_scheduler()
+    assert {len(session.model) for session in daemon.status().sessions} == {1024}
+    listed = engine.admin.ListNamespaces(admin_pb2.ListNamespacesRequest(), timeout=WAIT_S).namespaces
+    assert (len(listed), listed[0].facts.model) == (64, "0000" * 256)
+    wait_until(
+        lambda: daemon.page("/metrics")[1].count("kvtier_engine_info{") == 64, "all engines in the metrics"
+    )
+    opened = [line for line in daemon.log_text().splitlines() if "session_opened" in line]
+    assert opened
+    assert max(map(len, opened)) < 1024, "a model's name is cut in the log"
 
 
 @pytest.mark.parametrize("name", ["", "../../../etc/passwd", "ABCDEF0123", "0" * 65])

@@ -14,7 +14,9 @@ from tests.conftest import MakeEngine
 from tests.daemon_process import WAIT_S, DaemonProcess
 from tests.raw_engine import Failure, RawEngine, failure, failure_of, refusal, to_key, to_keys
 
+from kvtier.v1 import admin_pb2
 from kvtier.v1 import offload_pb2 as pb
+from kvtier_server.message_bytes import message_bytes
 
 SERVICE = "/kvtier.v1.OffloadService"
 UNARY = ("Describe", "Lookup", "PrepareLoad", "PrepareStore", "Complete", "RenewLeases", "Touch",
@@ -188,15 +190,39 @@ def test_a_complete_names_at_most_twice_as_many_items_as_a_call_may_have_keys(en
 
 
 def test_a_message_over_8_mib_is_refused_by_grpc_itself(daemon: DaemonProcess, engine: RawEngine) -> None:
-    def send(num_bytes: int) -> bytes:
-        padding = b"\x7a" + _varint(num_bytes) + bytes(num_bytes)  # field 15, unknown to the daemon
-        return engine.send_bytes(f"{SERVICE}/Describe", padding)
-
-    send((8 << 20) - 16)
-    failed = failure(lambda: send(8 << 20))
+    path = f"{SERVICE}/Describe"
+    assert_bad_request(refusal(lambda: engine.send_bytes(path, padding_of((8 << 20) - 16))), "request")
+    failed = failure(lambda: engine.send_bytes(path, padding_of(8 << 20)))
     assert failed.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert failed.reason == ""
     assert daemon.health() == "SERVING"
+
+
+MAX_BYTES = message_bytes(max_keys=8192, max_params_bytes=65_536)
+TO_STREAMS = {"OffloadService/Attach", "EventsService/Watch", "EventsService/Snapshot"}
+
+
+@pytest.mark.parametrize("method", sorted(MAX_BYTES.keys() - {"AdminService/SetQuota"}))
+def test_a_message_that_is_longer_than_its_fields_can_be_is_refused_before_it_is_read(
+    engine: RawEngine, method: str
+) -> None:
+    raw = padding_of(MAX_BYTES[method] - len(padding_of(0))) + NO_MESSAGE
+    assert len(raw) > MAX_BYTES[method]
+    path = f"/kvtier.v1.{method}"
+
+    def send() -> object:
+        if method == "TransferService/Transfer":
+            return list(engine.channel.stream_stream(path, bytes, bytes)(iter([raw]), timeout=WAIT_S))
+        return (engine.stream_bytes if method in TO_STREAMS else engine.send_bytes)(path, raw)
+
+    failed = refusal(send)
+    assert_bad_request(failed, "request")
+    assert f"at most {MAX_BYTES[method]} are allowed" in failed.message
+
+
+def padding_of(num_bytes: int) -> bytes:
+    """A message of a field that no call has, of about this length."""
+    return b"\xfa\x01" + _varint(num_bytes) + bytes(num_bytes)
 
 
 def _varint(number: int) -> bytes:
@@ -221,6 +247,95 @@ def test_a_call_that_is_not_built_yet_says_so(engine: RawEngine, method: str) ->
     failed = refusal(lambda: engine.send_bytes(f"/kvtier.v1.{method}", b""))
     assert (failed.code, failed.reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
     assert "is not part of this version of kvtier" in failed.message
+
+
+# -- Millions of items: counted, not walked --
+
+MANY = 100_000
+
+MANY_ITEMS: list[tuple[str, str, Callable[[str], Message]]] = [
+    ("Lookup", "keys", lambda sid: pb.LookupRequest(session_id=sid, context=context(), keys=[b""] * MANY)),
+    ("Lookup", "first_chunks", lambda sid: _lookup(sid, first_chunks=[0] * MANY)),
+    ("Lookup", "slots_for_misses", lambda sid: _lookup(sid, slots_for_misses=[pb.SlotsForMisses()] * MANY)),
+    ("PrepareLoad", "keys", lambda sid: pb.PrepareLoadRequest(session_id=sid, keys=[b""] * MANY)),
+    ("PrepareStore", "keys", lambda sid: pb.PrepareStoreRequest(session_id=sid, keys=[b""] * MANY)),
+    (
+        "PrepareStore",
+        "credits",
+        lambda sid: pb.PrepareStoreRequest(session_id=sid, credits=[pb.CreditRequest()] * MANY),
+    ),
+    ("Touch", "keys", lambda sid: pb.TouchRequest(session_id=sid, keys=[b""] * MANY)),
+    ("RenewLeases", "lease_ids", lambda sid: pb.RenewLeasesRequest(session_id=sid, lease_ids=[1] * 9000)),
+    (
+        "FinishRequest",
+        "request_ids",
+        lambda sid: pb.FinishRequestRequest(session_id=sid, request_ids=[""] * MANY),
+    ),
+    # Of these the first one alone is refused with its index: a sign of a walk.
+    ("Complete", "items", lambda sid: _complete(sid, announcements=[pb.Announcement(slot_ids=[1])] * MANY)),
+    ("Complete", "items", lambda sid: _complete(sid, load_starts=[pb.LoadStart()] * MANY)),
+    ("Complete", "items", lambda sid: _complete(sid, store_reports=[pb.StoreReport(slot_ids=[1])] * MANY)),
+    ("Complete", "items", lambda sid: _complete(sid, load_reports=[pb.LoadReport()] * MANY)),
+    (
+        "Complete",
+        "items",
+        lambda sid: _complete(sid, load_reports=[pb.LoadReport(mismatches=[pb.Mismatch()] * MANY)]),
+    ),
+    ("Complete", "items", lambda sid: _complete(sid, credit_returns=[pb.CreditReturn(slot_ids=[1])] * MANY)),
+    ("Complete", "items", lambda sid: _complete(sid, released_lease_ids=[1] * MANY)),
+    ("Complete", "items", lambda sid: _complete(sid, finished_request_ids=[""] * MANY)),
+    (
+        "Complete",
+        "store_reports[0].failed",
+        lambda sid: _complete(sid, store_reports=[_one_slot([0] * MANY)]),
+    ),
+]
+
+
+def _lookup(session_id: str, **fields: object) -> pb.LookupRequest:
+    return pb.LookupRequest(session_id=session_id, context=context(), keys=[to_key(1)], **fields)  # type: ignore[arg-type]
+
+
+def _complete(session_id: str, **fields: object) -> pb.CompleteRequest:
+    return pb.CompleteRequest(session_id=session_id, **fields)  # type: ignore[arg-type]
+
+
+def _one_slot(failed: list[int]) -> pb.StoreReport:
+    return pb.StoreReport(slot_ids=[1], generations=[1], keys=[to_key(1)], checksums=[1], failed=failed)
+
+
+@pytest.mark.parametrize(("method", "field", "make"), MANY_ITEMS)
+def test_more_items_than_there_can_be_are_refused_by_their_number(
+    engine: RawEngine, method: str, field: str, make: Callable[[str], Message]
+) -> None:
+    session_id = engine.workers[0].id if "[" in field else engine.session_id
+    raw = make(session_id).SerializeToString()
+    assert_bad_request(refusal(lambda: engine.send_bytes(f"{SERVICE}/{method}", raw)), field)
+
+
+MANY_FACTS: list[tuple[str, Callable[[pb.AttachRequest], object]]] = [
+    ("namespace.groups", lambda asked: asked.namespace.groups.extend([pb.GroupFacts()] * MANY)),
+    ("namespace.groups.layer_names", lambda asked: asked.namespace.groups[0].layer_names.extend([""] * MANY)),
+    ("namespace.extra", lambda asked: asked.namespace.extra.update({str(n): "" for n in range(MANY // 4)})),
+    ("geometry", lambda asked: asked.geometry.extend([pb.GroupGeometry()] * MANY)),
+    ("geometry.tensors", lambda asked: asked.geometry[0].tensors.extend([pb.TensorGeometry()] * MANY)),
+]
+
+
+@pytest.mark.parametrize(("field", "add"), MANY_FACTS)
+def test_more_facts_than_there_can_be_are_refused_by_their_number(
+    engine: RawEngine, field: str, add: Callable[[pb.AttachRequest], object]
+) -> None:
+    request = engine.attach_request(pb.SESSION_ROLE_WORKER)
+    request.role = pb.SESSION_ROLE_UNSPECIFIED  # refused as such by who looks at more than the numbers
+    add(request)
+    path, raw = f"{SERVICE}/Attach", request.SerializeToString()
+    assert_bad_request(refusal(lambda: engine.stream_bytes(path, raw)), field)
+
+
+def test_more_keys_than_are_explained_are_refused_by_their_number(engine: RawEngine) -> None:
+    raw = admin_pb2.ExplainRequest(keys=[b""] * 90_000).SerializeToString()
+    assert_bad_request(refusal(lambda: engine.send_bytes("/kvtier.v1.AdminService/Explain", raw)), "keys")
 
 
 # -- Every number in every message, as large as it goes --

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import stat
+import struct
 import tempfile
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.conftest import MakeEngine, StartDaemon
-from tests.daemon_process import DaemonProcess, wait_until
+from tests.daemon_process import WAIT_S, DaemonProcess, wait_until
 from tests.raw_engine import RawEngine, refusal, to_key, to_keys
 
 from kvtier.v1 import offload_pb2 as pb
@@ -35,6 +37,23 @@ def test_health_is_told_for_the_server_and_for_its_services(daemon: DaemonProces
     assert daemon.health("") == "SERVING"
     assert daemon.health("kvtier.v1.OffloadService") == "SERVING"
     assert daemon.health("no.such.Service") == "NOT_FOUND"
+
+
+def settings_of(daemon: DaemonProcess) -> dict[int, int]:
+    """What the daemon says first on a new connection: HTTP/2's settings, by identifier (RFC 9113, 6.5)."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(WAIT_S)
+        connection.connect(str(daemon.socket))
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5))
+        with connection.makefile("rb") as said:
+            head = said.read(9)
+            assert head[3] == 4, f"a frame of type {head[3]} before the settings"
+            return dict(struct.iter_unpack(">HI", said.read(int.from_bytes(head[:3], "big"))))
+
+
+def test_a_connection_has_a_limit_of_streams_at_once(daemon: DaemonProcess) -> None:
+    max_concurrent_streams = 0x3
+    assert settings_of(daemon)[max_concurrent_streams] == 2048
 
 
 def test_reflection_lists_the_services(daemon: DaemonProcess) -> None:

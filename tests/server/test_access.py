@@ -23,8 +23,11 @@ from kvtier_server.callers import (
     TenantMismatch,
     current_caller,
 )
+from kvtier_server.message_bytes import message_bytes
 from kvtier_server.metrics import Metrics
 from kvtier_server.rpc import CallScope
+
+MAX_BYTES = message_bytes(max_keys=8192, max_params_bytes=65_536)
 
 FILES = (offload_pb2, transfer_pb2, events_pb2, admin_pb2, health_pb2, reflection_pb2)
 
@@ -37,6 +40,12 @@ def served_methods() -> set[str]:
 def test_every_method_of_the_wire_contract_has_a_role_and_no_other_has() -> None:
     assert set(METHOD_ROLES) == served_methods()
     assert all(METHOD_ROLES.values()), "a method that no role may call"
+
+
+def test_every_method_of_ours_has_a_longest_message_and_no_other_has() -> None:
+    assert {f"/kvtier.v1.{method}" for method in MAX_BYTES} == {
+        method for method in served_methods() if method.startswith("/kvtier.v1.")
+    }
 
 
 def test_what_an_engine_calls_changes_nothing_for_operators_and_the_other_way_round() -> None:
@@ -153,7 +162,7 @@ async def _call_all(caller: Caller, metrics: Metrics) -> dict[str, str]:
     """What each of HANDLERS answers to this caller over a real server: its word, or the refusal's."""
     with tempfile.TemporaryDirectory(prefix="kvtier-run-") as directory:
         address = f"unix:{Path(directory) / 's'}"
-        scope = CallScope("boot", 10, metrics, lambda: None)
+        scope = CallScope("boot", 10, metrics, lambda: None, MAX_BYTES)
         gatekeeper = Gatekeeper(scope, lambda context: caller)
         server = grpc.aio.server(interceptors=[gatekeeper])
         methods = {name: make() for name, make in HANDLERS.items()}

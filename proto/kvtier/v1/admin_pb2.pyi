@@ -615,7 +615,9 @@ class NamespaceStatus(_message.Message):
     """Engines attached."""
     @_builtins.property
     def facts(self) -> _offload_pb2.NamespaceFacts:
-        """Facts as attached; not set where only chunks of an earlier daemon are left, and no engine has attached since."""
+        """Facts as attached; not set where only chunks of an earlier daemon are left, and no engine has attached since,
+        and in what comes after 2 MiB of facts.
+        """
 
     def __init__(
         self,

@@ -307,7 +307,10 @@ Global___GroupFacts: _TypeAlias = GroupFacts  # noqa: Y015
 
 @_typing.final
 class NamespaceFacts(_message.Message):
-    """What makes bytes under equal keys interchangeable. Rank-independent, known to scheduler and workers alike."""
+    """What makes bytes under equal keys interchangeable. Rank-independent, known to scheduler and workers alike.
+
+    At most 1 KiB in each text; 2,048 layer names and 256 further facts, each of the two with 64 KiB together.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -431,7 +434,9 @@ Global___TensorGeometry: _TypeAlias = TensorGeometry  # noqa: Y015
 
 @_typing.final
 class GroupGeometry(_message.Message):
-    """The tensors of one group on one rank, in the order of their bytes in a part."""
+    """The tensors of one group on one rank, in the order of their bytes in a part. A rank has at most 2,048, with
+    names of 64 KiB together.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -15,6 +15,9 @@ from kvtier_server.facts import facts_message
 from kvtier_server.snapshot import session_row
 from kvtier_server.stats import SessionStats
 
+MAX_FACTS_BYTES = 2 << 20
+"""Facts of namespaces in one list; what comes after them is listed without its facts."""
+
 STEP_ITEMS = 128
 """Sessions or key spaces that are counted in one step."""
 
@@ -69,11 +72,16 @@ async def list_namespaces(core: Core) -> pb.ListNamespacesResponse:
             _add(sums.setdefault(space.name.namespace, _Sum()), len(space.chunks), space.used_bytes)
             if not number % STEP_ITEMS:
                 yield
+        left_bytes = MAX_FACTS_BYTES
         for digest, total in sums.items():
             known = core.namespaces.get(digest)
+            facts = None
+            if known is not None and left_bytes > 0:
+                facts = facts_message(known.facts)
+                left_bytes -= facts.ByteSize()
             reply.namespaces.add(
                 digest=digest,
-                facts=facts_message(known.facts) if known is not None else None,
+                facts=facts,
                 chunks=total.chunks,
                 used_bytes=total.used_bytes,
                 engines=known.num_engines if known is not None else 0,

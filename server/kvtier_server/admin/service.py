@@ -20,8 +20,8 @@ from kvtier_server.admin.slices import run_in_slices, run_in_turn
 from kvtier_server.admin.status import status_response
 from kvtier_server.core.clearing import Clearing, Clearings
 from kvtier_server.core.evicting import Evictions
-from kvtier_server.core.explaining import Explainer
-from kvtier_server.core.namespaces import MAX_KEY_BYTES, MIN_KEY_BYTES
+from kvtier_server.core.explaining import MAX_EXPLAINED_KEYS, Explainer
+from kvtier_server.core.namespaces import MAX_KEY_BYTES, MIN_KEY_BYTES, check_number_of_keys
 from kvtier_server.core.refused import BadRequest
 from kvtier_server.core.tiering import Core
 from kvtier_server.rpc import CallScope
@@ -81,6 +81,8 @@ async def _explain(explainer: Explainer, request: pb.ExplainRequest, now_ns: int
         raise BadRequest("key", "missing; give the key that is to be explained, or a request's keys")
     if request.key and not MIN_KEY_BYTES <= len(request.key) <= MAX_KEY_BYTES:
         raise BadRequest("key", f"{len(request.key)} bytes; {MIN_KEY_BYTES} to {MAX_KEY_BYTES} are allowed")
+    if request.keys:
+        check_number_of_keys(request.keys, MAX_EXPLAINED_KEYS)
     keys = [request.key] if request.key else list(request.keys)
     explanation = explainer.begin(request.namespace, request.tenant, keys, now_ns)
     await run_in_slices(explanation.steps)

@@ -23,6 +23,9 @@ GROUP_TAIL_BYTES = 4
 
 GEOMETRY_DIGEST_BYTES = 16
 
+MAX_TOLD_CHARS = 128
+"""Characters of a tensor's name that a refusal repeats: trailers have little room."""
+
 MIN_KEY_BYTES = 5
 MAX_KEY_BYTES = 128
 """What a slot record has room for."""
@@ -51,12 +54,13 @@ class GeometryMismatch(Refused):
     reason = "GEOMETRY_MISMATCH"
 
     def __init__(self, field: str, registered: object, given: object) -> None:
+        registered, given = str(registered)[:MAX_TOLD_CHARS], str(given)[:MAX_TOLD_CHARS]
         super().__init__(
             f"{field} is {given}, but this namespace has {registered}; engines of equal model, dtype and "
             "parallelism must lay out their KV cache alike, or differ in a namespace fact",
             field=field,
-            registered=str(registered),
-            given=str(given),
+            registered=registered,
+            given=given,
         )
 
 

@@ -9,9 +9,11 @@ from itertools import chain
 
 from kvtier.v1 import transfer_pb2 as pb
 from kvtier_ops.ipc import HandleError, MemoryHandle, MemoryKind
+from kvtier_ops.namespace import MAX_GROUPS
 from kvtier_server.core.instances import Session
 from kvtier_server.core.namespaces import GeometryMismatch
 from kvtier_server.core.refused import BadRequest
+from kvtier_server.message_bytes import BLOCKS_PER_KEY
 from kvtier_server.transfer.wire import Done, Job, Register
 
 
@@ -77,6 +79,15 @@ def job_of(request: pb.TransferRequest, max_keys: int) -> Job:
         raise BadRequest("direction", f"{request.direction}; it is STORE or LOAD")
     if not 1 <= len(request.slot_ids) <= max_keys:
         raise BadRequest("slot_ids", f"{len(request.slot_ids)} slots; 1 to {max_keys} are allowed in a job")
+    for field, entries, allowed in (
+        ("block_ids", len(request.block_ids), BLOCKS_PER_KEY * max_keys),
+        ("group_sizes", len(request.group_sizes), MAX_GROUPS),
+        ("block_indices", len(request.block_indices), MAX_GROUPS),
+        ("group_slots", len(request.group_slots), MAX_GROUPS),
+        ("keys", len(request.keys), max_keys),
+    ):
+        if entries > allowed:
+            raise BadRequest(field, f"{entries} entries; at most {allowed} are allowed in a job")
     if len(request.generations) != len(request.slot_ids):
         raise BadRequest(
             "generations", f"{len(request.generations)} entries for {len(request.slot_ids)} slots"

@@ -107,6 +107,7 @@ class TransferService:
     ) -> None:
         self._core = core
         self._scope = scope
+        self._parse = scope.parser("TransferService/Transfer", pb.TransferRequest)
         self._metrics = metrics
         self._limits = limits
         self._directory = Path(pool_path).parent
@@ -304,9 +305,10 @@ class TransferService:
 
     # Transfer
 
-    async def _transfer(self, requests: AsyncIterator[bytes], context: ServicerContext) -> None:
+    async def _transfer(self, _: AsyncIterator[bytes], context: ServicerContext) -> None:
         stream = _Stream()
-        reading = asyncio.create_task(self._read(requests, stream))
+        # Not by the iterator: it would keep the message it is left at, in a ring of its own.
+        reading = asyncio.create_task(self._read(context, stream))
         try:
             while (answer := await stream.answers.get()) is not None:
                 await context.write(answer.SerializeToString())
@@ -317,10 +319,10 @@ class TransferService:
         finally:
             reading.cancel()
 
-    async def _read(self, requests: AsyncIterator[bytes], stream: _Stream) -> None:
+    async def _read(self, context: ServicerContext, stream: _Stream) -> None:
         try:
-            async for raw in requests:
-                request = pb.TransferRequest.FromString(raw)
+            while isinstance(raw := await context.read(), bytes):
+                request = self._parse(raw)
                 await self._make_room(stream, is_job=bool(request.job_id))
                 if not request.job_id:
                     # Whatever has become of the session: its copies may still run, and are waited for.
