@@ -11,9 +11,9 @@ import pytest
 
 from kvtier.v1 import transfer_pb2 as pb
 from kvtier.v1 import transfer_pb2_grpc
-from kvtier_client import transfers
 from kvtier_client.jobs import CopyFailure, JobId, JobKind, LoadJob
 from kvtier_client.transfers import Copied, RemoteCopies
+from kvtier_ops.locks import OwnerLock
 
 from .builders import wait_until
 from .doubles import session
@@ -52,6 +52,14 @@ def registrar(tmp_path: Path) -> Iterator[Registrar]:
     registrar.server.stop(0).wait()
 
 
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A pool's, of this user alone."""
+    made = tmp_path / "pool"
+    made.mkdir(mode=0o700)
+    return made
+
+
 @pytest.mark.parametrize("name", NO_LOCK_NAMES)
 def test_a_registration_whose_lock_has_no_proper_name_is_not_taken(
     registrar: Registrar, tmp_path: Path, name: str
@@ -70,22 +78,37 @@ def test_a_registration_whose_lock_has_no_proper_name_is_not_taken(
     remote.end()
 
 
-def test_a_load_whose_copies_nobody_can_prove_to_be_over_ends_with_the_next_session(
-    registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_registration_without_any_file_that_tells_the_end_of_copies_is_not_taken(
+    registrar: Registrar, tmp_path: Path
 ) -> None:
-    registrar.lock_file = "../pool"
-    monkeypatch.setattr(transfers, "is_lock_name", bool)
+    registrar.lock_file = "ab12"
+    remote = RemoteCopies(registrar.address, [[]])
+    remote.begin(session(), tmp_path)
+    wait_until(lambda: bool(remote.problem), "the registration is answered")
+
+    assert not remote.ready
+    assert f"files of {tmp_path} are missing" in remote.problem
+    remote.end()
+
+
+def test_a_load_whose_copies_nobody_can_prove_to_be_over_ends_with_the_next_session(
+    registrar: Registrar, directory: Path
+) -> None:
+    copier = OwnerLock.acquire(directory)
+    registrar.lock_file = copier.name
     remote = RemoteCopies(registrar.address, [[]])
     broken: list[str] = []
     remote.on_broken = lambda session_id, reason: broken.append(reason)
-    remote.begin(session(), tmp_path)
+    remote.begin(session(), directory)
     wait_until(lambda: remote.ready, "the memory is registered")
+    (directory / "owners" / copier.name).unlink()  # a file that is gone proves nothing
     ended: list[Copied] = []
     assert remote.submit(LOAD, JobKind.LOAD, False, ended.append)
     wait_until(lambda: bool(broken), "the stream ends")
     assert not ended  # bytes may still arrive, for all that this process knows
 
-    remote.begin(session(), tmp_path)
+    remote.begin(session(), directory)
     wait_until(lambda: bool(ended), "the load ends")
     assert ended[0].failures == [CopyFailure.SESSION_LOST]
     remote.end()
+    copier.release()
