@@ -229,6 +229,7 @@ class OffloadService:
                 await slices.take(len(returned.slot_ids), partial(self._return_credits, session, returned))
             )
         for lease_id in message.released_lease_ids:
+            await slices.let_others_in(self._core.books.should_settle)
             known = self._core.release(session.instance, lease_id, self._clock())
             reply.released_leases.append(_wire(ItemStatus.OK if known else ItemStatus.UNKNOWN))
         for request_id in message.finished_request_ids:
@@ -335,14 +336,18 @@ class _Slices:
         """Take a column of slots piece by piece, [first, end)."""
         statuses: list[ItemStatus] = []
         for first in range(0, num_slots, COMPLETE_SLICE_SLOTS):
-            if self._taken >= COMPLETE_SLICE_SLOTS:
-                self._taken = 0
-                await asyncio.sleep(0)
-                self._check_session()
+            await self.let_others_in(self._taken >= COMPLETE_SLICE_SLOTS)
             end = min(first + COMPLETE_SLICE_SLOTS, num_slots)
             statuses += take_piece(first, end)
             self._taken += end - first
         return _result(statuses)
+
+    async def let_others_in(self, is_time: bool) -> None:
+        """Begin a new slice, if it is time."""
+        if is_time:
+            self._taken = 0
+            await asyncio.sleep(0)
+            self._check_session()
 
 
 def _wire(status: ItemStatus) -> pb.CompleteStatus.ValueType:
