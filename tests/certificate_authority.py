@@ -12,6 +12,10 @@ from .daemon_process import CHANNEL_OPTIONS, REPOSITORY
 
 SCRIPT = REPOSITORY / "docker" / "tls" / "certificate.sh"
 
+OPTIONS = [*{**dict(CHANNEL_OPTIONS), "grpc.min_reconnect_backoff_ms": 20_000}.items()]
+"""The last one is the time for one try to connect. Where a machine is busy, a handshake takes more than the
+100 ms of other channels, and each call of a test would be UNAVAILABLE."""
+
 
 @dataclass(frozen=True, slots=True)
 class Issued:
@@ -28,7 +32,7 @@ class Issued:
 
     def channel(self, port: int) -> grpc.Channel:
         """Connect with it to a daemon of this machine."""
-        return grpc.secure_channel(f"localhost:{port}", self.credentials(), options=CHANNEL_OPTIONS)
+        return grpc.secure_channel(f"localhost:{port}", self.credentials(), options=OPTIONS)
 
     def options(self) -> list[str]:
         """As options of the command line."""
