@@ -61,7 +61,7 @@ def state_of(pid: int) -> str:
     """State of a process as the kernel names it, T = it has got SIGSTOP, Z = dead; "" where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends between open and read
         return ""
 
 
