@@ -130,7 +130,8 @@ def test_silent_connections_make_room_the_oldest_first(server: HttpServer) -> No
             assert get(server, "/livez")[0] == 200
             assert is_closed(oldest, 30)
             stack.enter_context(connect(server))
-        assert not is_closed(silent[3], 0.01)
+        # A page's own place is free a moment after its last byte: who comes before takes another's.
+        assert not is_closed(silent[-1], 0.01)
 
 
 def test_connections_that_trickle_do_not_silence_the_pages(server: HttpServer) -> None:
