@@ -66,8 +66,7 @@ class Upkeep:
 
     def after_call(self) -> None:
         """Deliver what the call caused, and do what it put off once its reply is on the way."""
-        if self._core.books.notices:
-            self._sessions.dispatch()
+        self._tell()
         if self._core.below.is_behind and not self._pumping:
             self._pumping = True
             asyncio.get_running_loop().call_soon(self._pump)
@@ -76,6 +75,10 @@ class Upkeep:
         if not self._settling and self._core.books.should_settle:
             self._settling = True
             asyncio.get_running_loop().call_soon(self._settle)
+
+    def _tell(self) -> None:
+        if self._core.books.notices:
+            self._sessions.dispatch()
 
     def _await_probes(self) -> None:
         probes_end_ns = self._core.below.promotions.probes_end_ns
@@ -92,6 +95,7 @@ class Upkeep:
     def _pump(self) -> None:
         self._pumping = False  # whatever an out-of-tree tier raises, the next call tries again
         self._pumping = self._core.below.pump()
+        self._tell()
         if self._pumping:
             asyncio.get_running_loop().call_soon(self._pump)
 
@@ -100,6 +104,7 @@ class Upkeep:
         if self._core.books.settle():
             self._settling = True
             asyncio.get_running_loop().call_soon(self._settle)
+        self._tell()
 
     def _start_hashes(self) -> None:
         """Have slots hashed that readers complained about, off this thread."""

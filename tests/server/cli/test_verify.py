@@ -151,10 +151,13 @@ def test_what_is_wrong_is_named_and_stays_until_it_is_to_be_removed(kvtier: Kvti
     assert verified(kvtier, root)[0] == 0
 
 
-def test_a_space_that_is_named_wrongly_or_not_at_all_is_found(kvtier: Kvtier, root: Path) -> None:
+@pytest.mark.parametrize("unreadable", ["{", "[" * 60_000], ids=["cut", "nested too deeply"])
+def test_a_space_that_is_named_wrongly_or_not_at_all_is_found(
+    kvtier: Kvtier, root: Path, unreadable: str
+) -> None:
     one, other = sorted(root.rglob("space.json"))
     one.write_text(other.read_text())
-    other.write_text("{")
+    other.write_text(unreadable)
     code, report = verified(kvtier, root, "--delete")
     assert code == 1
     assert sorted(wrong["detail"] for wrong in report["wrong"]) == [

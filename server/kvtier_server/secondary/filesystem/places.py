@@ -115,7 +115,7 @@ class Places:
             length = self._disk.read(fd, [memoryview(buffer)], 0)
         finally:
             self._disk.close(fd)
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             told = json.loads(bytes(buffer[:length]))
             return SpaceName(str(told["namespace"]), str(told["tenant"]), int(told["epoch"]))
         return None
