@@ -232,6 +232,14 @@ class EngineProcess:
         """Return the prompt tokens that came from outside the device so far."""
         return int(self.metrics()["vllm:external_prefix_cache_hits"])
 
+    def found_tokens(self) -> int:
+        """Return the prompt tokens that were not computed so far: on the device, or from outside.
+
+        Which of the two it was depends on who was scheduled first, and so on what else the machine does.
+        """
+        metrics = self.metrics()
+        return int(metrics["vllm:prefix_cache_hits"] + metrics["vllm:external_prefix_cache_hits"])
+
     def log_text(self) -> str:
         """Return what the engine has logged."""
         return self.log.read_text(errors="replace")
