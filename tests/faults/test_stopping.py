@@ -127,6 +127,14 @@ def silent_caller(daemon: DaemonProcess, _: RawEngine) -> Iterator[None]:
         yield
 
 
+def start_again_and_find(daemon: DaemonProcess, make_engine: MakeEngine) -> None:
+    """Start the next daemon: it has kept what was stored last."""
+    daemon.start()
+    assert "chunks kept" in daemon.out_text()
+    again = make_engine(daemon, facts=FACTS).attach()
+    assert set(again.lookup(KEYS).statuses) == {pb.LOOKUP_STATUS_HIT}
+
+
 Peer = Callable[[DaemonProcess, RawEngine], AbstractContextManager[None]]
 
 
@@ -147,10 +155,7 @@ def test_a_peer_that_does_not_read_does_not_hold_up_the_end_and_nothing_is_lost(
         ]
         assert "kvtier stopped." in daemon.out_text()
         assert not daemon.socket.exists()
-    daemon.start()
-    assert "chunks kept" in daemon.out_text()
-    again = make_engine(daemon, facts=FACTS).attach()
-    assert set(again.lookup(KEYS).statuses) == {pb.LOOKUP_STATUS_HIT}
+    start_again_and_find(daemon, make_engine)
 
 
 def test_without_a_file_to_cut_connections_by_the_process_ends_all_the_same(
@@ -170,9 +175,7 @@ def test_without_a_file_to_cut_connections_by_the_process_ends_all_the_same(
             "connections_hang",
         ]
         assert not daemon.socket.exists()
-    daemon.start()
-    again = make_engine(daemon, facts=FACTS).attach()
-    assert set(again.lookup(KEYS).statuses) == {pb.LOOKUP_STATUS_HIT}
+    start_again_and_find(daemon, make_engine)
 
 
 def test_drain_wait_returns_while_a_watcher_is_stopped(

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,34 +85,9 @@ def descendants(pid: int) -> set[int]:
     return children.union(*map(descendants, children))
 
 
-@pytest.mark.timeout(120)
-def test_ctrl_c_ends_every_process_and_removes_the_pool() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.observability.stack"],
-        env=child_environment(),
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(7)]
-        (pool,) = [Path(line.split()[1]) for line in said if line.startswith("pool ")]
-        wait_until(lambda: len(descendants(process.pid)) >= 4, "daemon, Prometheus and two engines run")
-        started = descendants(process.pid)
-        assert pool.exists()
-        process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, [*said, rest]
-    assert "everything has ended, the pool is removed" in rest
-    wait_until(lambda: not any(state_of(pid) for pid in started), "nothing of it runs")
-    assert not pool.exists()
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.timeout(120)
-def test_the_stack_ends_with_its_daemon_and_says_so() -> None:
+@contextlib.contextmanager
+def running_stack() -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Start the stack; it has said where everything is. Yields its process and its pool."""
     with subprocess.Popen(
         [sys.executable, "-m", "tests.observability.stack"],
         env=child_environment(),
@@ -124,6 +100,26 @@ def test_the_stack_ends_with_its_daemon_and_says_so() -> None:
         assert process.stdout is not None
         said = [process.stdout.readline() for _ in range(7)]
         (pool,) = [Path(line.split()[1]) for line in said if line.startswith("pool ")]
+        yield process, pool
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_ends_every_process_and_removes_the_pool() -> None:
+    with running_stack() as (process, pool):
+        wait_until(lambda: len(descendants(process.pid)) >= 4, "daemon, Prometheus and two engines run")
+        started = descendants(process.pid)
+        assert pool.exists()
+        process.send_signal(signal.SIGINT)
+        said, told = process.communicate(timeout=60)
+    assert process.returncode == 0, (said, told)
+    assert "everything has ended, the pool is removed" in said + told
+    wait_until(lambda: not any(state_of(pid) for pid in started), "nothing of it runs")
+    assert not pool.exists()
+
+
+@pytest.mark.timeout(120)
+def test_the_stack_ends_with_its_daemon_and_says_so() -> None:
+    with running_stack() as (process, pool):
         started = descendants(process.pid)
         lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in started}
         daemon = min(pid for pid, line in lines.items() if b"serve" in line)
